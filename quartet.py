@@ -1,0 +1,552 @@
+"""Training linear layers in 4 bits: NVFP4, its quantizers, and the recipe Quartet II beside its rivals.
+
+An article in plain PyTorch, for any device, and the reference of this project: read it from top to bottom;
+`python quartet.py` prints the same sections in numbers.
+
+A linear layer multiplies three times: y = x w^T forward, dx = dy w and dw = dy^T x backward. FP4 tensor cores
+do that several times faster than bf16 ones if both operands are NVFP4: 4-bit values, and a scale for every 16
+of them along the axis that is summed over. So x, w and dy are rounded to 4 bits, and the question is how.
+Forward, each error counts once: take the rounding with the least squared error. Backward, errors of many
+steps add up in the weights and those with mean zero cancel: take a rounding whose mean is right. Quartet II
+(arXiv:2601.22813) does the first by Four Over Six, section 4, the second by MS-EDEN, section 7.
+
+One decision shapes the code: the tensor scale is a power of two, chosen last. Rounding a block scale to E4M3
+is then rounding it to 4 significant bits, so a block is final after one look at it, in one pass. And decoded
+values have 6 significant bits at most, exact in bfloat16: a bf16 GEMM over them multiplies exactly what an
+FP4 GEMM multiplies, and only the order of its float32 sums differs. Whatever decides something (which scale
+errs less, which way a value goes) is specified to the bit: float32, true division, block sums in one fixed
+tree.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+BLOCK, GROUP = 16, 128            # values that share a block scale, fixed by NVFP4; and that a rotation mixes
+E2M1_MAX, E4M3_MAX = 6.0, 448.0
+EXPONENT = 0x7F800000             # the exponent field of a float32
+
+# ---- 1. The number format and its two small floats ---------------------------------------------------------
+# E2M1, the 4-bit value, holds 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign. E4M3, the block scale, has 4 significant
+# bits from 2^-6 to 448 and fewer below, down to 2^-9: its sub-normals. Between two powers of two a float grid
+# is uniform, so one function rounds to both.
+
+def round_fp(v, mantissa_bits, min_exp, max_val, u=None):
+    """Round v onto a small float grid: to nearest, ties to even; stochastically where u is given.
+
+    ulp = 2^(e - mantissa_bits),  e = max(floor(log2 |v|), min_exp)         spacing of the grid around v
+    v, u (...) float32, u uniform in [0, 1) -> (...) float32, never -0.0. |v| > max_val saturates; grid points
+    stay put.
+    """
+    v = v.clamp(-max_val, max_val)
+    power = (v.view(torch.int32) & EXPONENT).view(torch.float32)                # 2^floor(log2 |v|)
+    ulp = power.clamp_(min=2.0**min_exp).mul_(2.0**-mantissa_bits)
+    if u is None:
+        magic = ulp.mul_(1.5 * 2.0**23)            # near it, float32 has the spacing ulp: the sum rounds v, ties
+        return v.add_(magic).sub_(magic)           # to even
+    n = v.div_(ulp)                                # exact: ulp is a power of two
+    down = n.floor()
+    return down.add_(u < n.sub_(down)).mul_(ulp)   # not floor(n + u): n + u itself rounds
+
+def e2m1(v, u=None):
+    """v (...) float32 -> (...) float32: the nearest E2M1 value; by u, one of the two neighbours."""
+    return round_fp(v, 1, 0, E2M1_MAX, u)
+
+def e4m3(s, u=None):
+    """s (...) float32 -> (...) float32: the nearest finite E4M3 value; by u, one of the two neighbours."""
+    return round_fp(s, 3, -6, E4M3_MAX, u)
+
+def round_scale(s, u=None):
+    """s (...) float32 -> (...) float32 of 4 significant bits: E4M3 without limits. Infinity becomes NaN."""
+    return round_fp(s, 3, -126, math.inf, u)
+
+# ---- 2. NVFP4 tensors --------------------------------------------------------------------------------------
+
+class NVFP4(NamedTuple):
+    """x ~ q * block_scale * tensor_scale; 16 values of the last axis share a block scale. 4.5 bits each."""
+    codes: torch.Tensor          # (..., K/2) uint8: two E2M1 codes a byte, the even value in the low half
+    block_scale: torch.Tensor    # (..., K/16) float8_e4m3fn, >= 0
+    tensor_scale: torch.Tensor   # () float32: a power of two, at least 2^-123; NaN if x held NaN or infinity
+
+def pack(q):
+    """q (..., K) float32, E2M1 values -> codes (..., K/2) uint8, of sign, 2 bits of exponent, 1 of mantissa.
+
+    In float16, q * 2^-14 has these very bits: the magnitude is bits 9 to 11 (0.5 is sub-normal in both
+    formats).
+    """
+    h = (q * 2.0**-14).half().view(torch.int16)
+    code = ((h >> 9 & 7) | (h >> 12 & 8)).to(torch.uint8)
+    return code[..., 0::2] | code[..., 1::2] << 4
+
+def unpack(codes):
+    """codes (..., K/2) uint8 -> (..., K) float32, E2M1 values: the exact inverse of pack. A table of bytes."""
+    byte = torch.arange(256, device=codes.device)
+    code = torch.stack([byte & 15, byte >> 4], -1)
+    e, m = code >> 1 & 3, code & 1                 # (1 + m/2) 2^(e-1), or m/2 where e is 0; bit 3 is the sign
+    value = (m + 2 * e.clamp(max=1)) * 2.0 ** (e.clamp(min=1) - 2) * (1 - (code >> 2 & 2))
+    return F.embedding(codes.int(), value).flatten(-2)
+
+def decode(t, dtype=torch.float32):
+    """t NVFP4 of shape (..., K) -> (..., K): q * block_scale * tensor_scale, exact in float32 and bfloat16.
+
+    q has 2 significant bits, a block scale 4, a tensor scale 1; a product has at most 6, bfloat16 holds 8.
+    """
+    scale = t.block_scale.float() * t.tensor_scale
+    return (unpack(t.codes).unflatten(-1, (-1, BLOCK)) * scale[..., None]).flatten(-2).to(dtype)
+
+def transpose(t):
+    """t NVFP4 (N, K) of 16x16 blocks -> its transpose, NVFP4 (K, N): codes are repacked, nothing is rounded."""
+    scale = t.block_scale.view(torch.uint8)[::BLOCK].T.repeat_interleave(BLOCK, 0)
+    return NVFP4(pack(unpack(t.codes).T), scale.view(torch.float8_e4m3fn), t.tensor_scale)
+
+def blocks(x, block=(1, BLOCK)):
+    """Cut x into blocks; find the amax of each, in units of a power of two near it.
+
+    x (..., M, K) -> b (M/rows, rows, K/16, 16) float32, amax in [1, 2) and unit (M/rows, 1, K/16, 1) float32,
+    with amax of b = amax * unit; rows is block[0], and leading dimensions count as rows. In its unit no
+    block's square overflows at 1e30 or vanishes at 1e-30. ValueError for what NVFP4 cannot take.
+    """
+    rows, m, k = block[0], math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1
+    if not x.is_floating_point():
+        raise ValueError(f"quantizers take floating-point tensors, not {x.dtype}: use .float() first")
+    if block not in ((1, BLOCK), (BLOCK, BLOCK)):
+        raise ValueError(f"block={block}: NVFP4 blocks are (1, {BLOCK}) or, for weights, ({BLOCK}, {BLOCK})")
+    if k % BLOCK or m % rows:
+        raise ValueError(f"shape {tuple(x.shape)} cannot be cut into {rows}x{BLOCK} blocks: pad it with zeros, the "
+                         f"rows to a multiple of {rows}, the last dimension to one of {BLOCK}")
+    b = x.float().reshape(m // rows, rows, k // BLOCK, BLOCK)
+    amax = b.abs().amax((1, 3), keepdim=True)
+    unit = (amax.view(torch.int32) & EXPONENT).view(torch.float32).clamp(2.0**-126, 2.0**126)
+    return b, amax / unit, unit
+
+def over(a, c):
+    """a / c for a constant c, correctly rounded: on a GPU, PyTorch makes of a / 6.0 a product with 1/6."""
+    return a / a.new_full((), c)
+
+def ratio(b, s):
+    """b / s, and b / infinity where s is 0 (a block of zeros) or NaN (a block that holds NaN or infinity)."""
+    return b / torch.where(s > 0, s, math.inf)
+
+def block_sum(t):
+    """t (., rows, ., 16) -> (., 1, ., 1): sums of blocks, always i with i+8, then +4, +2, +1, then rows alike.
+
+    Another order changes the last bit, and was seen to flip the choice of 4/6.
+    """
+    for dim in (3, 1):
+        while t.shape[dim] > 1:
+            low, high = t.chunk(2, dim)
+            t = low + high
+    return t
+
+def assemble(shape, q, s, u=None):
+    """The last step of every quantizer: choose the tensor scale, encode the scales as E4M3, pack the codes.
+
+    shape of x; q (M/rows, rows, K/16, 16) E2M1 values; s (M/rows, 1, K/16, 1) block scales of 4 significant
+    bits -> NVFP4. The tensor scale takes the largest s into [240, 448]; the others are then E4M3 values too,
+    except below 2^-14 of it, among the sub-normals: rounded once more, by u of s's shape where the quantizer
+    is stochastic. NaN in s: tensor scale NaN, so all decodes to NaN; scales, and codes of that block, are 0.
+    """
+    top = s.amax() if s.numel() else s.new_zeros(())
+    power = (top.view(torch.int32) + 2**20 & EXPONENT).view(torch.float32)      # 1.875 * 2^8 would exceed 448
+    tensor_scale = torch.where(top > 0, (power * 2.0**-8).clamp(min=2.0**-123), 1.0)
+    tensor_scale = torch.where(top.isfinite(), tensor_scale, math.nan)
+    scale = e4m3(s / tensor_scale, u).nan_to_num(nan=0.0).to(torch.float8_e4m3fn)
+    finite, scale = ((t).expand(-1, q.shape[1], -1, -1) for t in (s == s, scale))
+    return NVFP4((pack(q) * finite).reshape(*shape[:-1], -1), scale.reshape(*shape[:-1], -1), tensor_scale)
+
+# ---- 3. Round to nearest (RTN) -----------------------------------------------------------------------------
+
+def rtn(x, block=(1, BLOCK)):
+    """RTN: a block's amax maps to 6, the largest E2M1 value; scale and values go to nearest, ties to even.
+
+    x (..., K) of any float dtype, K % 16 == 0 -> NVFP4. Deterministic, hence biased. NMSE 9.0e-3 on N(0, 1).
+    block=(16, 16): 16 rows share their scales too, so that the transposed tensor has the same codes; their
+    number % 16 == 0; NMSE 12.4e-3. Source: arXiv:2509.25149, up to the tensor scale.
+    """
+    b, amax, unit = blocks(x, block)
+    s = round_scale(over(amax, E2M1_MAX)) * unit
+    return assemble(x.shape, e2m1(ratio(b, s)), s)
+
+# ---- 4. Four Over Six (4/6) --------------------------------------------------------------------------------
+# E2M1 has nothing between 4 and 6. A block whose amax maps to 4 uses 0 to 4 only, where the grid is finer
+# around its large values and coarser around its small ones. Which is better depends on the block, so both are
+# tried.
+
+def better(b, first, second):
+    """Of two roundings (q, s) of blocks b, block by block, the one with the smaller squared error; ties: second."""
+    (q1, s1), (q2, s2) = first, second
+    e1, e2 = (block_sum((q * s).sub_(b).square_()) for q, s in (first, second))     # q * s is exact
+    return torch.lerp(q2, q1, (e1 < e2).float()), torch.where(e1 < e2, s1, s2)      # lerp: a faster where
+
+def four_six(x, block=(1, BLOCK)):
+    """4/6: each block maps its amax to 6 or to 4, whichever reproduces the block with the smaller error.
+
+    x (..., K) of any float dtype, K % 16 == 0 -> NVFP4; block as in rtn. Deterministic, hence biased. Ties:
+    6. NMSE 7.6e-3 on N(0, 1); 12.4e-3 with 16x16 blocks, no gain. Source: Cook et al. 2025, arXiv:2512.02010.
+    """
+    b, amax, unit = blocks(x, block)
+    b = b / unit
+    s6, s4 = (round_scale(over(amax, top)) for top in (6.0, 4.0))
+    q, s = better(b, (e2m1(ratio(b, s4)), s4), (e2m1(ratio(b, s6)), s6))
+    return assemble(x.shape, q, s * unit)
+
+# ---- 5. Stochastic rounding (SR) ---------------------------------------------------------------------------
+# A value between two grid points goes up with the probability that makes its mean right. Noise is an
+# argument: a seed, hashed with the element's index by a counter-based generator. So a draw can be replayed,
+# is the same however a kernel cuts the tensor into tiles, and is shared by no two elements, tensors, layers
+# or steps.
+
+PHILOX_ROUNDS = 7                           # the fewest that pass BigCrush: Salmon et al. 2011, table 2
+M32 = 0xFFFFFFFF
+
+def philox(seed, counter):
+    """4 words of 32 random bits for each counter: Philox4x32 (Salmon et al. 2011), as in triton's tl.philox.
+
+    seed int or 0-d int64 tensor: 64 bits of key; counter (n,) int64 -> (n, 4) int64 in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter & M32, counter >> 32, 0, 0
+    k0, k1 = seed & M32, seed >> 32 & M32
+    for i in range(PHILOX_ROUNDS):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57     # 64-bit products, modulo 2^64
+        c0, c2 = (b >> 32 ^ c1 ^ k0 + i * 0x9E3779B9) & M32, (a >> 32 ^ c3 ^ k1 + i * 0xBB67AE85) & M32
+        c1, c3 = b, a                               # of which the low halves count
+    return torch.stack([c0, c1 & M32, c2, c3 & M32], -1)
+
+def uniform(seed, *likes):
+    """For each tensor in likes, u of its shape: float32 in [0, 1), multiples of 2^-24.
+
+    likes are numbered as one flat tensor; element i takes word i % 4 of philox's counter i // 4.
+    """
+    sizes = [t.numel() for t in likes]
+    counter = torch.arange(-(-sum(sizes) // 4), device=likes[0].device)
+    u = (philox(seed, counter).flatten()[:sum(sizes)] >> 8).float().mul_(2.0**-24)
+    return [part.view(t.shape) for part, t in zip(u.split(sizes), likes)]
+
+SR_MAX = E2M1_MAX * 16 / 17                 # 4-bit rounding shrinks a scale by 16/17 at most: amax lands <= 6
+
+def sr(x, seed, four_six=False):
+    """SR: each value goes to one of its two E2M1 neighbours at random, with mean x; grid points stay put.
+
+    x (..., K) of any float dtype, K % 16 == 0; seed int or 0-d int64 tensor on x's device -> NVFP4. Nothing
+    clips: unbiased element by element. NMSE 23.5e-3 on N(0, 1). four_six=True only demonstrates a mistake:
+    the better of two draws has NMSE 17.5e-3 and a bias. Source: arXiv:2509.25149; the 16/17:
+    arXiv:2601.22813.
+    """
+    b, amax, unit = blocks(x)
+    s = round_scale(over(amax, SR_MAX)) * unit
+    u, again = uniform(seed, b, s)
+    q = e2m1(ratio(b, s), u)
+    if four_six:
+        s4 = round_scale(over(amax, SR_MAX * 4 / 6)) * unit
+        q, s = better(b, (e2m1(ratio(b, s4), uniform(seed + 1, b)[0]), s4), (q, s))
+    return assemble(x.shape, q, s, again)
+
+# ---- 6. Rotations ------------------------------------------------------------------------------------------
+# x w^T = (x R)(w R)^T / n if R R^T = n I, so both operands of a GEMM may be rotated along the axis it sums
+# over. Random signs, then a Hadamard matrix (RHT), make of 128 values 128 sums of all of them with random
+# signs: an outlier is spread over the group, and rounding errors change with the signs. R is an integer
+# matrix, exact in bf16; 1/n, a power of two, goes into a tensor scale. Signs come first: after the Hadamard
+# they would only flip the sign of what is then rounded, and change nothing.
+
+ROTATIONS = dict(rht16=(16, 1), rht32=(32, 1), rht128=(128, 1), rht128x2=(128, 2))  # Hadamard's size, rounds
+
+def rotation_from(name, signs):
+    """signs (rounds or more, 128) float32 -> R (128, 128) float32 and n, as `rotation` describes them."""
+    size, rounds = ROTATIONS[name]
+    i = torch.arange(GROUP, device=signs.device)
+    shared = i[:, None] & i                         # Sylvester: H[i, j] = (-1)^(binary ones that i and j share)
+    for shift in (4, 2, 1):
+        shared = shared ^ shared >> shift
+    H = (1.0 - 2.0 * (shared & 1)) * (i[:, None] // size == i // size)              # blocks of size x size
+    R = signs[0, :, None] * H
+    for d in signs[1:rounds]:
+        R = (R * d) @ H
+    return R, size**rounds
+
+def rotation(name, generator=None):
+    """Random R (128, 128) float32, integers, and the int n with R R^T = n I; on the generator's device or CPU.
+
+    R = D H with D diagonal of random signs, H Hadamard (block-diagonal for rht16 and rht32); D1 H D2 H for
+    rht128x2. Why two rounds: section 7. ValueError for an unknown name.
+    """
+    if name not in ROTATIONS:
+        raise ValueError(f"unknown rotation {name!r}: choose one of {', '.join(ROTATIONS)}")
+    bits = torch.randint(0, 2, (2, GROUP), generator=generator, device=generator.device if generator else None)
+    return rotation_from(name, bits * 2.0 - 1.0)
+
+def rotate(x, R):
+    """x (..., K), K % 128 == 0 -> x R (..., K) float32, group by group, not normalised. Without R: x.
+
+    Float32 sums: the last bit depends on the device. (TF32, if switched on, spares x only if it holds bf16
+    values, as in Linear.) ValueError for another K.
+    """
+    if R is None:
+        return x
+    if x.shape[-1] % GROUP:
+        raise ValueError(f"shape {tuple(x.shape)} has no whole groups of {GROUP} to rotate: pad the last dimension "
+                         f"with zeros to a multiple of {GROUP}")
+    return (x.float().reshape(-1, GROUP) @ R).view(x.shape)
+
+# ---- 7. MS-EDEN --------------------------------------------------------------------------------------------
+# RTN errs less than SR but shrinks: <q, v> < <v, v>. EDEN restores the length. Rotate, round v to q, multiply
+# by S = <v, v> / <v, q>: now <S q, v> = <v, v>, and as a random rotation leaves the error no direction of its
+# own, the mean of S q is v. MS-EDEN puts S into the block scale, and the randomness into rounding that to
+# E4M3.
+#
+# The mean is right only as far as the rotated error has no direction. A group dominated by one large value
+# becomes +-constant under signs and one Hadamard, whatever the signs; all 128 values sit on one grid point,
+# RTN erases the rest in every draw, and no averaging brings it back. (The paper's corollary overlooks that.)
+# Two rounds, R = D1 H D2 H, remove this bias for no more work: R is still one 128 x 128 matrix. Section 10
+# shows both.
+
+EDEN_MAX = E2M1_MAX * 16 / 17 / 0.93        # 6.07: a little clipping pays. The paper's; refitted in section 10
+
+def eden_factor(v, q):
+    """S (M/rows, 1, K/16, 1) = <v, v> / <v, q> of blocks v (M/rows, rows, K/16, 16) rounded to q, or 1 if v = 0.
+
+    v is not clamped, so what clipping lost counts too. One S a block: blocks of a group differ in scale, and
+    one S for 128 scaled values leaves a bias of -6e-4 on N(0, 1) (test_eden_factor_is_per_block).
+    """
+    vv, vq = block_sum(v * v), block_sum(v * q)
+    return torch.where(vq > 0, vv / vq, 1.0)
+
+def ms_eden(x, R, seed):
+    """MS-EDEN: rotate, round values to nearest, and round the scale times S = <v, v> / <v, q> stochastically.
+
+    x (..., K) of any float dtype, K % 128 == 0; R of `rotation` (None: x is rotated already); seed int or 0-d
+    int64 tensor on x's device -> NVFP4 that approximates x R, not normalised. NMSE 9.4e-3 on N(0, 1). But for
+    the rounding of scales <decode, x R> = <x R, x R> in every block. Mean over R and seeds: x R up to noise
+    on N(0, 1); biased for groups with outliers if R has one round, hardly if two. arXiv:2601.22813, Algorithm
+    1; 2108.08842.
+    """
+    b, amax, unit = blocks(rotate(x, R))
+    s = over(amax, EDEN_MAX)                        # this first scale is not rounded
+    v = ratio(b, s * unit)
+    q = e2m1(v)
+    s = s * eden_factor(v, q)
+    u, again = uniform(seed, s, s)
+    return assemble(x.shape, q, round_scale(s, u) * unit, again)
+
+# ---- 8. The table of recipes -------------------------------------------------------------------------------
+# How each operand of the three GEMMs becomes NVFP4. To add a recipe, add a row; to add a quantizer, a
+# function.
+
+QUANTIZERS = {                              # name: function of (x, R, seed) -> NVFP4
+    "rtn":            lambda x, R, seed: rtn(rotate(x, R)),
+    "rtn_16x16":      lambda x, R, seed: rtn(rotate(x, R), block=(16, 16)),
+    "four_six":       lambda x, R, seed: four_six(rotate(x, R)),
+    "four_six_16x16": lambda x, R, seed: four_six(rotate(x, R), block=(16, 16)),
+    "sr":             lambda x, R, seed: sr(rotate(x, R), seed),
+    "ms_eden":        ms_eden,
+}
+
+class Recipe(NamedTuple):
+    """A row of RECIPES. Backward quantizes again what the forward's NVFP4 x and w decode to, or as stated."""
+    x: str                       # y = x w^T, sums over K: quantizer of x
+    w: str                       #                         quantizer of w
+    dx: tuple                    # dx = dy w, sums over N: rotation, quantizer of dy, of w (None: codes as saved)
+    dw: tuple                    # dw = dy^T x, over M:    rotation, quantizer of dy, of x
+    original_x: bool = False     # dw quantizes the original x
+
+RECIPES = {
+    "bf16":      None,           # all three GEMMs as in nn.Linear
+    #                   y: x, w      dx: R, dy, w           dw: R, dy, x
+    "rtn":       Recipe("rtn", "rtn", (None, "rtn", "rtn"), (None, "rtn", "rtn")),
+    # NVIDIA, arXiv:2509.25149. (Which layers and steps stay in bf16 is the training script's business.)
+    "nvidia":    Recipe("rtn", "rtn_16x16", (None, "sr", None), ("rht16", "sr", "rtn"), True),
+    # 4/6 forward in NVIDIA's, arXiv:2512.02010. (Its code also lets 4/6 choose among SR gradients: biased.)
+    "four_six":  Recipe("four_six", "four_six_16x16", (None, "sr", None), ("rht16", "sr", "rtn"), True),
+    # TetraJet-v2, arXiv:2510.27527, in the form that arXiv:2601.22813 compares with
+    "tetrajet2": Recipe("rtn", "rtn", *[("rht32", "sr", "sr")] * 2),
+    # Quartet II, arXiv:2601.22813
+    "quartet2":  Recipe("four_six", "four_six", *[("rht128", "ms_eden", "ms_eden")] * 2),
+}
+
+# ---- 9. The linear layer -----------------------------------------------------------------------------------
+
+@torch.library.custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def draw(like: torch.Tensor, words: int) -> torch.Tensor:
+    """(words,) int64 of random bits from the default generator of like's device, compiled or not the same."""
+    return torch.randint(-2**63, 2**63 - 1, (words,), device=like.device)
+
+@torch.library.custom_op("quartet::gemm", mutates_args=())
+def gemm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a (M, K), b (N, K) of bf16 values -> a b^T (M, N) bf16, from sums in float32 throughout."""
+    cublas = torch.backends.cuda.matmul
+    before = cublas.allow_bf16_reduced_precision_reduction
+    cublas.allow_bf16_reduced_precision_reduction = False       # else partial sums may be added in bf16
+    try:
+        return F.linear(a, b).bfloat16()
+    finally:
+        cublas.allow_bf16_reduced_precision_reduction = before
+
+draw.register_fake(lambda like, words: like.new_empty(words, dtype=torch.int64))
+gemm.register_fake(lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16))
+
+def matmul(a, b):
+    """a NVFP4 (M, K), b NVFP4 (N, K) -> a b^T (M, N) bf16: FP4 tensor cores' result up to the order of sums."""
+    dtype = torch.float32 if a.codes.device.type == "cpu" else torch.bfloat16       # as exact, faster on CPUs
+    return gemm(decode(a, dtype), decode(b, dtype))
+
+def backward_matmul(row, e, other, words):
+    """One backward GEMM: e (I, L) and other (J, L) or shorter, values or (to be used as it is) NVFP4 -> (I, J) bf16.
+
+    row: rotation, quantizer of e, quantizer of other. words (6,) int64 random bits: signs and two seeds.
+    """
+    R, n = None, 1
+    if row[0]:
+        bits = words[:4, None] >> torch.arange(64, device=words.device) & 1
+        R, n = rotation_from(row[0], bits.view(2, GROUP) * 2.0 - 1.0)
+    if row[2]:
+        other = QUANTIZERS[row[2]](F.pad(other, (0, e.shape[1] - other.shape[1])), R, words[4])
+    return matmul(QUANTIZERS[row[1]](e, R, words[5]), other._replace(tensor_scale=other.tensor_scale / n))
+
+class QuantizedMatmul(torch.autograd.Function):
+    """x (M, K), w (N, K) -> x w^T (M, N) in dtype, with all three GEMMs by a recipe."""
+
+    @staticmethod
+    def forward(ctx, x, w, recipe, dtype):
+        row, x16 = RECIPES[recipe], x.bfloat16()
+        xq, wq = QUANTIZERS[row.x](x16, None, None), QUANTIZERS[row.w](w.bfloat16(), None, None)
+        ctx.recipe, ctx.x_dtype, ctx.w_dtype = recipe, x.dtype, w.dtype
+        ctx.save_for_backward(*wq, *((x16,) if row.original_x else xq))
+        return matmul(xq, wq).to(dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        row, dx, dw = RECIPES[ctx.recipe], None, None
+        wq, x = NVFP4(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:]
+        with torch.autocast(dy.device.type, enabled=False):
+            dy, words = dy.bfloat16(), draw(dy, 12)
+            if ctx.needs_input_grad[0]:
+                w = decode(wq).T if row.dx[2] else transpose(wq)
+                dx = backward_matmul(row.dx, dy, w, words[:6]).to(ctx.x_dtype)
+            if ctx.needs_input_grad[1]:
+                x = x[0] if row.original_x else decode(NVFP4(*x))
+                e = F.pad(dy, (0, 0, 0, -len(dy) % GROUP)).T    # tokens of zeros, up to whole groups
+                dw = backward_matmul(row.dw, e, x.T, words[6:]).to(ctx.w_dtype)
+        return dx, dw, None, None
+
+class Linear(torch.nn.Linear):
+    """nn.Linear with its three GEMMs by a recipe: same parameters, initialisation and state dict, any leading shape.
+
+    Computes on the bf16 values of x and weight; y has autocast's dtype or x's. For backward it keeps x and w
+    in NVFP4, 0.56 bytes a value (x in bf16 where the recipe has original_x). in_features % 16 == 0;
+    out_features % 16 == 0, % 128 where dx is rotated; else ValueError. Backward draws from the device's
+    default generator.
+    """
+
+    def __init__(self, in_features, out_features, bias=False, recipe="quartet2", backend="auto",
+                 device=None, dtype=None):
+        check(recipe, backend, in_features, out_features)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.recipe, self.backend = recipe, backend
+
+    def forward(self, x):
+        if RECIPES[self.recipe] is None:
+            return super().forward(x)
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"{self} takes (..., {self.in_features}), not {tuple(x.shape)}")
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            y = QuantizedMatmul.apply(x.reshape(-1, self.in_features), self.weight, self.recipe, dtype)
+            y = y.view(*x.shape[:-1], self.out_features)
+            return y if self.bias is None else y + self.bias.to(dtype)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, recipe={self.recipe!r}"
+
+def check(recipe, backend, in_features, out_features, name="Linear"):
+    """Raise ValueError for an unknown recipe or backend, or a shape that the recipe cannot take."""
+    for word, known in ((recipe, RECIPES), (backend, ("auto", "torch"))):
+        if word not in known:
+            raise ValueError(f"{name}: {word!r} is not one of {', '.join(known)}")
+    need = GROUP if RECIPES[recipe] and RECIPES[recipe].dx[0] else BLOCK
+    if RECIPES[recipe] and (in_features % BLOCK or out_features % need):
+        raise ValueError(f"{name}({in_features}, {out_features}): recipe {recipe!r} needs in_features % {BLOCK} == "
+                         f"0 and out_features % {need} == 0. Change the size, or keep this layer in bf16: "
+                         "recipe='bf16', or skip=... in quantize_model")
+
+def quantize_model(model, recipe, skip=(), backend="auto"):
+    """Switch every nn.Linear (and Linear) of a model to a recipe, in place -> list of their names.
+
+    skip: names of modules to leave alone, or parts of them between dots ("lm_head", "layers.0"). The modules
+    stay the same objects, with their parameters and hooks. ValueError, and nothing changed, if one does not
+    fit.
+    """
+    within = lambda part, name: f".{part}." in f".{name}."
+    for part in skip:
+        if not any(within(part, name) for name, _ in model.named_modules()):
+            raise ValueError(f"skip={part!r} names no module of the model")
+    linears = {name: m for name, m in model.named_modules() if type(m) in (torch.nn.Linear, Linear)
+               and not any(within(part, name) for part in skip)}
+    for name, m in linears.items():
+        check(recipe, backend, m.in_features, m.out_features, name)
+    for m in linears.values():
+        m.__class__, m.recipe, m.backend = Linear, recipe, backend
+    return list(linears)
+
+# ---- 10. The demonstration ---------------------------------------------------------------------------------
+
+def nmse(a, x):
+    """||a - x||^2 / ||x||^2, a float."""
+    return ((a - x).double().square().sum() / x.double().square().sum()).item()
+
+def demonstrate():
+    """Print the sections above in numbers."""
+    g = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=g)
+    print("1. E2M1:", *(f"{v:g}" for v in unpack(torch.arange(8, dtype=torch.uint8))[::2]), "and their negatives")
+    x, (R, n) = normal(1024, 1024), rotation("rht128", g)
+    t = rtn(x)
+    print(f"2. x ~ N(0, 1) {tuple(x.shape)} in NVFP4: {sum(p.nbytes for p in t) * 8 / x.numel():.2f} bits a value, tensor "
+          f"scale {t.tensor_scale:g}; decoded values exact in bf16: {torch.equal(decode(t), decode(t, torch.bfloat16).float())}")
+    print(f"3-7. NMSE x 1e3 on N(0, 1){'here':>24}{'paper, table 1':>18}")
+    b, amax, unit = blocks(x)
+    s4 = round_scale(over(amax, 4.0)) * unit
+    xR = rotate(x, R)
+    for name, paper, t, of in (
+            ("RTN", 9.0, rtn(x), x), ("always 4, never 6", "-", assemble(x.shape, e2m1(ratio(b, s4)), s4), x),
+            ("RTN, 16x16 blocks", 12.4, rtn(x, (16, 16)), x), ("4/6", 7.6, four_six(x), x),
+            ("4/6, 16x16 blocks", 12.4, four_six(x, (16, 16)), x), ("SR", 23.5, sr(x, 1), x),
+            ("SR with 4/6 (biased)", 17.5, sr(x, 1, four_six=True), x), ("MS-EDEN", 9.4, ms_eden(x, R, 1), xR)):
+        print(f"     {name:34}{nmse(decode(t), of) * 1e3:10.2f}{paper:>18}")
+    global EDEN_MAX
+    paper, curve = EDEN_MAX, []
+    for c in (0.87, 0.90, 0.93, 0.96, 1.0):
+        EDEN_MAX = E2M1_MAX * 16 / 17 / c
+        curve.append(f"{c:.2f} {nmse(decode(ms_eden(x, R, 1)), xR) * 1e3:.2f}")
+    EDEN_MAX = paper
+    print("     MS-EDEN, amax to 6 * 16/17 / c, for c:", "  ".join(curve))
+    x = torch.tensor([10.0, 20.0, 30.0, 40.0] + [0.0] * 12)                     # the example of arXiv:2512.02010
+    for name, t in (("RTN", rtn(x)), ("4/6", four_six(x))):
+        print(f"4. by hand: 10 20 30 40 by {name}: scale {t.block_scale.float()[0] * t.tensor_scale:g}, decoded",
+              *(f"{v:g}" for v in decode(t)[:4]), f"- mean squared error {(decode(t) - x)[:4].square().mean():.2f}")
+    sizes = (1, 4, 16, 64, 256)
+    print("5-7. error of the mean of B draws, x B / error of one draw: 1 where unbiased\n" + " " * 42
+          + "".join(f"{f'B={B}':>9}" for B in sizes))
+    outlier = normal(64, 128)
+    outlier[:, 0] = 100.0
+    for label, v in (("N(0, 1)", normal(64, 128)), ("one 100 in 128", outlier)):
+        for name in ("sr", "sr with 4/6", "ms_eden rht128", "ms_eden rht128x2"):
+            total, errors = torch.zeros_like(v, dtype=torch.float64), [0.0]
+            for B in range(1, sizes[-1] + 1):
+                R, n = rotation(name[8:], g) if name.startswith("ms_eden") else (torch.eye(GROUP), 1)
+                t = ms_eden(v, R, B) if name.startswith("ms_eden") else sr(v, B, four_six=name != "sr")
+                total += rotate(decode(t), R.T) / n
+                errors.append(nmse(total / B, v))
+            print(f"     {name + ', ' + label:37}" + "".join(f"{errors[B] * B / errors[1]:9.2f}" for B in sizes))
+    print(f"8-9. a linear layer, N(0, 1), 512 x 512 x 512: NMSE x 1e3\n     {'recipe':12}{'y':>9}{'dx':>9}{'dw':>9}")
+    x, w, dy = (normal(512, 512) for _ in range(3))
+    exact = (x.double() @ w.double().T, dy.double() @ w.double(), dy.double().T @ x.double())
+    for recipe in RECIPES:
+        layer, leaf = Linear(512, 512, recipe=recipe), x.clone().requires_grad_()
+        layer.weight.data.copy_(w)
+        (y := layer(leaf)).backward(dy)
+        found = (y.detach(), leaf.grad, layer.weight.grad)
+        print(f"     {recipe:12}" + "".join(f"{nmse(a, e) * 1e3:9.2f}" for a, e in zip(found, exact)))
+
+if __name__ == "__main__":
+    demonstrate()

@@ -1,0 +1,592 @@
+"""Train a GPT whose hidden linear layers multiply in NVFP4, on one GPU or on a CPU. One file, read from top to bottom.
+
+    python train_gpt.py [PRESET] [--knob=value ...]     train; without a preset: cpu, or gpu where there is one
+    python train_gpt.py resume RUN [--knob=value ...]   go on from runs/RUN, bit for bit as if it had not stopped
+    python train_gpt.py eval RUN --recipe=bf16,rtn      validation loss under any recipes' forward pass
+    python train_gpt.py sample RUN --prompt="def "      text from a trained model
+
+A comma list, --recipe=bf16,nvidia,quartet2, trains each recipe in turn on the same data, seed and steps, and ends with
+a table. A run writes runs/NAME/: log.jsonl, checkpoint.pt, sample.txt.
+"""
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import shutil
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import quartet
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE / "data"
+sys.path.append(str(DATA))
+import prepare  # data/prepare.py
+
+
+# ---- 1. Config: one knob a line -------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    recipe: str = "quartet2"        # a row of quartet.RECIPES, or a comma list: how the hidden linear layers multiply
+    backend: str = "auto"           # auto | torch: who quantizes
+    layers: int = 6                 # Transformer blocks
+    width: int = 640                # of the residual stream
+    heads: int = 5                  # attention heads
+    hidden: int = 1792              # width of the SwiGLU
+    vocab_size: int = 256           # 256 for bytes, 50304 for GPT-2 tokens (fineweb)
+    sequence: int = 512             # tokens of context
+    bf16_blocks: int = 0            # the last so many blocks keep bf16 linear layers (arXiv:2509.25149 keeps 15%)
+    bf16_end: float = 0.0           # this last share of the steps trains all layers in bf16 (same source)
+    corpus: str = "python"          # data/CORPUS_train_*.bin, written by data/prepare.py
+    batch: int = 64                 # sequences in one forward pass
+    tokens_per_step: int = 2**18    # tokens of one optimizer step: several forward passes accumulate
+    steps: int = 2861               # optimizer steps; the paper's 30m, 25 tokens a parameter
+    lr: float = 1.2e-3              # peak learning rate of AdamW: 10% linear warm-up, then cosine to a tenth
+    weight_decay: float = 0.1       # on the weights of linear layers
+    clip: float = 1.0               # largest gradient norm
+    seed: int = 1                   # of initialisation, data order and rounding noise
+    eval_every: int = 250           # steps between validations
+    eval_tokens: int = 2**20        # tokens of a validation, at most
+    log_every: int = 10             # steps between progress lines
+    save_every: int = 500           # steps between checkpoints; the last step always saves
+    compile: str = "auto"           # auto | on | off: torch.compile; auto is on with a GPU
+    device: str = "auto"            # auto | cpu | cuda
+    name: str = ""                  # of the run; "" makes one of preset, recipe and time
+    prompt: str = "def "            # what the sample goes on from
+    sample_tokens: int = 256        # tokens to sample
+    temperature: float = 0.8        # of sampling; 0 takes the likeliest token
+    top_k: int = 40                 # sample among the likeliest k tokens
+
+
+PAPER = dict(tokens_per_step=2**18, sequence=512, batch=64)                     # arXiv:2601.22813: 512 x 512 tokens
+PRESETS = {
+    "cpu": dict(layers=2, width=256, heads=2, hidden=768, sequence=256, batch=4, tokens_per_step=1024, steps=500,
+                lr=2e-3, eval_every=100, eval_tokens=2**14, save_every=100, sample_tokens=128),
+    "gpu": dict(PAPER, tokens_per_step=2**16, batch=128, steps=2000),
+    "30m": dict(PAPER, layers=6, width=640, heads=5, hidden=1792, lr=1.2e-3, steps=2861),
+    "50m": dict(PAPER, layers=7, width=768, heads=6, hidden=2048, lr=1.2e-3, steps=4768),
+    "100m": dict(PAPER, layers=8, width=1024, heads=8, hidden=2816, lr=9e-4, steps=9536),
+    "200m": dict(PAPER, layers=10, width=1280, heads=10, hidden=3584, lr=7.2e-4, steps=19073),
+    "124m": dict(layers=12, width=768, heads=12, hidden=2048, vocab_size=50304, sequence=1024, batch=32,
+                 tokens_per_step=2**19, lr=6e-4, steps=19073, corpus="fineweb"),
+    "1.9b": dict(layers=32, width=2048, heads=16, hidden=5632, vocab_size=50304, sequence=2048, batch=8,
+                 tokens_per_step=2**19, lr=3e-4, steps=71680, corpus="fineweb"),
+}
+CHOICES = dict(backend=("auto", "torch"), compile=("auto", "on", "off"), device=("auto", "cpu", "cuda"))
+MODEL_KNOBS = ("layers", "width", "heads", "hidden", "vocab_size", "sequence")
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense bf16, from the datasheets
+
+
+class UserError(Exception):
+    """A mistake of the user's: shown as one line, without a traceback."""
+
+
+def nearest(word, words):
+    """A hint for a typo: the closest of words, and all of them."""
+    close = difflib.get_close_matches(word, words, 1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"there are {', '.join(words)}"
+
+
+def parse(argv):
+    """argv [PRESET | resume RUN | eval RUN | sample RUN] [--knob=value ...] -> mode, preset or run, {knob: value}."""
+    types, knobs, words = {f.name: type(f.default) for f in dataclasses.fields(Config)}, {}, []
+    for arg in argv:
+        name, equals, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--"):
+            words.append(arg)
+        elif name not in types:
+            raise UserError(f"unknown knob --{name}: {nearest(name, types)}")
+        elif not equals:
+            raise UserError(f"--{name} needs a value: --{name}=VALUE")
+        else:
+            try:
+                knobs[name] = types[name](value)
+            except ValueError:
+                raise UserError(f"{arg}: --{name}=VALUE takes a value of type {types[name].__name__}") from None
+    mode = words.pop(0) if words and words[0] in ("resume", "eval", "sample") else "train"
+    if len(words) > 1 or (mode != "train" and not words):
+        raise UserError(f"{mode} takes {'at most one preset' if mode == 'train' else 'the name of a run'}: see --help")
+    return mode, (words[0] if words else None), knobs
+
+
+def check(c, preset=None):
+    """Raise UserError for a Config that cannot run, before anything is written."""
+    for recipe in c.recipe.split(","):
+        if recipe not in quartet.RECIPES:
+            raise UserError(f"unknown recipe {recipe!r}: {nearest(recipe, quartet.RECIPES)}")
+    for name, choices in CHOICES.items():
+        if getattr(c, name) not in choices:
+            raise UserError(f"--{name}={getattr(c, name)}: {nearest(getattr(c, name), choices)}")
+    for f in dataclasses.fields(c):
+        if f.type is int and getattr(c, f.name) < (f.name not in ("bf16_blocks", "seed")):
+            raise UserError(f"--{f.name}={getattr(c, f.name)}: too small")
+    if c.width % (2 * c.heads):
+        raise UserError(f"--width={c.width} --heads={c.heads}: the width must be a multiple of twice the heads")
+    if c.tokens_per_step % (c.batch * c.sequence):
+        raise UserError(f"--tokens_per_step={c.tokens_per_step}: must be a multiple of batch x sequence, "
+                        f"{c.batch} x {c.sequence} = {c.batch * c.sequence}")
+
+
+# ---- 2. The model: Llama's block; which layers are quantized is the argument `linear` ------------------------------
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + SwiGLU(norm(x)). x (B, T, width); linear(in, out) makes the four linear layers."""
+
+    def __init__(self, c, linear):
+        super().__init__()
+        self.heads = c.heads
+        self.norm1, self.norm2 = nn.RMSNorm(c.width, eps=1e-5), nn.RMSNorm(c.width, eps=1e-5)
+        self.qkv, self.out = linear(c.width, 3 * c.width), linear(c.width, c.width)
+        self.up, self.down = linear(c.width, 2 * c.hidden), linear(c.hidden, c.width)
+
+    def forward(self, x, rope):
+        B, T, D = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)      # (B, heads, T, D/heads)
+        y = F.scaled_dot_product_attention(rotary(q, rope), rotary(k, rope), v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
+        gate, up = self.up(self.norm2(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+def rotary(x, rope):
+    """Turn each pair of neighbouring values of x (B, heads, T, D) by an angle that grows with its position. arXiv:2104.09864."""
+    cos, sin = rope[:, :x.shape[2]]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
+
+
+class GPT(nn.Module):
+    """tokens (B, T) int64 -> logits (B, T, vocab_size), or with targets (B, T) the mean cross-entropy in nats.
+
+    linear(in_features, out_features) makes the hidden layers; embedding, norms, attention and head are never quantized.
+    """
+
+    def __init__(self, c, linear=nn.Linear):
+        super().__init__()
+        self.embedding = nn.Embedding(c.vocab_size, c.width)
+        bf16_from = c.layers - c.bf16_blocks
+        plain = partial(nn.Linear, bias=False)
+        self.blocks = nn.ModuleList(Block(c, linear if i < bf16_from else plain) for i in range(c.layers))
+        self.norm = nn.RMSNorm(c.width, eps=1e-5)
+        self.head = plain(c.width, c.vocab_size)
+        angle = torch.outer(torch.arange(c.sequence), 1e4 ** (-torch.arange(0, c.width // c.heads, 2) * c.heads / c.width))
+        self.register_buffer("rope", torch.stack([angle.cos(), angle.sin()]), persistent=False)     # (2, T, D/2)
+        for name, m in self.named_modules():
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, 0, 0.02 / math.sqrt(2 * c.layers) if name.endswith(("out", "down")) else 0.02)
+
+    def forward(self, tokens, targets=None):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, self.rope)
+        logits = self.head(self.norm(x))
+        return logits if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def switch(self, recipe, c):
+        """Give the hidden linear layers, but those of the last bf16_blocks, another recipe, in place."""
+        quartet.quantize_model(self.blocks[:c.layers - c.bf16_blocks], recipe, backend=c.backend)
+
+
+@torch.no_grad()
+def sample(model, tokens, c, device):
+    """Continue tokens [int, ...] by c.sample_tokens -> yields one int at a time. Slow: no cache of keys and values."""
+    generator = torch.Generator(device).manual_seed(c.seed)
+    for _ in range(c.sample_tokens):
+        with autocast(device):
+            logits = model(torch.tensor([tokens[-c.sequence:]], device=device))[0, -1].float()
+        if c.temperature == 0:
+            token = logits.argmax()
+        else:
+            best, index = logits.topk(min(c.top_k, len(logits)))
+            token = index[torch.multinomial((best / c.temperature).softmax(-1), 1, generator=generator)]
+        tokens = tokens + [int(token)]
+        yield tokens[-1]
+
+
+# ---- 3. Data: windows of shards, a function of (seed, step) ---------------------------------------------------------
+
+class Shards:
+    """The tokens of one split, data/CORPUS_SPLIT_*.bin: each shard a 256 x int32 header, then uint16 tokens."""
+
+    def __init__(self, c, split):
+        find = lambda: sorted(DATA.glob(f"{c.corpus}_{split}_*.bin"))
+        if c.corpus == "python" and not find():                                 # the default corpus needs no download
+            prepare.prepare("python", DATA)
+        paths = find()
+        if not paths:
+            raise UserError(f"no {DATA / c.corpus}_{split}_*.bin: write it with python data/prepare.py {c.corpus} "
+                            "(python, shakespeare, fineweb, or files of your own)")
+        self.length, self.shards = c.sequence, []
+        for path in paths:
+            n = prepare.check_shard(path)
+            tokens = np.memmap(path, np.uint16, "r", offset=1024, shape=(n,))
+            if n <= c.sequence:
+                raise UserError(f"{path} holds {n} tokens, too few for --sequence={c.sequence}: take a shorter one")
+            if tokens.max() >= c.vocab_size:
+                raise UserError(f"{path} holds token {tokens.max()}, beyond --vocab_size={c.vocab_size}: "
+                                "bytes need 256, GPT-2's tokens (fineweb) 50304")
+            self.shards.append(tokens)
+        self.ends = np.cumsum([len(s) - c.sequence for s in self.shards])       # places where a window can start
+        self.tokens = sum(map(len, self.shards))
+        self.hash = hashlib.sha256(self.shards[0]).hexdigest()[:8]
+
+    def at(self, places, device):
+        """Windows that start at places [int, ...] -> inputs and targets, each (len(places), sequence) int64."""
+        shard = np.searchsorted(self.ends, places, "right")
+        start = places - np.concatenate([[0], self.ends])[shard]
+        window = np.stack([self.shards[i][j:j + self.length + 1] for i, j in zip(shard, start)]).astype(np.int64)
+        window = torch.from_numpy(window)
+        window = window.pin_memory().to(device, non_blocking=True) if device == "cuda" else window
+        return window[:, :-1], window[:, 1:]
+
+    def random(self, c, step, micro, device):
+        """The micro-batch of a step: random places, the same for every recipe and after every resume."""
+        return self.at(np.random.default_rng((c.seed, step, micro)).integers(self.ends[-1], size=c.batch), device)
+
+    def in_order(self, c, device):
+        """Windows without overlap from the start of the first shard, up to eval_tokens, batch by batch."""
+        places = np.arange(0, min(self.ends[0], c.eval_tokens), c.sequence)
+        for i in range(0, len(places), c.batch):
+            yield self.at(places[i:i + c.batch], device)
+
+
+# ---- 4. Training ----------------------------------------------------------------------------------------------------
+
+def autocast(device):
+    """bf16 for what is not quantized on a GPU; float32 on a CPU, where it is the faster one nearly everywhere."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+@torch.no_grad()
+def evaluate(model, data, c, device):
+    """Mean cross-entropy in nats of the validation split, with the forward pass as it is trained: quantized."""
+    loss, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    for x, y in data.in_order(c, device):
+        with autocast(device):
+            loss += model(x, y).double() * y.numel()
+        tokens += y.numel()
+    return loss.item() / tokens
+
+
+def learning_rate(c, step):
+    """10% of the steps linear warm-up, then a cosine from lr to lr / 10."""
+    warmup = max(1, c.steps // 10)
+    if step < warmup:
+        return c.lr * (step + 1) / warmup
+    return c.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, c.steps - warmup)))
+
+
+def make_optimizer(model, c, device):
+    """AdamW; weight decay on the weights of linear layers, none on embedding and norms."""
+    decay = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    ids = {id(p) for p in decay}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    groups = [dict(params=decay, weight_decay=c.weight_decay), dict(params=rest, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=device == "cuda")
+
+
+def save(path, c, step, model, optimizer):
+    """Write a checkpoint whole or not at all: to a temporary name first."""
+    rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+    part = path.with_suffix(".part")
+    torch.save(dict(format="train_gpt 1", config=dataclasses.asdict(c), step=step, model=model.state_dict(),
+                    optimizer=optimizer.state_dict(), rng=rng), part)
+    os.replace(part, path)
+
+
+def find(run):
+    """The path of a run, given as a path or by its name in runs/."""
+    return Path(run) if Path(run).exists() else Path("runs") / run
+
+
+def load(run):
+    """The checkpoint of a run (its name, directory or file) -> dict. Never executes what it loads. UserError if unfit."""
+    path = find(run) / "checkpoint.pt" if find(run).is_dir() else find(run)
+    if not path.exists():
+        raise UserError(f"no checkpoint {path}: {nearest(run, sorted(p.name for p in Path('runs').glob('*')))} in runs/")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as e:
+        raise UserError(f"{path} is not a whole checkpoint ({str(e).splitlines()[0]}): train again, or copy it again") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "train_gpt 1":
+        raise UserError(f"{path} was not written by this version of train_gpt.py")
+    return checkpoint, path.parent
+
+
+def load_model(model, checkpoint, c):
+    """Load the weights; UserError that names the knobs when the model has another shape."""
+    saved = checkpoint["config"]
+    other = [f"--{k}={getattr(c, k)} (saved: {saved[k]})" for k in MODEL_KNOBS if getattr(c, k) != saved[k]]
+    if other:
+        raise UserError(f"the checkpoint holds another model: {', '.join(other)}; leave these knobs out")
+    model.load_state_dict(checkpoint["model"])
+
+
+class Log:
+    """log.jsonl, one line a record, and the progress lines. Losses stay on the device until a line is due."""
+
+    def __init__(self, c, directory, start, model, device):
+        self.c, self.start, self.pending, self.rates, self.path = c, start, [], [], directory / "log.jsonl"
+        if self.path.exists():                                                  # resumed: drop what is done again
+            lines = [line for line in self.path.read_text().splitlines() if json.loads(line).get("step", 0) <= start]
+            self.path.write_text("".join(line + "\n" for line in lines))
+        multiplied = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
+        self.flops = 6 * multiplied + 6 * c.layers * c.width * c.sequence       # of a token, forward and backward
+        name = torch.cuda.get_device_name() if device == "cuda" else ""
+        self.peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+        self.begin = time.perf_counter()
+
+    def write(self, **record):
+        """Append one record to log.jsonl."""
+        with open(self.path, "a") as f:
+            f.write(json.dumps(record) + "\n")
+
+    def step(self, step, loss, norm, lr):
+        """Note a step (loss and norm: 0-d tensors); print every log_every steps, at the first and at the last."""
+        self.pending.append((step, loss, norm, lr))
+        if step % self.c.log_every == 0 or step in (self.start + 1, self.c.steps):
+            self.flush()
+
+    def flush(self):
+        """Wait for the device, write and print what is pending. UserError if a loss is not finite."""
+        if not self.pending:
+            return
+        values = torch.stack([torch.stack([loss, norm]) for _, loss, norm, _ in self.pending]).tolist()
+        seconds = (time.perf_counter() - self.begin) / len(self.pending)
+        rate = self.c.tokens_per_step / seconds
+        if self.pending[0][0] > self.start + 1:                                 # the first step compiles, or warms up
+            self.rates.append(rate)
+        for (step, _, _, lr), (loss, norm) in zip(self.pending, values):
+            self.write(step=step, loss=loss, grad_norm=norm, lr=lr, ms=round(seconds * 1e3, 3))
+            if not math.isfinite(loss):
+                raise UserError(f"the loss of step {step} is {loss}. Stopped; the last good checkpoint stays in "
+                                f"{self.path.parent}. Try a lower --lr, or --recipe=bf16 to see if rounding is the cause")
+        left = int((self.c.steps - step) * seconds)
+        mfu = f"  mfu {rate * self.flops / self.peak:5.1%}" if self.peak else ""
+        print(f"step {step:{len(str(self.c.steps))}}/{self.c.steps}  loss {loss:7.4f}  norm {norm:6.3f}  lr {lr:.2e}  "
+              f"{seconds * 1e3:7.1f} ms  {rate / 1e3:7.1f} ktok/s{mfu}  {left // 60:3d}:{left % 60:02d} left", flush=True)
+        self.pending.clear()
+        self.begin = time.perf_counter()
+
+
+def pick_device(c):
+    """-> the device that a Config means, and whether to compile for it."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: PyTorch sees no GPU here; leave the knob out to train on the CPU")
+    compiled = c.compile == "on" or (c.compile == "auto" and device == "cuda")
+    if compiled and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        print("no C compiler found, which torch.compile and Triton need (apt install gcc): slower without")
+        compiled = False
+    return device, compiled
+
+
+def describe(c, model, data, device, compiled):
+    """The header of a run: all that its numbers depend on, name by name."""
+    code = hashlib.sha256(b"".join((HERE / f).read_bytes() for f in ("quartet.py", "train_gpt.py"))).hexdigest()[:8]
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    size = sum(p.numel() for p in model.parameters())
+    hidden, tokens = size - model.embedding.weight.numel() - model.head.weight.numel(), c.steps * c.tokens_per_step
+    return dict(device=name + (", torch.compile" if compiled else ""), backend="torch", recipe=c.recipe,
+                parameters=f"{size:,}, {hidden:,} without embedding and head",
+                batch=f"{c.tokens_per_step:,} tokens a step, {c.tokens_per_step // (c.batch * c.sequence)} x {c.batch} x {c.sequence}",
+                steps=f"{c.steps:,}: {tokens:,} tokens, {tokens / hidden:.1f} a parameter",
+                corpus=f"{c.corpus}, {data.tokens:,} tokens, sha256 {data.hash}",
+                versions=f"python {platform.python_version()}, torch {torch.__version__}, code {code}")
+
+
+def train(c, directory, stop, checkpoint=None):
+    """Train as c says, on from a checkpoint where given; stop is a list that a signal fills -> {what: result}."""
+    device, compiled = pick_device(c)
+    torch.manual_seed(c.seed)
+    model = GPT(c, partial(quartet.Linear, recipe=c.recipe, backend=c.backend)).to(device)
+    optimizer, start = make_optimizer(model, c, device), 0
+    if checkpoint:
+        load_model(model, checkpoint, c)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
+    data, val = Shards(c, "train"), Shards(c, "val")
+    log, header = Log(c, directory, start, model, device), describe(c, model, data, device, compiled)
+    print("\n".join(f"{what:>10}  {value}" for what, value in header.items()), flush=True)
+    log.write(start=start, config=dataclasses.asdict(c), **header)
+    forward = torch.compile(model) if compiled else model
+    accumulate = c.tokens_per_step // (c.batch * c.sequence)
+    peak_memory(device, reset=True)
+    if checkpoint:                                                              # last: nothing may draw in between
+        torch.set_rng_state(checkpoint["rng"]["cpu"])
+        if device == "cuda" and checkpoint["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
+
+    for step in range(start + 1, c.steps + 1):
+        if step > c.steps * (1 - c.bf16_end):
+            model.switch("bf16", c)
+        lr = learning_rate(c, step - 1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=device)
+        for micro in range(accumulate):
+            with autocast(device):
+                loss = forward(*data.random(c, step, micro, device)) / accumulate
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.step(step, total, norm, lr)
+
+        last, due = step == c.steps, lambda every: step % every == 0 or step == c.steps
+        if due(c.eval_every):
+            log.flush()
+            loss = evaluate(forward, val, c, device)
+            log.write(step=step, val_loss=loss)
+            print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(c, loss)}", flush=True)
+        if due(c.save_every) or stop:
+            log.flush()                                                         # raises before a NaN is saved
+            save(directory / "checkpoint.pt", c, step, model, optimizer)
+        log.begin = time.perf_counter() if due(c.eval_every) or due(c.save_every) else log.begin
+        if stop and not last:
+            print(f"stopped after step {step}, saved. To go on: python train_gpt.py resume {directory}")
+            sys.exit(0 if stop[0] == signal.SIGTERM else 130)
+
+    result = dict(recipe=c.recipe, val_loss=evaluate(forward, val, c, device), peak_gib=peak_memory(device),
+                  tokens_per_s=float(np.median(log.rates)) if log.rates else math.nan)
+    (directory / "result.json").write_text(json.dumps(result) + "\n")
+    (directory / "sample.txt").write_text(text := sample_text(model, c, device))
+    print(f"sample:\n{text}\nwritten to {directory}/: log.jsonl, checkpoint.pt, result.json, sample.txt")
+    return result
+
+
+def bits_per_byte(c, loss):
+    """', x bits per byte' where a token is a byte, else nothing."""
+    return f", {loss / math.log(2):.4f} bits per byte" if c.vocab_size == 256 else ""
+
+
+def peak_memory(device, reset=False):
+    """GiB at most since the last reset: of the GPU's allocator, or resident in RAM (on Linux; else NaN)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats() if reset else None
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        Path("/proc/self/clear_refs").write_text("5") if reset else None
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    except OSError:
+        return math.nan
+
+
+def sample_text(model, c, device):
+    """The prompt and what the model makes of it: UTF-8 bytes for vocab_size 256, else GPT-2's tokens, by tiktoken."""
+    if c.vocab_size == 256:
+        tokens = list(c.prompt.encode())
+        return bytes(tokens + [*sample(model, tokens, c, device)]).decode(errors="replace").replace("\0", "\n")
+    try:
+        import tiktoken
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except Exception as e:                                                      # not installed, or no download
+        return f"(tokens of vocabulary {c.vocab_size} are shown by the package tiktoken: pip install tiktoken; {e})"
+    tokens = gpt2.encode_ordinary(c.prompt)
+    return gpt2.decode([t for t in tokens + [*sample(model, tokens, c, device)] if t < gpt2.n_vocab])
+
+
+# ---- 5. Comparing recipes, evaluating, sampling, and the command line -----------------------------------------------
+
+def compare(c, directory, stop):
+    """Train each recipe of the list, all else equal, and print a table. What has a result already is not repeated."""
+    (directory / "compare.json").write_text(json.dumps(dataclasses.asdict(c)))
+    results = []
+    for recipe in c.recipe.split(","):
+        run = directory / recipe
+        run.mkdir(exist_ok=True)
+        if not (run / "result.json").exists():
+            print(f"\n==== {recipe}", flush=True)
+            torch._dynamo.reset()
+            checkpoint = load(run)[0] if (run / "checkpoint.pt").exists() else None
+            train(dataclasses.replace(c, recipe=recipe), run, stop, checkpoint)
+        results.append(json.loads((run / "result.json").read_text()))
+    base = next((r["val_loss"] for r in results if r["recipe"] == "bf16"), math.nan)
+    rows = [f"{'recipe':12}{'val loss':>10}{'gap to bf16':>13}{'tokens/s':>12}{'peak GiB':>10}"]
+    rows += [f"{r['recipe']:12}{r['val_loss']:10.4f}{r['val_loss'] - base:13.4f}{r['tokens_per_s']:12,.0f}"
+             f"{r['peak_gib']:10.2f}" for r in results]
+    (directory / "compare.txt").write_text("\n".join(rows) + "\n")
+    print("\n".join(["", *rows, f"written to {directory / 'compare.txt'}"]))
+
+
+def eval_recipes(model, c, device):
+    """Validation loss of one model under each recipe's forward: post-training quantization, if it was trained in bf16."""
+    val, base = Shards(c, "val"), None
+    print(f"{'forward':12}{'val loss':>10}{'difference':>12}{'perplexity':>12}")
+    for recipe in c.recipe.split(","):
+        model.switch(recipe, c)
+        loss = evaluate(model, val, c, device)
+        base = loss if base is None else base
+        print(f"{recipe:12}{loss:10.4f}{loss - base:12.4f}{math.exp(loss):12.3f}{bits_per_byte(c, loss)}", flush=True)
+
+
+def new_directory(c, preset):
+    """Make runs/NAME -> its path. A default name is unique; a given one must be free."""
+    name = c.name or f"{preset}-{'compare' if ',' in c.recipe else c.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        while not c.name and (Path("runs") / name).exists():
+            name += "+"
+        (Path("runs") / name).mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"runs/{name} exists and is not overwritten: resume {name}, or take another --name") from None
+    except OSError as e:
+        raise UserError(f"cannot write runs/{name} ({e.strerror}): go to a directory you may write to") from None
+    return Path("runs") / name
+
+
+def main(argv):
+    """Do what the command line says."""
+    if {"-h", "--help"} & set(argv):
+        source = (HERE / "train_gpt.py").read_text()
+        return print(__doc__ + "\n" + source[source.index("@dataclasses"):source.index("CHOICES")])
+    mode, word, knobs = parse(argv)
+    if mode == "train":
+        word = word or ("gpu" if torch.cuda.is_available() and knobs.get("device") != "cpu" else "cpu")
+        if word not in PRESETS:
+            raise UserError(f"unknown preset {word!r}: {nearest(word, PRESETS)}")
+        c, checkpoint, directory = Config(**{**PRESETS[word], **knobs}), None, None
+    elif mode == "resume" and (listed := find(word) / "compare.json").exists():
+        c, checkpoint, directory = Config(**{**json.loads(listed.read_text()), **knobs}), None, listed.parent
+    else:
+        checkpoint, directory = load(word)
+        c = Config(**{**checkpoint["config"], **knobs})
+    check(c)
+    if mode in ("eval", "sample"):
+        device, _ = pick_device(c)
+        model = GPT(c, partial(quartet.Linear, recipe=c.recipe.split(",")[0], backend=c.backend)).to(device)
+        load_model(model, checkpoint, c)
+        return eval_recipes(model, c, device) if mode == "eval" else print(sample_text(model, c, device))
+
+    stop = []
+
+    def on_signal(signum, frame):
+        print(f"\n{signal.Signals(signum).name}: this step, then saving (once more: at once)", flush=True)
+        stop.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    Shards(c, "train"), Shards(c, "val")                                        # fails before a directory is made
+    directory = directory or new_directory(c, word)
+    compare(c, directory, stop) if "," in c.recipe else train(c, directory, stop, checkpoint)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (UserError, ValueError, OSError) as e:
+        sys.exit(f"train_gpt.py: {e}")
