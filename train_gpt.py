@@ -1,26 +1,14 @@
-"""Train a GPT whose hidden linear layers multiply in NVFP4, on one GPU or on a CPU. One file, read from top to bottom.
+"""Train a GPT whose hidden linear layers multiply in NVFP4, on one GPU or a CPU. Read it from top to bottom.
 
-    python train_gpt.py [PRESET] [--knob=value ...]     train; without a preset: cpu, or gpu where there is one
-    python train_gpt.py resume RUN [--knob=value ...]   go on from runs/RUN, bit for bit as if it had not stopped
+    python train_gpt.py [PRESET] [--knob=value ...]     train; without a preset: cpu, or gpu if there is one
+    python train_gpt.py resume RUN [--knob=value ...]   go on from runs/RUN, to the bit as if it had not stopped
     python train_gpt.py eval RUN --recipe=bf16,rtn      validation loss under any recipes' forward pass
     python train_gpt.py sample RUN --prompt="def "      text from a trained model
 
-A comma list, --recipe=bf16,nvidia,quartet2, trains each recipe in turn on the same data, seed and steps, and ends with
-a table. A run writes runs/NAME/: log.jsonl, checkpoint.pt, sample.txt.
+A comma list, --recipe=bf16,nvidia,quartet2, trains each recipe in turn on the same data, seed and steps, and
+ends with a table. A run writes runs/NAME/: log.jsonl, checkpoint.pt, sample.txt.
 """
-import ctypes
-import dataclasses
-import difflib
-import hashlib
-import json
-import math
-import os
-import pickle
-import platform
-import shutil
-import signal
-import sys
-import time
+import ctypes, dataclasses, difflib, hashlib, json, math, os, pickle, platform, shutil, signal, sys, time
 from functools import partial
 from pathlib import Path
 
@@ -31,9 +19,9 @@ import torch.nn.functional as F
 
 import quartet
 
-try:                                # glibc hands large freed blocks back to the kernel: keeping them makes a CPU step
-    malloc = ctypes.CDLL(None).mallopt          # 1.2 times as fast. (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
-    malloc(-3, 2**25), malloc(-1, 2**31 - 1)
+try:  # glibc returns large freed blocks to the kernel; keeping them makes a CPU step 1.2 times as fast
+    malloc = ctypes.CDLL(None).mallopt
+    malloc(-3, 2**25), malloc(-1, 2**31 - 1)    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 except (OSError, AttributeError, TypeError):
     pass
 HERE = Path(__file__).resolve().parent
@@ -41,11 +29,10 @@ DATA = HERE / "data"
 sys.path.append(str(DATA))
 import prepare  # data/prepare.py
 
-# ---- 1. Config: one knob a line -------------------------------------------------------------------------------------
-
+# ---- 1. Config: one knob a line ----------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Config:
-    recipe: str = "quartet2"        # a row of quartet.RECIPES, or a comma list: how the hidden linear layers multiply
+    recipe: str = "quartet2"        # rows of quartet.RECIPES, by commas: how the hidden linear layers multiply
     backend: str = "auto"           # auto | torch: who quantizes
     layers: int = 6                 # Transformer blocks
     width: int = 640                # of the residual stream
@@ -53,7 +40,7 @@ class Config:
     hidden: int = 1792              # width of the SwiGLU
     vocab_size: int = 256           # 256 for bytes, 50304 for GPT-2 tokens (fineweb)
     sequence: int = 512             # tokens of context
-    bf16_blocks: int = 0            # the last so many blocks keep bf16 linear layers (arXiv:2509.25149 keeps 15%)
+    bf16_blocks: int = 0            # so many last blocks keep bf16 linear layers (arXiv:2509.25149: 15%)
     bf16_end: float = 0.0           # this last share of the steps trains all layers in bf16 (same source)
     corpus: str = "python"          # data/CORPUS_train_*.bin, written by data/prepare.py
     batch: int = 64                 # sequences in one forward pass
@@ -75,10 +62,10 @@ class Config:
     temperature: float = 0.8        # of sampling; 0 takes the likeliest token
     top_k: int = 40                 # sample among the likeliest k tokens
 
-PAPER = dict(tokens_per_step=2**18, sequence=512, batch=64)                     # arXiv:2601.22813: 512 x 512 tokens
+PAPER = dict(tokens_per_step=2**18, sequence=512, batch=64)  # arXiv:2601.22813: 512 x 512 tokens
 PRESETS = {
-    "cpu": dict(layers=2, width=384, heads=3, hidden=1024, sequence=256, batch=4, tokens_per_step=1024, steps=400,
-                lr=2e-3, eval_every=100, eval_tokens=2**14, save_every=100, sample_tokens=128),
+    "cpu": dict(layers=2, width=384, heads=3, hidden=1024, sequence=256, batch=4, tokens_per_step=1024,
+                steps=400, lr=2e-3, eval_every=100, eval_tokens=2**14, save_every=100, sample_tokens=128),
     "gpu": dict(PAPER, tokens_per_step=2**16, batch=128, steps=1200),
     "30m": dict(PAPER, layers=6, width=640, heads=5, hidden=1792, lr=1.2e-3, steps=2861),
     "50m": dict(PAPER, layers=7, width=768, heads=6, hidden=2048, lr=1.2e-3, steps=4768),
@@ -91,7 +78,7 @@ PRESETS = {
 }
 CHOICES = dict(backend=("auto", "torch"), compile=("auto", "on", "off"), device=("auto", "cpu", "cuda"))
 MODEL_KNOBS = ("layers", "width", "heads", "hidden", "vocab_size", "sequence")
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense bf16, from the datasheets
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16, datasheets
 
 class UserError(Exception):
     """A mistake of the user's: shown as one line, without a traceback."""
@@ -102,7 +89,7 @@ def nearest(word, words):
     return (f"did you mean {close[0]!r}? " if close else "") + f"there are {', '.join(words)}"
 
 def parse(argv):
-    """argv [PRESET | resume RUN | eval RUN | sample RUN] [--knob=value ...] -> mode, preset or run, {knob: value}."""
+    """argv, as the docstring of this file describes it -> mode, preset or run (or None), {knob: value}."""
     types, knobs, words = {f.name: type(f.default) for f in dataclasses.fields(Config)}, {}, []
     for arg in argv:
         name, equals, value = arg.removeprefix("--").partition("=")
@@ -116,10 +103,11 @@ def parse(argv):
             try:
                 knobs[name] = types[name](value)
             except ValueError:
-                raise UserError(f"{arg}: --{name}=VALUE takes a value of type {types[name].__name__}") from None
+                raise UserError(f"{arg}: --{name} takes a value of type {types[name].__name__}") from None
     mode = words.pop(0) if words and words[0] in ("resume", "eval", "sample") else "train"
     if len(words) > 1 or (mode != "train" and not words):
-        raise UserError(f"{mode} takes {'at most one preset' if mode == 'train' else 'the name of a run'}: see --help")
+        takes = "at most one preset" if mode == "train" else "the name of a run"
+        raise UserError(f"{mode} takes {takes}: see --help")
     return mode, (words[0] if words else None), knobs
 
 def check(c, preset=None):
@@ -134,18 +122,17 @@ def check(c, preset=None):
         if f.type is int and getattr(c, f.name) < (f.name not in ("bf16_blocks", "seed")):
             raise UserError(f"--{f.name}={getattr(c, f.name)}: too small")
     if c.width % (2 * c.heads):
-        raise UserError(f"--width={c.width} --heads={c.heads}: the width must be a multiple of twice the heads")
+        raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
     if c.tokens_per_step % (c.batch * c.sequence):
         raise UserError(f"--tokens_per_step={c.tokens_per_step}: must be a multiple of batch x sequence, "
                         f"{c.batch} x {c.sequence} = {c.batch * c.sequence}")
-    with torch.device("meta"):                                                  # raises ValueError for a bad shape
+    with torch.device("meta"):  # raises ValueError for a bad shape
         for recipe in c.recipe.split(","):
             GPT(c, partial(quartet.Linear, recipe=recipe, backend=c.backend))
 
-# ---- 2. The model: Llama's block; which layers are quantized is the argument `linear` ------------------------------
-
+# ---- 2. The model: Llama's block. The argument `linear` says which layers are quantized --------------------
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + SwiGLU(norm(x)). x (B, T, width); linear(in, out) makes the four linear layers."""
+    """x + attention(norm(x)), then x + SwiGLU(norm(x)). x (B, T, width); linear(in, out) makes the four layers."""
 
     def __init__(self, c, linear):
         super().__init__()
@@ -156,14 +143,14 @@ class Block(nn.Module):
 
     def forward(self, x, rope):
         B, T, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)      # (B, heads, T, D/heads)
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(rotary(q, rope), rotary(k, rope), v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
         gate, up = self.up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
 def rotary(x, rope):
-    """Turn each pair of neighbouring values of x (B, heads, T, D) by an angle that grows with its position. arXiv:2104.09864."""
+    """Turn pairs of neighbouring values of x (B, heads, T, D) by angles that grow with T: RoPE, arXiv:2104.09864."""
     cos, sin = rope[:, :x.shape[2]]
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
@@ -171,9 +158,10 @@ def rotary(x, rope):
 plain = partial(nn.Linear, bias=False)
 
 class GPT(nn.Module):
-    """tokens (B, T) int64 -> logits (B, T, vocab_size), or with targets (B, T) the mean cross-entropy in nats.
+    """tokens (B, T) int64 -> logits (B, T, vocab_size); with targets (B, T), the mean cross-entropy in nats.
 
-    linear(in_features, out_features) makes the hidden layers; embedding, norms, attention and head are never quantized.
+    linear(in_features, out_features) makes the hidden layers; embedding, norms, attention and head are never
+    quantized.
     """
 
     def __init__(self, c, linear=plain):
@@ -183,11 +171,13 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(c, linear if i < bf16_from else plain) for i in range(c.layers))
         self.norm = nn.RMSNorm(c.width, eps=1e-5)
         self.head = plain(c.width, c.vocab_size)
-        angle = torch.outer(torch.arange(c.sequence), 1e4 ** (-torch.arange(0, c.width // c.heads, 2) * c.heads / c.width))
-        self.register_buffer("rope", torch.stack([angle.cos(), angle.sin()]), persistent=False)     # (2, T, D/2)
+        D = c.width // c.heads
+        angle = torch.outer(torch.arange(c.sequence), 1e4 ** (-torch.arange(0, D, 2) / D))
+        self.register_buffer("rope", torch.stack([angle.cos(), angle.sin()]), persistent=False)  # (2, T, D/2)
         for name, m in self.named_modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(m.weight, 0, 0.02 / math.sqrt(2 * c.layers) if name.endswith(("out", "down")) else 0.02)
+                shrink = math.sqrt(2 * c.layers) if name.endswith(("out", "down")) else 1
+                nn.init.normal_(m.weight, 0, 0.02 / shrink)
 
     def forward(self, tokens, targets=None):
         x = self.embedding(tokens)
@@ -201,9 +191,9 @@ class GPT(nn.Module):
         quartet.quantize_model(self.blocks[:c.layers - c.bf16_blocks], recipe, backend=c.backend)
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")                                       # every length would compile anew
+@torch.compiler.set_stance("force_eager")  # every length would compile anew
 def sample(model, tokens, c, device):
-    """Continue tokens [int, ...] by c.sample_tokens -> yields one int at a time. Slow: no cache of keys and values."""
+    """Continue tokens [int, ...] -> c.sample_tokens ints, one by one. Slow: keys and values are not cached."""
     generator = torch.Generator(device).manual_seed(c.seed)
     for _ in range(c.sample_tokens):
         with autocast(device):
@@ -216,45 +206,45 @@ def sample(model, tokens, c, device):
         tokens = tokens + [int(token)]
         yield tokens[-1]
 
-# ---- 3. Data: windows of shards, a function of (seed, step) ---------------------------------------------------------
-
+# ---- 3. Data: windows of shards, a function of (seed, step) ------------------------------------------------
 class Shards:
-    """The tokens of one split, data/CORPUS_SPLIT_*.bin: each shard a 256 x int32 header, then uint16 tokens."""
+    """The tokens of one split, data/CORPUS_SPLIT_*.bin; each shard 256 int32 of header, then uint16 tokens."""
 
     def __init__(self, c, split):
         find = lambda: sorted(DATA.glob(f"{c.corpus}_{split}_*.bin"))
-        if c.corpus == "python" and not find():                                 # the default corpus needs no download
+        if c.corpus == "python" and not find():  # the default corpus needs no download
             prepare.prepare("python", DATA)
         paths = find()
         if not paths:
-            raise UserError(f"no {DATA / c.corpus}_{split}_*.bin: write it with python data/prepare.py {c.corpus} "
-                            "(python, shakespeare, fineweb, or files of your own)")
+            raise UserError(f"no {DATA / c.corpus}_{split}_*.bin: write it with python data/prepare.py {c.corpus}, "
+                            "where that is python, shakespeare, fineweb or a file of yours")
         self.length, self.shards = c.sequence, []
         for path in paths:
             n = prepare.check_shard(path)
             tokens = np.memmap(path, np.uint16, "r", offset=1024, shape=(n,))
             if n <= c.sequence:
-                raise UserError(f"{path} holds {n} tokens, too few for --sequence={c.sequence}: take a shorter one")
+                raise UserError(f"{path} holds {n} tokens, too few for --sequence={c.sequence}: shorten it")
             if tokens.max() >= c.vocab_size:
                 raise UserError(f"{path} holds token {tokens.max()}, beyond --vocab_size={c.vocab_size}: "
                                 "bytes need 256, GPT-2's tokens (fineweb) 50304")
             self.shards.append(tokens)
-        self.ends = np.cumsum([len(s) - c.sequence for s in self.shards])       # places where a window can start
+        self.ends = np.cumsum([len(s) - c.sequence for s in self.shards])  # places where a window can start
         self.tokens = sum(map(len, self.shards))
         self.hash = hashlib.sha256(self.shards[0]).hexdigest()[:8]
 
     def at(self, places, device):
-        """Windows that start at places [int, ...] -> inputs and targets, each (len(places), sequence) int64."""
+        """Windows that start at places [int, ...] -> inputs, targets, both (len(places), sequence) int64."""
         shard = np.searchsorted(self.ends, places, "right")
         start = places - np.concatenate([[0], self.ends])[shard]
-        window = np.stack([self.shards[i][j:j + self.length + 1] for i, j in zip(shard, start)]).astype(np.int64)
-        window = torch.from_numpy(window)
+        window = np.stack([self.shards[i][j:j + self.length + 1] for i, j in zip(shard, start)])
+        window = torch.from_numpy(window.astype(np.int64))
         window = window.pin_memory().to(device, non_blocking=True) if device == "cuda" else window
         return window[:, :-1], window[:, 1:]
 
     def random(self, c, step, micro, device):
         """The micro-batch of a step: random places, the same for every recipe and after every resume."""
-        return self.at(np.random.default_rng((c.seed, step, micro)).integers(self.ends[-1], size=c.batch), device)
+        generator = np.random.default_rng((c.seed, step, micro))
+        return self.at(generator.integers(self.ends[-1], size=c.batch), device)
 
     def in_order(self, c, device):
         """Windows without overlap from the start of the first shard, up to eval_tokens, batch by batch."""
@@ -262,15 +252,14 @@ class Shards:
         for i in range(0, len(places), c.batch):
             yield self.at(places[i:i + c.batch], device)
 
-# ---- 4. Training ----------------------------------------------------------------------------------------------------
-
+# ---- 4. Training -------------------------------------------------------------------------------------------
 def autocast(device):
-    """bf16 for what is not quantized on a GPU; float32 on a CPU, where it is the faster one nearly everywhere."""
+    """bf16 on a GPU for what is not quantized; float32 on a CPU, where bf16 is slow nearly everywhere."""
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 @torch.no_grad()
 def evaluate(model, data, c, device):
-    """Mean cross-entropy in nats of the validation split, with the forward pass as it is trained: quantized."""
+    """Mean cross-entropy in nats of the validation split, with the forward pass as trained: quantized."""
     loss, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for x, y in data.in_order(c, device):
         with autocast(device):
@@ -295,7 +284,8 @@ def make_optimizer(model, c, device):
 
 def save(path, c, step, model, optimizer):
     """Write a checkpoint whole or not at all: to a temporary name first."""
-    rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    rng = dict(cpu=torch.get_rng_state(), cuda=cuda)
     part = path.with_suffix(".part")
     torch.save(dict(format="train_gpt 1", config=dataclasses.asdict(c), step=step, model=model.state_dict(),
                     optimizer=optimizer.state_dict(), rng=rng), part)
@@ -306,14 +296,15 @@ def find(run):
     return Path(run) if Path(run).exists() else Path("runs") / run
 
 def load(run):
-    """The checkpoint of a run (its name, directory or file) -> dict. Never executes what it loads. UserError if unfit."""
+    """A run's name, directory or file -> its checkpoint, a dict, and directory. Executes nothing. Or UserError."""
     path = find(run) / "checkpoint.pt" if find(run).is_dir() else find(run)
     if not path.exists():
-        raise UserError(f"no checkpoint {path}: {nearest(run, sorted(p.name for p in Path('runs').glob('*')))} in runs/")
+        runs = sorted(p.name for p in Path("runs").glob("*"))
+        raise UserError(f"no checkpoint {path}: in runs/, {nearest(run, runs)}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as e:
-        raise UserError(f"{path} is not a whole checkpoint ({type(e).__name__}): copy it again, or train again") from None
+        raise UserError(f"{path} is not a whole checkpoint ({type(e).__name__}): train again") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "train_gpt 1":
         raise UserError(f"{path} was not written by this version of train_gpt.py")
     return checkpoint, path.parent
@@ -331,11 +322,11 @@ class Log:
 
     def __init__(self, c, directory, start, model, device):
         self.c, self.start, self.pending, self.rates, self.path = c, start, [], [], directory / "log.jsonl"
-        if self.path.exists():                                                  # resumed: drop what is done again
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line).get("step", 0) <= start]
-            self.path.write_text("".join(line + "\n" for line in lines))
+        if self.path.exists():  # resumed: drop what is done again
+            lines = self.path.read_text().splitlines(keepends=True)
+            self.path.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= start))
         multiplied = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
-        self.flops = 6 * multiplied + 6 * c.layers * c.width * c.sequence       # of a token, forward and backward
+        self.flops = 6 * multiplied + 6 * c.layers * c.width * c.sequence  # of a token, forward and backward
         name = torch.cuda.get_device_name() if device == "cuda" else ""
         self.peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
         self.begin = time.perf_counter()
@@ -346,29 +337,30 @@ class Log:
             f.write(json.dumps(record) + "\n")
 
     def step(self, step, loss, norm, lr):
-        """Note a step (loss and norm: 0-d tensors); print every log_every steps, at the first and at the last."""
+        """Note a step (loss, norm: 0-d tensors); print every log_every steps, at the first and at the last."""
         self.pending.append((step, loss, norm, lr))
         if step % self.c.log_every == 0 or step in (self.start + 1, self.c.steps):
             self.flush()
 
     def flush(self):
-        """Wait for the device, write and print what is pending. UserError if a loss or gradient is not finite."""
+        """Wait for the device, write and print what is pending. UserError for a loss or gradient not finite."""
         if not self.pending:
             return
         values = torch.stack([torch.stack([loss, norm]) for _, loss, norm, _ in self.pending]).tolist()
         seconds = (time.perf_counter() - self.begin) / len(self.pending)
         rate = self.c.tokens_per_step / seconds
-        if self.pending[0][0] > self.start + 1:                                 # the first step compiles, or warms up
+        if self.pending[0][0] > self.start + 1:  # the first step compiles, or warms up
             self.rates.append(rate)
         for (step, _, _, lr), (loss, norm) in zip(self.pending, values):
             self.write(step=step, loss=loss, grad_norm=norm, lr=lr, ms=round(seconds * 1e3, 3))
             if not math.isfinite(loss + norm):
-                raise UserError(f"step {step}: loss {loss}, gradient norm {norm}. Stopped; the last good checkpoint, if "
-                                f"any, stays in {self.path.parent}. Try a lower --lr, or --recipe=bf16 to compare")
+                raise UserError(f"step {step}: loss {loss}, gradient norm {norm}. Stopped; {self.path.parent} keeps the "
+                                "last good checkpoint, if there was one. Try a lower --lr, or --recipe=bf16")
         left = int((self.c.steps - step) * seconds)
         mfu = f"  mfu {rate * self.flops / self.peak:5.1%}" if self.peak else ""
-        print(f"step {step:{len(str(self.c.steps))}}/{self.c.steps}  loss {loss:7.4f}  norm {norm:6.3f}  lr {lr:.2e}  "
-              f"{seconds * 1e3:7.1f} ms  {rate / 1e3:7.1f} ktok/s{mfu}  {left // 60:3d}:{left % 60:02d} left", flush=True)
+        print(f"step {step:{len(str(self.c.steps))}}/{self.c.steps}  loss {loss:7.4f}  norm {norm:6.3f}  "
+              f"lr {lr:.2e}  {seconds * 1e3:7.1f} ms  {rate / 1e3:7.1f} ktok/s{mfu}  "
+              f"{left // 60:3d}:{left % 60:02d} left", flush=True)
         self.pending.clear()
         self.begin = time.perf_counter()
 
@@ -385,21 +377,24 @@ def pick_device(c):
 
 def describe(c, model, data, device, compiled):
     """The header of a run: all that its numbers depend on, name by name."""
-    code = hashlib.sha256(b"".join((HERE / f).read_bytes() for f in ("quartet.py", "train_gpt.py"))).hexdigest()[:8]
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    size = sum(p.numel() for p in model.parameters())
-    hidden, tokens = size - model.embedding.weight.numel() - model.head.weight.numel(), c.steps * c.tokens_per_step
-    return dict(device=name + (", torch.compile" if compiled else ""), backend="torch", recipe=c.recipe,
+    code = b"".join((HERE / f).read_bytes() for f in ("quartet.py", "train_gpt.py"))
+    cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    name = (torch.cuda.get_device_name() if device == "cuda" else cpu) + (", torch.compile" if compiled else "")
+    size, tokens = sum(p.numel() for p in model.parameters()), c.steps * c.tokens_per_step
+    hidden = size - model.embedding.weight.numel() - model.head.weight.numel()
+    micro = c.tokens_per_step // (c.batch * c.sequence)
+    return dict(device=name, backend="torch", recipe=c.recipe,
                 parameters=f"{size:,}, {hidden:,} without embedding and head",
-                batch=f"{c.tokens_per_step:,} tokens a step, {c.tokens_per_step // (c.batch * c.sequence)} x {c.batch} x {c.sequence}",
+                batch=f"{c.tokens_per_step:,} tokens a step, {micro} x {c.batch} x {c.sequence}",
                 steps=f"{c.steps:,}: {tokens:,} tokens, {tokens / hidden:.1f} a parameter",
                 corpus=f"{c.corpus}, {data.tokens:,} tokens, sha256 {data.hash}",
-                versions=f"python {platform.python_version()}, torch {torch.__version__}, code {code}")
+                versions=f"python {platform.python_version()}, torch {torch.__version__}, "
+                         f"code {hashlib.sha256(code).hexdigest()[:8]}")
 
 def train(c, directory, stop, checkpoint=None):
-    """Train as c says, on from a checkpoint where given; stop is a list that a signal fills -> {what: result}."""
+    """Train as c says, on from a checkpoint where given; stop: a list that a signal fills -> {what: result}."""
     device, compiled = pick_device(c)
-    if device == "cuda":                                                        # so that a resumed run is bit for bit the same
+    if device == "cuda":  # so that a resumed run is the same to the bit
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -414,11 +409,11 @@ def train(c, directory, stop, checkpoint=None):
     log, header = Log(c, directory, start, model, device), describe(c, model, data, device, compiled)
     print("\n".join(f"{what:>10}  {value}" for what, value in header.items()), flush=True)
     log.write(start=start, config=dataclasses.asdict(c), **header)
-    for block in model.blocks if compiled else ():                              # all blocks share one compiled graph
+    for block in model.blocks if compiled else ():  # all blocks share one compiled graph
         block.compile(fullgraph=True)
     accumulate = c.tokens_per_step // (c.batch * c.sequence)
     peak_memory(device, reset=True)
-    if checkpoint:                                                              # last: nothing may draw in between
+    if checkpoint:  # last: nothing may draw in between
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if device == "cuda" and checkpoint["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
@@ -477,22 +472,22 @@ def peak_memory(device, reset=False):
         return math.nan
 
 def sample_text(model, c, device):
-    """The prompt and what the model makes of it: UTF-8 bytes for vocab_size 256, else GPT-2's tokens, by tiktoken."""
+    """The prompt and what the model makes of it: UTF-8 bytes if vocab_size is 256, else GPT-2's tokens."""
     if c.vocab_size == 256:
         tokens = list(c.prompt.encode())
-        return bytes(tokens + [*sample(model, tokens, c, device)]).decode(errors="replace").replace("\0", "\n")
+        text = bytes(tokens + [*sample(model, tokens, c, device)])
+        return text.decode(errors="replace").replace("\0", "\n")
     try:
         import tiktoken
         gpt2 = tiktoken.get_encoding("gpt2")
-    except Exception as e:                                                      # not installed, or no download
-        return f"(tokens of vocabulary {c.vocab_size} are shown by the package tiktoken: pip install tiktoken; {e})"
+    except Exception as e:  # not installed, or no download
+        return f"(text of vocabulary {c.vocab_size} needs the package tiktoken, pip install tiktoken: {e})"
     tokens = gpt2.encode_ordinary(c.prompt)
     return gpt2.decode([t for t in tokens + [*sample(model, tokens, c, device)] if t < gpt2.n_vocab])
 
-# ---- 5. Comparing recipes, evaluating, sampling, and the command line -----------------------------------------------
-
+# ---- 5. Comparing recipes, evaluating, sampling, and the command line --------------------------------------
 def compare(c, directory, stop):
-    """Train each recipe of the list, all else equal, and print a table. What has a result already is not repeated."""
+    """Train each recipe of the list, all else equal, and print a table. What has a result is not repeated."""
     (directory / "compare.json").write_text(json.dumps(dataclasses.asdict(c)))
     results = []
     for recipe in c.recipe.split(","):
@@ -512,14 +507,14 @@ def compare(c, directory, stop):
     print("\n".join(["", *rows, f"written to {directory / 'compare.txt'}"]))
 
 def eval_recipes(model, c, device):
-    """Validation loss of one model under each recipe's forward: post-training quantization, if it was trained in bf16."""
+    """Validation loss of a model under each recipe's forward: post-training quantization of a bf16 one."""
     val, base = Shards(c, "val"), None
     print(f"{'forward':12}{'val loss':>10}{'difference':>12}{'perplexity':>12}")
     for recipe in c.recipe.split(","):
         model.switch(recipe, c)
         loss = evaluate(model, val, c, device)
         base = loss if base is None else base
-        print(f"{recipe:12}{loss:10.4f}{loss - base:12.4f}{math.exp(loss):12.3f}{bits_per_byte(c, loss)}", flush=True)
+        print(f"{recipe:12}{loss:10.4f}{loss - base:12.4f}{math.exp(loss):12.3f}{bits_per_byte(c, loss)}")
 
 def new_directory(c, preset):
     """Make runs/NAME -> its path. A default name is unique; a given one must be free."""
@@ -529,9 +524,9 @@ def new_directory(c, preset):
             name += "+"
         (Path("runs") / name).mkdir(parents=True)
     except FileExistsError:
-        raise UserError(f"runs/{name} exists and is not overwritten: resume {name}, or take another --name") from None
+        raise UserError(f"runs/{name} exists: resume {name}, or take another --name") from None
     except OSError as e:
-        raise UserError(f"cannot write runs/{name} ({e.strerror}): go to a directory you may write to") from None
+        raise UserError(f"cannot write runs/{name} ({e.strerror}): go to a writable directory") from None
     return Path("runs") / name
 
 def main(argv):
@@ -566,7 +561,7 @@ def main(argv):
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    Shards(c, "train"), Shards(c, "val")                                        # fails before a directory is made
+    Shards(c, "train"), Shards(c, "val")  # fails before a directory is made
     directory = directory or new_directory(c, word)
     compare(c, directory, stop) if "," in c.recipe else train(c, directory, stop, checkpoint)
 
