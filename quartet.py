@@ -18,7 +18,6 @@ errs less, which way a value goes) is specified to the bit: float32, true divisi
 """
 import math
 from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
@@ -74,7 +73,7 @@ def pack(q):
     return code[..., 0::2] | code[..., 1::2] << 4
 
 def unpack(codes, dtype=torch.float32):
-    """codes (..., K/2) uint8 -> (..., K) in dtype, E2M1 values: the exact inverse of pack, by a byte table."""
+    """codes (..., K/2) uint8 -> (..., K) in dtype, E2M1 values: the exact inverse of pack, by a table."""
     byte = torch.arange(256, device=codes.device)
     code = torch.stack([byte & 15, byte >> 4], -1)
     e, m = code >> 1 & 3, code & 1                 # (1 + m/2) 2^(e-1), or m/2 where e is 0; bit 3 is the sign
@@ -380,7 +379,7 @@ def matmul(a, b):
     return gemm(*(decode(t, torch.float32 if slow else torch.bfloat16) for t in (a, b)))
 
 def backward_matmul(row, e, other, words):
-    """One backward GEMM: e (I, L), other (J, L) or shorter, NVFP4 if row has no quantizer for it -> (I, J) bf16.
+    """One backward GEMM: e (I, L), other (J, L) or shorter, NVFP4 if row quantizes it not -> (I, J) bf16.
 
     row: rotation, quantizer of e, quantizer of other. words (6,) int64 random bits: signs and two seeds.
     """
@@ -394,7 +393,6 @@ def backward_matmul(row, e, other, words):
 
 class QuantizedMatmul(torch.autograd.Function):
     """x (M, K), w (N, K) bf16 -> x w^T (M, N) bf16, all three GEMMs by a recipe. Gradients are bf16 too."""
-
     @staticmethod
     def forward(ctx, x, w, recipe):
         row = RECIPES[recipe]
@@ -426,7 +424,6 @@ class Linear(torch.nn.Linear):
     out_features % 16 == 0, % 128 where dx is rotated; else ValueError. Backward draws from the device's
     default generator.
     """
-
     def __init__(self, in_features, out_features, bias=False, recipe="quartet2", backend="auto",
                  device=None, dtype=None):
         check(recipe, backend, in_features, out_features)
@@ -456,8 +453,8 @@ def check(recipe, backend, in_features=0, out_features=0, name=""):
     need = GROUP if RECIPES[recipe] and RECIPES[recipe].dx[0] else BLOCK
     if RECIPES[recipe] and (in_features % BLOCK or out_features % need):
         raise ValueError(f"{name or 'Linear'}({in_features}, {out_features}): recipe {recipe!r} needs "
-                         f"in_features % {BLOCK} == 0 and out_features % {need} == 0. Change the size, or keep this "
-                         "layer in bf16: recipe='bf16', or skip=... in quantize_model")
+                         f"in_features % {BLOCK} == 0 and out_features % {need} == 0. Change the size, or "
+                         "keep this layer in bf16: recipe='bf16', or skip=... in quantize_model")
 
 def quantize_model(model, recipe, skip=(), backend="auto"):
     """Switch every nn.Linear (and Linear) of a model to a recipe, in place -> list of their names.

@@ -1,10 +1,10 @@
 """The tests: quartet.py in its order, data/prepare.py, train_gpt.py, README. Each is named for a property.
 
-Tolerances are exhaustive or derived; "5 sigma" is 5 standard errors of what is averaged; without one, bits are compared.
-Seeds are fixed.
+Tolerances are exhaustive or derived; "5 sigma" is 5 standard errors of what is averaged; without one, bits
+are compared. Seeds are fixed.
 """
-import collections, copy, dataclasses, functools, gzip, http.server, json, lzma, math, os, pickle, random, re, shutil
-import shlex, signal, subprocess, sys, threading
+import collections, copy, dataclasses, functools, gzip, http.server, json, lzma, math, os, pickle, random, re
+import shlex, shutil, signal, subprocess, sys, threading
 from pathlib import Path
 
 import numpy as np
@@ -537,7 +537,7 @@ def test_compiled_is_eager_to_the_bit(recipes):
     x, dy = normal(20, 128).requires_grad_(), normal(20, 128, seed=1)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert equal(step(compiled, x, dy), step(model, x, dy))
-    with torch.autocast("cpu", torch.bfloat16):         # torch 2.11 once made gradients 0 here (a dtype kept by .to)
+    with torch.autocast("cpu", torch.bfloat16):          # where torch 2.11 made gradients 0 of a dtype kept by .to
         assert equal(step(compiled, x, dy.bfloat16()), step(model, x, dy.bfloat16()))
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -746,8 +746,8 @@ def test_shakespeare_is_split_into_speeches(server, tmp_path):
 
 # ---- train_gpt.py ------------------------------------------------------------------------------------------
 
-TINY = ["--layers=1", "--width=128", "--heads=2", "--hidden=128", "--sequence=32", "--batch=4", "--tokens_per_step=128",
-        "--eval_tokens=256", "--sample_tokens=4", "--log_every=1", "--corpus=tiny", "--device=cpu", "--lr=3e-3"]
+TINY = ("--layers=1 --width=128 --heads=2 --hidden=128 --sequence=32 --batch=4 --tokens_per_step=128 --lr=3e-3 "
+        "--eval_tokens=256 --sample_tokens=4 --log_every=1 --corpus=tiny --device=cpu").split()
 PAPER_SIZES = {"30m": 30_482_560, "50m": 49_556_736, "100m": 102_777_856, "200m": 203_188_480}    # the paper, C4 runs
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Train a GPT whose hidden linear layers multiply in NVFP4, on one GPU or a CPU. Read it from top to bottom.
 
     python train_gpt.py [PRESET] [--knob=value ...]     train; without a preset: cpu, or gpu if there is one
-    python train_gpt.py resume RUN [--knob=value ...]   go on from runs/RUN, to the bit as if it had not stopped
+    python train_gpt.py resume RUN [--knob=value ...]   go on, the same to the bit as without the stop
     python train_gpt.py eval RUN --recipe=bf16,rtn      validation loss under any recipes' forward pass
     python train_gpt.py sample RUN --prompt="def "      text from a trained model
 
@@ -32,7 +32,7 @@ import prepare  # data/prepare.py
 # ---- 1. Config: one knob a line ----------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Config:
-    recipe: str = "quartet2"        # rows of quartet.RECIPES, by commas: how the hidden linear layers multiply
+    recipe: str = "quartet2"        # rows of quartet.RECIPES, by commas: how hidden linear layers multiply
     backend: str = "auto"           # auto | torch: who quantizes
     layers: int = 6                 # Transformer blocks
     width: int = 640                # of the residual stream
@@ -132,8 +132,7 @@ def check(c, preset=None):
 
 # ---- 2. The model: Llama's block. The argument `linear` says which layers are quantized --------------------
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + SwiGLU(norm(x)). x (B, T, width); linear(in, out) makes the four layers."""
-
+    """x + attention(norm(x)), then x + SwiGLU(norm(x)). x (B, T, width); linear(in, out): the four layers."""
     def __init__(self, c, linear):
         super().__init__()
         self.heads = c.heads
@@ -150,7 +149,7 @@ class Block(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 def rotary(x, rope):
-    """Turn pairs of neighbouring values of x (B, heads, T, D) by angles that grow with T: RoPE, arXiv:2104.09864."""
+    """Turn neighbouring pairs of x (B, heads, T, D) by angles proportional to T: RoPE, arXiv:2104.09864."""
     cos, sin = rope[:, :x.shape[2]]
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
@@ -163,7 +162,6 @@ class GPT(nn.Module):
     linear(in_features, out_features) makes the hidden layers; embedding, norms, attention and head are never
     quantized.
     """
-
     def __init__(self, c, linear=plain):
         super().__init__()
         self.embedding = nn.Embedding(c.vocab_size, c.width)
@@ -193,7 +191,7 @@ class GPT(nn.Module):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # every length would compile anew
 def sample(model, tokens, c, device):
-    """Continue tokens [int, ...] -> c.sample_tokens ints, one by one. Slow: keys and values are not cached."""
+    """Continue tokens [int, ...] -> c.sample_tokens ints, one by one. Slow: it caches no keys and values."""
     generator = torch.Generator(device).manual_seed(c.seed)
     for _ in range(c.sample_tokens):
         with autocast(device):
@@ -208,16 +206,15 @@ def sample(model, tokens, c, device):
 
 # ---- 3. Data: windows of shards, a function of (seed, step) ------------------------------------------------
 class Shards:
-    """The tokens of one split, data/CORPUS_SPLIT_*.bin; each shard 256 int32 of header, then uint16 tokens."""
-
+    """The tokens of a split, data/CORPUS_SPLIT_*.bin, each file 256 int32 of header, then uint16 tokens."""
     def __init__(self, c, split):
         find = lambda: sorted(DATA.glob(f"{c.corpus}_{split}_*.bin"))
         if c.corpus == "python" and not find():  # the default corpus needs no download
             prepare.prepare("python", DATA)
         paths = find()
         if not paths:
-            raise UserError(f"no {DATA / c.corpus}_{split}_*.bin: write it with python data/prepare.py {c.corpus}, "
-                            "where that is python, shakespeare, fineweb or a file of yours")
+            raise UserError(f"no {DATA / c.corpus}_{split}_*.bin: run python data/prepare.py {c.corpus} "
+                            "(python, shakespeare, fineweb, or text files)")
         self.length, self.shards = c.sequence, []
         for path in paths:
             n = prepare.check_shard(path)
@@ -296,7 +293,7 @@ def find(run):
     return Path(run) if Path(run).exists() else Path("runs") / run
 
 def load(run):
-    """A run's name, directory or file -> its checkpoint, a dict, and directory. Executes nothing. Or UserError."""
+    """A run's name, directory or file -> its checkpoint (loaded without executing it) and its directory."""
     path = find(run) / "checkpoint.pt" if find(run).is_dir() else find(run)
     if not path.exists():
         runs = sorted(p.name for p in Path("runs").glob("*"))
@@ -319,7 +316,6 @@ def load_model(model, checkpoint, c):
 
 class Log:
     """log.jsonl, one line a record, and the progress lines. Losses stay on the device until a line is due."""
-
     def __init__(self, c, directory, start, model, device):
         self.c, self.start, self.pending, self.rates, self.path = c, start, [], [], directory / "log.jsonl"
         if self.path.exists():  # resumed: drop what is done again
@@ -337,13 +333,13 @@ class Log:
             f.write(json.dumps(record) + "\n")
 
     def step(self, step, loss, norm, lr):
-        """Note a step (loss, norm: 0-d tensors); print every log_every steps, at the first and at the last."""
+        """Note a step (loss, norm: 0-d tensors); print every log_every steps, at the first and the last."""
         self.pending.append((step, loss, norm, lr))
         if step % self.c.log_every == 0 or step in (self.start + 1, self.c.steps):
             self.flush()
 
     def flush(self):
-        """Wait for the device, write and print what is pending. UserError for a loss or gradient not finite."""
+        """Wait for the device, write and print what is pending. UserError where that is not finite."""
         if not self.pending:
             return
         values = torch.stack([torch.stack([loss, norm]) for _, loss, norm, _ in self.pending]).tolist()
@@ -354,8 +350,9 @@ class Log:
         for (step, _, _, lr), (loss, norm) in zip(self.pending, values):
             self.write(step=step, loss=loss, grad_norm=norm, lr=lr, ms=round(seconds * 1e3, 3))
             if not math.isfinite(loss + norm):
-                raise UserError(f"step {step}: loss {loss}, gradient norm {norm}. Stopped; {self.path.parent} keeps the "
-                                "last good checkpoint, if there was one. Try a lower --lr, or --recipe=bf16")
+                raise UserError(f"step {step}: loss {loss}, gradient norm {norm}. Stopped; the last good "
+                                f"checkpoint, if any, stays in {self.path.parent}. Try a lower --lr, or "
+                                "--recipe=bf16")
         left = int((self.c.steps - step) * seconds)
         mfu = f"  mfu {rate * self.flops / self.peak:5.1%}" if self.peak else ""
         print(f"step {step:{len(str(self.c.steps))}}/{self.c.steps}  loss {loss:7.4f}  norm {norm:6.3f}  "
@@ -379,11 +376,11 @@ def describe(c, model, data, device, compiled):
     """The header of a run: all that its numbers depend on, name by name."""
     code = b"".join((HERE / f).read_bytes() for f in ("quartet.py", "train_gpt.py"))
     cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    name = (torch.cuda.get_device_name() if device == "cuda" else cpu) + (", torch.compile" if compiled else "")
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
     size, tokens = sum(p.numel() for p in model.parameters()), c.steps * c.tokens_per_step
     hidden = size - model.embedding.weight.numel() - model.head.weight.numel()
     micro = c.tokens_per_step // (c.batch * c.sequence)
-    return dict(device=name, backend="torch", recipe=c.recipe,
+    return dict(device=name + ", torch.compile" * compiled, backend="torch", recipe=c.recipe,
                 parameters=f"{size:,}, {hidden:,} without embedding and head",
                 batch=f"{c.tokens_per_step:,} tokens a step, {micro} x {c.batch} x {c.sequence}",
                 steps=f"{c.steps:,}: {tokens:,} tokens, {tokens / hidden:.1f} a parameter",
@@ -392,7 +389,7 @@ def describe(c, model, data, device, compiled):
                          f"code {hashlib.sha256(code).hexdigest()[:8]}")
 
 def train(c, directory, stop, checkpoint=None):
-    """Train as c says, on from a checkpoint where given; stop: a list that a signal fills -> {what: result}."""
+    """Train as c says, or on from a checkpoint; stop: a list that a signal fills -> {what: result}."""
     device, compiled = pick_device(c)
     if device == "cuda":  # so that a resumed run is the same to the bit
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -435,16 +432,17 @@ def train(c, directory, stop, checkpoint=None):
         optimizer.zero_grad(set_to_none=True)
         log.step(step, total, norm, lr)
 
-        last, due = step == c.steps, lambda every: step % every == 0 or step == c.steps
-        if due(c.eval_every):
+        last = step == c.steps
+        if step % c.eval_every == 0 or last:
             log.flush()
             loss = evaluate(model, val, c, device)
             log.write(step=step, val_loss=loss)
             print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(c, loss)}", flush=True)
-        if due(c.save_every) or stop:
-            log.flush()                                                         # raises before a NaN is saved
+            log.begin = time.perf_counter()
+        if step % c.save_every == 0 or last or stop:
+            log.flush()  # raises before a NaN is saved
             save(directory / "checkpoint.pt", c, step, model, optimizer)
-        log.begin = time.perf_counter() if due(c.eval_every) or due(c.save_every) else log.begin
+            log.begin = time.perf_counter()
         if stop and not last:
             print(f"stopped after step {step}, saved. To go on: python train_gpt.py resume {directory}")
             sys.exit(0 if stop[0] == signal.SIGTERM else 130)
@@ -452,7 +450,7 @@ def train(c, directory, stop, checkpoint=None):
     result = dict(recipe=c.recipe, val_loss=evaluate(model, val, c, device), peak_gib=peak_memory(device),
                   tokens_per_s=float(np.median(log.rates)) if log.rates else math.nan)
     (directory / "result.json").write_text(json.dumps(result) + "\n")
-    (directory / "sample.txt").write_text(text := sample_text(model, c, device))
+    (directory / "sample.txt").write_text(text := sample_text(model, c, device), encoding="utf-8")
     print(f"sample:\n{text}\nwritten to {directory}/: log.jsonl, checkpoint.pt, result.json, sample.txt")
     return result
 
