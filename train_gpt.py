@@ -19,11 +19,9 @@ import torch.nn.functional as F
 
 import quartet
 
-try:  # glibc returns large freed blocks to the kernel; keeping them makes a CPU step 1.2 times as fast
-    malloc = ctypes.CDLL(None).mallopt
+if os.name == "posix":  # glibc hands large freed blocks back; to keep them makes a CPU step 1.2 times as fast
+    malloc = getattr(ctypes.CDLL(None), "mallopt", lambda knob, value: None)
     malloc(-3, 2**25), malloc(-1, 2**31 - 1)    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-except (OSError, AttributeError, TypeError):
-    pass
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
 sys.path.append(str(DATA))
@@ -32,6 +30,7 @@ import prepare  # data/prepare.py
 # ---- 1. Config: one knob a line ----------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """All that a run depends on; the comments are its help text."""
     recipe: str = "quartet2"        # rows of quartet.RECIPES, by commas: how hidden linear layers multiply
     backend: str = "auto"           # auto | torch: who quantizes
     layers: int = 6                 # Transformer blocks
@@ -189,12 +188,11 @@ class GPT(nn.Module):
         quartet.quantize_model(self.blocks[:c.layers - c.bf16_blocks], recipe, backend=c.backend)
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # every length would compile anew
 def sample(model, tokens, c, device):
     """Continue tokens [int, ...] -> c.sample_tokens ints, one by one. Slow: it caches no keys and values."""
     generator = torch.Generator(device).manual_seed(c.seed)
     for _ in range(c.sample_tokens):
-        with autocast(device):
+        with autocast(device), torch.compiler.set_stance("force_eager"):     # else every length compiles anew
             logits = model(torch.tensor([tokens[-c.sequence:]], device=device))[0, -1].float()
         if c.temperature == 0:
             token = logits.argmax()
