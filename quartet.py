@@ -186,8 +186,7 @@ def four_six(x, block=(1, BLOCK)):
 # A value between two grid points goes up with the probability that makes its mean right. Noise is an
 # argument: a seed, hashed with the element's index by a counter-based generator. So a draw can be replayed,
 # is the same however a kernel tiles the tensor, and is shared by no two elements, tensors, layers or steps.
-PHILOX_ROUNDS = 7                           # the fewest that pass BigCrush: Salmon et al. 2011, table 2
-M32 = 0xFFFFFFFF
+PHILOX_ROUNDS, M32 = 7, 0xFFFFFFFF          # 7: the fewest rounds that pass BigCrush, Salmon et al. 2011
 
 def philox(seed, counter):
     """4 words of 32 random bits for each counter: Philox4x32 (Salmon et al. 2011), as in triton's tl.philox.

@@ -109,7 +109,7 @@ def parse(argv):
         raise UserError(f"{mode} takes {takes}: see --help")
     return mode, (words[0] if words else None), knobs
 
-def check(c, preset=None):
+def check(c):
     """Raise UserError for a Config that cannot run, before anything is written."""
     for recipe in c.recipe.split(","):
         if recipe not in quartet.RECIPES:
