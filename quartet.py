@@ -6,17 +6,17 @@ An article in plain PyTorch, for any device, and the reference of this project: 
 A linear layer multiplies three times: y = x w^T forward, dx = dy w and dw = dy^T x backward. FP4 tensor cores
 do that several times faster than bf16 ones if both operands are NVFP4: 4-bit values, and a scale for every 16
 of them along the axis that is summed over. So x, w and dy are rounded to 4 bits, and the question is how.
-Forward, each error counts once: take the rounding with the least squared error. Backward, errors of many
-steps add up in the weights and those with mean zero cancel: take a rounding whose mean is right. Quartet II
+Forward, each error counts once: take the rounding with the least squared error. Backward, the errors of many
+steps add up in the weights and those of mean zero cancel: take a rounding whose mean is right. Quartet II
 (arXiv:2601.22813) does the first by Four Over Six, section 4, the second by MS-EDEN, section 7.
 
 One decision shapes the code: the tensor scale is a power of two, chosen last. Rounding a block scale to E4M3
-is then rounding it to 4 significant bits, so a block is final after one look at it, in one pass. And decoded
-values have 6 significant bits at most, exact in bfloat16: a bf16 GEMM over them multiplies exactly what an
-FP4 GEMM multiplies, and only the order of its float32 sums differs. Whatever decides something (which scale
-errs less, which way a value goes) is specified to the bit: float32, true division, a fixed order of sums.
+is then rounding it to 4 significant bits: a block is final after one look, in one pass. Decoded values have 6
+significant bits at most, exact in bfloat16: a bf16 GEMM over them multiplies exactly what an FP4 GEMM does,
+and only the order of its float32 sums differs. Whatever decides something (which scale errs less, which way a
+value goes) is specified to the bit: float32, true division, a fixed order of sums.
 """
-import math
+import functools, math, os, shutil, warnings
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,7 @@ def round_fp(v, mantissa_bits, min_exp, max_val, u=None):
     """Round v onto a small float grid: to nearest, ties to even; stochastically where u is given.
 
     ulp = 2^(e - mantissa_bits),  e = max(floor(log2 |v|), min_exp)         spacing of the grid around v
-    v, u (...) float32, u uniform in [0, 1) -> (...) float32, never -0.0. |v| > max_val saturates; grid points
-    stay.
+    v, u (...) float32, u in [0, 1) -> (...) float32, never -0.0. |v| > max_val saturates; grid points stay.
     """
     v = v.clamp(-max_val, max_val)
     power = (v.view(torch.int32) & EXPONENT).view(torch.float32)                # 2^floor(log2 |v|)
@@ -74,8 +73,7 @@ def pack(q):
 
 def unpack(codes, dtype=torch.float32):
     """codes (..., K/2) uint8 -> (..., K) in dtype, E2M1 values: the exact inverse of pack, by a table."""
-    byte = torch.arange(256, device=codes.device)
-    code = torch.stack([byte & 15, byte >> 4], -1)
+    code = torch.arange(256, device=codes.device)[:, None] >> torch.arange(0, 8, 4, device=codes.device)
     e, m = code >> 1 & 3, code & 1                 # (1 + m/2) 2^(e-1), or m/2 where e is 0; bit 3 is the sign
     value = (m + 2 * e.clamp(max=1)) * 2.0 ** (e.clamp(min=1) - 2) * (1 - (code >> 2 & 2))
     return F.embedding(codes.int(), value.to(dtype)).flatten(-2)
@@ -96,10 +94,10 @@ def transpose(t):
 def blocks(x, block=(1, BLOCK)):
     """Cut x into blocks; find the amax of each, in units of a power of two near it.
 
-    x (..., M, K) -> b (M/rows, rows, K/16, 16), amax and unit (M/rows, 1, K/16, 1), all float32. The amax of
-    b is amax * unit, with amax in [1, 2) but at the ends of float32; rows is block[0], leading dimensions
-    count as rows. In its unit no square overflows at 1e30 or vanishes at 1e-30. ValueError for what NVFP4
-    cannot take.
+    x (..., M, K) -> b (M/rows, rows, K/16, 16), amax and unit (M/rows, 1, K/16, 1), all float32; rows is
+    block[0], leading dimensions count as rows. The amax of b is amax * unit, with amax in [1, 2) but near
+    infinity, or 0 if below 2^-120, so that all scales are normal numbers, in bf16 too. In that unit no square
+    overflows at 1e30 or vanishes at 1e-30. ValueError for what NVFP4 cannot take.
     """
     rows, m, k = block[0], math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1
     if not x.is_floating_point():
@@ -111,25 +109,22 @@ def blocks(x, block=(1, BLOCK)):
                          f"the rows to a multiple of {rows}, the last dimension to one of {BLOCK}")
     b = x.reshape(m // rows, rows, k // BLOCK, BLOCK).float()
     amax = b.abs().amax((1, 3), keepdim=True)
-    unit = (amax.view(torch.int32) & EXPONENT).view(torch.float32).clamp(2.0**-126, 2.0**126)
+    amax = torch.where(amax < 2.0**-120, 0.0, amax)
+    unit = (amax.view(torch.int32) & EXPONENT).view(torch.float32).clamp(2.0**-120, 2.0**126)
     return b, amax / unit, unit
 
 def over(a, c):
     """a / c for a constant c, correctly rounded: on a GPU, PyTorch makes of a / 6.0 a product with 1/6."""
     return a / a.new_full((), c)
 def ratio(b, s):
-    """b / s, and b / infinity where s is 0 (a block of zeros) or NaN (a block that holds NaN or infinity)."""
+    """b / s, or 0 where s is 0 (a block of zeros) or NaN (a block that holds NaN or infinity)."""
     return b / torch.where(s > 0, s, math.inf)
 
 def block_sum(t):
-    """t (., rows, ., 16) -> (., 1, ., 1): sums of blocks as a tree, i with i+8, then +4, +2, +1; rows alike.
-
-    Another order changes the last bit, and was seen to flip the choice of 4/6.
-    """
+    """t (., rows, ., 16) -> (., 1, ., 1): sums of blocks as a tree, i with i+8, then +4, +2, +1; rows alike."""
     for dim in (3, 1):
-        while t.shape[dim] > 1:
-            low, high = t.chunk(2, dim)
-            t = low + high
+        while t.shape[dim] > 1:             # another order was seen to flip a choice of 4/6
+            t = torch.add(*t.chunk(2, dim))
     return t
 
 def assemble(shape, q, s, u=None):
@@ -138,16 +133,16 @@ def assemble(shape, q, s, u=None):
     shape of x; q (M/rows, rows, K/16, 16) E2M1 values; s (M/rows, 1, K/16, 1) block scales of 4 significant
     bits -> NVFP4. The tensor scale takes the largest s into [240, 448]; the others are then E4M3 values too,
     except below 2^-14 of it, among the sub-normals: rounded once more, by u of s's shape where the quantizer
-    is stochastic. NaN in s: tensor scale NaN, so all decodes to NaN; scales, and codes of that block, are 0.
+    is stochastic. NaN or infinity in s: tensor scale NaN, so all decodes to NaN; codes and scales are 0.
     """
     top = s.amax() if s.numel() else s.new_zeros(())
     power = (top.view(torch.int32) + 2**20 & EXPONENT).view(torch.float32)      # 1.875 * 2^8 would exceed 448
     tensor_scale = torch.where(top > 0, (power * 2.0**-8).clamp(min=2.0**-123), 1.0)
     tensor_scale = torch.where(top.isfinite(), tensor_scale, math.nan)
     scale = e4m3(s / tensor_scale, u).nan_to_num(nan=0.0).to(torch.float8_e4m3fn)
-    finite, scale = (t.expand(-1, q.shape[1], -1, -1) for t in (s == s, scale))
-    *lead, k = shape
-    return NVFP4((pack(q) * finite).reshape(*lead, k // 2), scale.reshape(*lead, k // BLOCK), tensor_scale)
+    codes, *lead, k = pack(q) * top.isfinite(), *shape
+    scale = scale.expand(-1, q.shape[1], -1, -1).reshape(*lead, k // BLOCK)
+    return NVFP4(codes.view(*lead, k // 2), scale, tensor_scale)
 
 # ---- 3. Round to nearest (RTN) -----------------------------------------------------------------------------
 def rtn(x, block=(1, BLOCK)):
@@ -166,9 +161,8 @@ def rtn(x, block=(1, BLOCK)):
 # around its large values and coarser around its small ones. Which is better depends: both are tried.
 def better(b, first, second):
     """Of two roundings (q, s) of blocks b, block by block, that with less squared error; ties: second."""
-    (q1, s1), (q2, s2) = first, second
     e1, e2 = (block_sum((q * s).sub_(b).square_()) for q, s in (first, second))     # q * s is exact
-    return torch.lerp(q2, q1, (e1 < e2).float()), torch.where(e1 < e2, s1, s2)      # lerp: a faster where
+    return [torch.lerp(y, x, (e1 < e2).float()) for x, y in zip(first, second)]     # lerp: a faster where
 
 def four_six(x, block=(1, BLOCK)):
     """4/6: each block maps its amax to 6 or to 4, whichever reproduces the block with the smaller error.
@@ -183,9 +177,9 @@ def four_six(x, block=(1, BLOCK)):
     return assemble(x.shape, q, s * unit)
 
 # ---- 5. Stochastic rounding (SR) ---------------------------------------------------------------------------
-# A value between two grid points goes up with the probability that makes its mean right. Noise is an
-# argument: a seed, hashed with the element's index by a counter-based generator. So a draw can be replayed,
-# is the same however a kernel tiles the tensor, and is shared by no two elements, tensors, layers or steps.
+# A value between two grid points goes up with the probability that makes its mean right. Noise is an argument:
+# a seed, hashed with the element's index by a counter-based generator. So a draw can be replayed, is the same
+# however a kernel tiles the tensor, and is shared by no two elements, tensors, layers or steps.
 PHILOX_ROUNDS, M32 = 7, 0xFFFFFFFF          # 7: the fewest rounds that pass BigCrush, Salmon et al. 2011
 
 def philox(seed, counter):
@@ -253,14 +247,13 @@ def rotation_from(name, signs):
 def rotation(name, generator=None):
     """Random R (128, 128) float32 of integers and the int n with R R^T = n I; on the generator's device.
 
-    R = D H with D diagonal of random signs, H Hadamard (block-diagonal for rht16 and rht32); D1 H D2 H for
-    rht128x2. Why two rounds: section 7. ValueError for an unknown name.
+    R = D H, D diagonal of random signs, H Hadamard, block-diagonal in rht16 and rht32; in rht128x2, D1 H D2 H
+    (why: section 7). ValueError for an unknown name.
     """
     if name not in ROTATIONS:
         raise ValueError(f"unknown rotation {name!r}: choose one of {', '.join(ROTATIONS)}")
-    device = generator.device if generator else None
-    signs = torch.randint(0, 2, (2, GROUP), generator=generator, device=device) * 2.0 - 1.0
-    return rotation_from(name, signs)
+    signs = torch.randint(0, 2, (2, GROUP), generator=generator, device=generator and generator.device)
+    return rotation_from(name, signs * 2.0 - 1.0)
 
 def rotate(x, R):
     """x (..., K), K % 128 == 0 -> x R (..., K) float32, group by group, not normalised. R None: x.
@@ -277,17 +270,14 @@ def rotate(x, R):
 # ---- 7. MS-EDEN --------------------------------------------------------------------------------------------
 # RTN errs less than SR but shrinks: <q, v> < <v, v>. EDEN restores the length. Rotate, round v to q, multiply
 # by S = <v, v> / <v, q>: now <S q, v> = <v, v>, and as a random rotation leaves the error no direction of its
-# own, the mean of S q is v. MS-EDEN puts S into the block scale, and the randomness into rounding that to
-# E4M3.
+# own, the mean of S q is v. MS-EDEN puts S into the block scale, the randomness into rounding that to E4M3.
 #
 # The mean is right only as far as the rotated error has no direction. A group dominated by one large value
 # becomes +-constant under signs and one Hadamard, whatever the signs; all 128 values sit on one grid point,
 # RTN erases the rest in every draw, and no averaging brings it back. (The paper's corollary overlooks that.)
-# Two rounds, R = D1 H D2 H, remove this bias at no cost: R is still one 128 x 128 matrix. Section 10 shows
-# both.
+# Two rounds, R = D1 H D2 H, remove this bias at no cost: R is still one 128 x 128 matrix. See section 10.
 
-# 6.07, the paper's: a little clipping pays. NMSE x 1e3 by the last factor: .90 9.47 .92 9.32 .93 9.32 .96
-# 9.58
+# The paper's 6.07: some clipping pays. NMSE x 1e3 by the last factor: .90 9.47, .92 9.32, .93 9.32, .96 9.58
 EDEN_MAX = E2M1_MAX * 16 / 17 / 0.93
 
 def eden_factor(v, q):
@@ -305,12 +295,11 @@ def ms_eden(x, R, seed):
     x (..., K) of any float dtype, K % 128 == 0; R of `rotation` (None: x is rotated already); seed int or 0-d
     int64 tensor on x's device -> NVFP4 that approximates x R, not normalised. NMSE 9.3e-3 on N(0, 1). Before
     the scale is rounded <decode, x R> = <x R, x R> in every block. Mean over R and seeds: x R within noise on
-    N(0, 1); biased for groups with outliers if R has one round, not seen if two. arXiv:2601.22813, Algorithm
-    1.
+    N(0, 1); biased for groups with outliers if R has one round, not seen if two. Source: arXiv:2601.22813, 1.
     """
     b, amax, unit = blocks(rotate(x, R))
     s = over(amax, EDEN_MAX)                        # this first scale is not rounded
-    v = ratio(b, s * unit)
+    v = b / unit * ratio(1.0, s)                    # one division a block: here no tie needs more
     q = e2m1(v)
     s = s * eden_factor(v, q)
     u, again = uniform(seed, s, s)
@@ -419,8 +408,8 @@ class Linear(torch.nn.Linear):
     """nn.Linear with its three GEMMs by a recipe. Same parameters, init and state dict; any leading shape.
 
     Computes on the bf16 values of x and weight; y has autocast's dtype or x's. For backward it keeps x and w
-    in NVFP4, 0.56 bytes a value (x in bf16 where the recipe has original_x). in_features % 16 == 0;
-    out_features % 16 == 0, % 128 where dx is rotated; else ValueError. Backward draws from the device's
+    in NVFP4, 0.56 bytes a value (x in bf16 where the recipe has original_x). in_features % 16 == 0 and
+    out_features % 16 == 0, % 128 where dx is rotated, else ValueError. Backward draws from the device's
     default generator.
     """
     def __init__(self, in_features, out_features, bias=False, recipe="quartet2", backend="auto",
@@ -438,17 +427,44 @@ class Linear(torch.nn.Linear):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):       # it would change the dtype of the sums in rotations
             x16, w16 = x.reshape(-1, self.in_features).bfloat16(), self.weight.bfloat16()
-            y = QuantizedMatmul.apply(x16, w16, self.recipe).to(dtype).view(*x.shape[:-1], self.out_features)
+            by = kernels.QuantizedMatmul if resolve(self.backend, kind) == "triton" else QuantizedMatmul
+            y = by.apply(x16, w16, self.recipe).to(dtype).view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(dtype)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, recipe={self.recipe!r}"
 
+kernels = None                              # the module, once a Linear may use it
+
+@functools.cache
+def load_kernels():
+    """Import kernels.py -> what it lacks to run here, or None."""
+    global kernels
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+            return "an NVIDIA GPU of compute capability 8.0 or more"
+        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+            return "a C compiler (apt install gcc)"
+    try:
+        import kernels
+    except ImportError as e:
+        return f"the package triton (pip install triton): {e}"
+
+def resolve(backend, kind):
+    """The backend that "auto" means on a device of a kind, "cuda" or "cpu"; else backend."""
+    return backend if backend != "auto" else "torch" if kernels is None or kind != "cuda" else "triton"
+
 def check(recipe, backend, in_features=0, out_features=0, name=""):
     """Raise ValueError for an unknown recipe or backend, or a shape that the recipe cannot take."""
-    for word, known in ((recipe, RECIPES), (backend, ("auto", "torch"))):
+    for word, known in ((recipe, RECIPES), (backend, ("auto", "torch", "triton"))):
         if word not in known:
             raise ValueError(f"{word!r} is not one of {', '.join(known)}")
+    wanted = backend == "triton" or backend == "auto" and torch.cuda.is_available()
+    lacks = load_kernels() if wanted else None
+    if lacks and backend == "triton":
+        raise ValueError(f"backend 'triton' needs {lacks}; backend 'torch' runs everywhere")
+    if lacks:
+        warnings.warn(f"kernels.py needs {lacks}: the linear layers use the slow backend 'torch'")
     need = GROUP if RECIPES[recipe] and RECIPES[recipe].dx[0] else BLOCK
     if RECIPES[recipe] and (in_features % BLOCK or out_features % need):
         raise ValueError(f"{name or 'Linear'}({in_features}, {out_features}): recipe {recipe!r} needs "
@@ -459,8 +475,7 @@ def quantize_model(model, recipe, skip=(), backend="auto"):
     """Switch every nn.Linear (and Linear) of a model to a recipe, in place -> list of their names.
 
     skip: names of modules to leave alone, or parts of them between dots ("lm_head", "layers.0"). The modules
-    stay the same objects, parameters and hooks included. ValueError, and nothing changed, if one does not
-    fit.
+    stay the same objects, hooks included. ValueError, and nothing changed, if one does not fit.
     """
     check(recipe, backend)
     within, skip = lambda part, name: f".{part}." in f".{name}.", (skip,) if isinstance(skip, str) else skip
@@ -501,7 +516,7 @@ def demonstrate():
               f"- squared error {(decode(t) - x).square().sum() / 4:.2f} a value")
     print("5-7. error of the mean of B draws, x B / error of one draw: 1 where unbiased")
     sizes, outlier = (1, 4, 16, 64, 256), normal(64, 128)
-    print(" " * 42 + "".join(f"{f'B={B}':>9}" for B in sizes))
+    print(" " * 42, *(f"{f'B={B}':>8}" for B in sizes))
     outlier[:, 0] = 100.0
     for label, v in (("N(0, 1)", normal(64, 128)), ("one 100 in 128", outlier)):
         for name in ("sr", "sr with 4/6", "ms_eden rht128", "ms_eden rht128x2"):
@@ -511,8 +526,7 @@ def demonstrate():
                 t = ms_eden(v, R, B) if name.startswith("ms_eden") else sr(v, B, four_six=name != "sr")
                 total += rotate(decode(t), R.T) / n
                 errors.append(nmse(total / B, v))
-            row = (f"{errors[B] * B / errors[1]:9.2f}" for B in sizes)
-            print(f"     {name}, {label}".ljust(42) + "".join(row))
+            print(f"     {name}, {label}".ljust(42), *(f"{errors[B] * B / errors[1]:8.2f}" for B in sizes))
     print(f"8-9. one linear layer on N(0, 1): NMSE x 1e3\n     {'recipe':12}{'y':>9}{'dx':>9}{'dw':>9}")
     x, w, dy = (normal(512, 512) for _ in range(3))
     exact = (x.double() @ w.double().T, dy.double() @ w.double(), dy.double().T @ x.double())

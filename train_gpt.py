@@ -11,19 +11,14 @@ ends with a table. A run writes runs/NAME/: log.jsonl, checkpoint.pt, sample.txt
 import ctypes, dataclasses, difflib, hashlib, json, math, os, pickle, platform, shutil, signal, sys, time
 from functools import partial
 from pathlib import Path
-
 import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
+import torch, torch.nn as nn, torch.nn.functional as F
 import quartet
 
 if os.name == "posix":  # glibc hands large freed blocks back; to keep them makes a CPU step 1.2 times as fast
     malloc = getattr(ctypes.CDLL(None), "mallopt", lambda knob, value: None)
     malloc(-3, 2**25), malloc(-1, 2**31 - 1)    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-HERE = Path(__file__).resolve().parent
-DATA = HERE / "data"
+DATA = Path(__file__).resolve().parent / "data"
 sys.path.append(str(DATA))
 import prepare  # data/prepare.py
 
@@ -32,7 +27,7 @@ import prepare  # data/prepare.py
 class Config:
     """All that a run depends on; the comments are its help text."""
     recipe: str = "quartet2"        # rows of quartet.RECIPES, by commas: how hidden linear layers multiply
-    backend: str = "auto"           # auto | torch: who quantizes
+    backend: str = "auto"           # auto | torch | triton: who quantizes; auto is triton with a GPU
     layers: int = 6                 # Transformer blocks
     width: int = 640                # of the residual stream
     heads: int = 5                  # attention heads
@@ -61,77 +56,76 @@ class Config:
     temperature: float = 0.8        # of sampling; 0 takes the likeliest token
     top_k: int = 40                 # sample among the likeliest k tokens
 
-PAPER = dict(tokens_per_step=2**18, sequence=512, batch=64)  # arXiv:2601.22813: 512 x 512 tokens
-PRESETS = {
+PRESETS = {  # what differs from the defaults above, the 30m of arXiv:2601.22813: 512 x 512 tokens a step
     "cpu": dict(layers=2, width=384, heads=3, hidden=1024, sequence=256, batch=4, tokens_per_step=1024,
                 steps=400, lr=2e-3, eval_every=100, eval_tokens=2**14, save_every=100, sample_tokens=128),
-    "gpu": dict(PAPER, tokens_per_step=2**16, batch=128, steps=1200),
-    "30m": dict(PAPER, layers=6, width=640, heads=5, hidden=1792, lr=1.2e-3, steps=2861),
-    "50m": dict(PAPER, layers=7, width=768, heads=6, hidden=2048, lr=1.2e-3, steps=4768),
-    "100m": dict(PAPER, layers=8, width=1024, heads=8, hidden=2816, lr=9e-4, steps=9536),
-    "200m": dict(PAPER, layers=10, width=1280, heads=10, hidden=3584, lr=7.2e-4, steps=19073),
+    "gpu": dict(tokens_per_step=2**16, batch=128, steps=1200),
+    "30m": dict(layers=6, width=640, heads=5, hidden=1792, lr=1.2e-3, steps=2861),
+    "50m": dict(layers=7, width=768, heads=6, hidden=2048, lr=1.2e-3, steps=4768),
+    "100m": dict(layers=8, width=1024, heads=8, hidden=2816, lr=9e-4, steps=9536),
+    "200m": dict(layers=10, width=1280, heads=10, hidden=3584, lr=7.2e-4, steps=19073),
     "124m": dict(layers=12, width=768, heads=12, hidden=2048, vocab_size=50304, sequence=1024, batch=32,
                  tokens_per_step=2**19, lr=6e-4, steps=19073, corpus="fineweb"),
     "1.9b": dict(layers=32, width=2048, heads=16, hidden=5632, vocab_size=50304, sequence=2048, batch=8,
                  tokens_per_step=2**19, lr=3e-4, steps=71680, corpus="fineweb"),
 }
-CHOICES = dict(backend=("auto", "torch"), compile=("auto", "on", "off"), device=("auto", "cpu", "cuda"))
+CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"), device=("auto", "cpu", "cuda"))
+CODE = ("quartet.py", "kernels.py", "train_gpt.py")
 MODEL_KNOBS = ("layers", "width", "heads", "hidden", "vocab_size", "sequence")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16, datasheets
 
-class UserError(Exception):
-    """A mistake of the user's: shown as one line, without a traceback."""
+class UserError(Exception): """A mistake of the user's: shown as one line, without a traceback."""
 
-def nearest(word, words):
-    """A hint for a typo: the closest of words, and all of them."""
-    close = difflib.get_close_matches(word, words, 1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"there are {', '.join(words)}"
+def known(word, words, problem):
+    """Raise UserError, with the closest of words as a hint, unless word is one of them."""
+    if word not in words:
+        hint = "".join(f"did you mean {close!r}? " for close in difflib.get_close_matches(word, words, 1))
+        raise UserError(f"{problem}: {hint}there are {', '.join(words) or 'none'}")
 
 def parse(argv):
-    """argv, as the docstring of this file describes it -> mode, preset or run (or None), {knob: value}."""
-    types, knobs, words = {f.name: type(f.default) for f in dataclasses.fields(Config)}, {}, []
-    for arg in argv:
-        name, equals, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--"):
-            words.append(arg)
-        elif name not in types:
-            raise UserError(f"unknown knob --{name}: {nearest(name, types)}")
-        elif not equals:
-            raise UserError(f"--{name} needs a value: --{name}=VALUE")
-        else:
-            try:
-                knobs[name] = types[name](value)
-            except ValueError:
-                raise UserError(f"{arg}: --{name} takes a value of type {types[name].__name__}") from None
+    """argv, as the docstring of this file describes it -> mode, preset or run, {knob: value}."""
+    types, knobs = Config.__annotations__, {}
+    words = [arg for arg in argv if not arg.startswith("--")]
+    for name, equals, value in (arg[2:].partition("=") for arg in argv if arg.startswith("--")):
+        known(name, types, f"unknown knob --{name}")
+        if not equals: raise UserError(f"--{name} needs a value: --{name}=VALUE")
+        try:
+            knobs[name] = types[name](value)
+        except ValueError:
+            raise UserError(f"--{name}={value}: it takes a value of type {types[name].__name__}") from None
     mode = words.pop(0) if words and words[0] in ("resume", "eval", "sample") else "train"
-    if len(words) > 1 or (mode != "train" and not words):
+    if mode == "train" and not words:
+        words = ["gpu" if torch.cuda.is_available() and knobs.get("device") != "cpu" else "cpu"]
+    if len(words) != 1:
         takes = "at most one preset" if mode == "train" else "the name of a run"
         raise UserError(f"{mode} takes {takes}: see --help")
-    return mode, (words[0] if words else None), knobs
+    return mode, words[0], knobs
 
 def check(c):
-    """Raise UserError for a Config that cannot run, before anything is written."""
-    for recipe in c.recipe.split(","):
-        if recipe not in quartet.RECIPES:
-            raise UserError(f"unknown recipe {recipe!r}: {nearest(recipe, quartet.RECIPES)}")
+    """Raise UserError, or ValueError for a shape, where a Config cannot run, before anything is written."""
     for name, choices in CHOICES.items():
-        if getattr(c, name) not in choices:
-            raise UserError(f"--{name}={getattr(c, name)}: {nearest(getattr(c, name), choices)}")
-    for f in dataclasses.fields(c):
-        if f.type is int and getattr(c, f.name) < (f.name not in ("bf16_blocks", "seed")):
-            raise UserError(f"--{f.name}={getattr(c, f.name)}: too small")
+        known(getattr(c, name), choices, f"--{name}={getattr(c, name)}")
+    for name, value in vars(c).items():
+        least = int(type(value) is int and name not in ("bf16_blocks", "seed"))
+        if type(value) is not str and not value >= least:
+            raise UserError(f"--{name}={value}: too small, it must be at least {least}")
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: PyTorch sees no GPU here; leave the knob out to train on the CPU")
     if c.width % (2 * c.heads):
         raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
     if c.tokens_per_step % (c.batch * c.sequence):
         raise UserError(f"--tokens_per_step={c.tokens_per_step}: must be a multiple of batch x sequence, "
                         f"{c.batch} x {c.sequence} = {c.batch * c.sequence}")
-    with torch.device("meta"):  # raises ValueError for a bad shape
-        for recipe in c.recipe.split(","):
+    for recipe in c.recipe.split(","):
+        known(recipe, quartet.RECIPES, f"unknown recipe {recipe!r}")
+        with torch.device("meta"):  # ValueError for a shape that the recipe cannot take
             GPT(c, partial(quartet.Linear, recipe=recipe, backend=c.backend))
 
-# ---- 2. The model: Llama's block. The argument `linear` says which layers are quantized --------------------
+# ---- 2. The model: Llama's. linear(in, out) makes its hidden layers; the others are never quantized --------
+plain = partial(nn.Linear, bias=False)
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + SwiGLU(norm(x)). x (B, T, width); linear(in, out): the four layers."""
+    """x + attention(norm(x)), then x + SwiGLU(norm(x)). x (B, T, width); linear makes the four layers."""
     def __init__(self, c, linear):
         super().__init__()
         self.heads = c.heads
@@ -153,19 +147,13 @@ def rotary(x, rope):
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
 
-plain = partial(nn.Linear, bias=False)
-
 class GPT(nn.Module):
-    """tokens (B, T) int64 -> logits (B, T, vocab_size); with targets (B, T), the mean cross-entropy in nats.
-
-    linear(in_features, out_features) makes the hidden layers; embedding, norms, attention and head are never
-    quantized.
-    """
+    """tokens (B, T) int64 -> logits (B, T, vocab_size); with targets (B, T), mean cross-entropy in nats."""
     def __init__(self, c, linear=plain):
         super().__init__()
         self.embedding = nn.Embedding(c.vocab_size, c.width)
-        bf16_from = c.layers - c.bf16_blocks
-        self.blocks = nn.ModuleList(Block(c, linear if i < bf16_from else plain) for i in range(c.layers))
+        self.nvfp4 = max(0, c.layers - c.bf16_blocks)  # so many blocks take `linear`
+        self.blocks = nn.ModuleList(Block(c, linear if i < self.nvfp4 else plain) for i in range(c.layers))
         self.norm = nn.RMSNorm(c.width, eps=1e-5)
         self.head = plain(c.width, c.vocab_size)
         D = c.width // c.heads
@@ -177,62 +165,52 @@ class GPT(nn.Module):
                 nn.init.normal_(m.weight, 0, 0.02 / shrink)
 
     def forward(self, tokens, targets=None):
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, self.rope)
-        logits = self.head(self.norm(x))
-        return logits if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-    def switch(self, recipe, c):
-        """Give the hidden linear layers, but those of the last bf16_blocks, another recipe, in place."""
-        quartet.quantize_model(self.blocks[:c.layers - c.bf16_blocks], recipe, backend=c.backend)
+        # bf16 on a GPU for what is not quantized; float32 on a CPU, where bf16 is slow nearly everywhere
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+            x = self.embedding(tokens)
+            for block in self.blocks: x = block(x, self.rope)
+            y = self.head(self.norm(x))
+            return y if targets is None else F.cross_entropy(y.float().flatten(0, 1), targets.flatten())
 
 @torch.no_grad()
 def sample(model, tokens, c, device):
-    """Continue tokens [int, ...] -> c.sample_tokens ints, one by one. Slow: it caches no keys and values."""
-    generator = torch.Generator(device).manual_seed(c.seed)
+    """Continue tokens [int, ...] -> c.sample_tokens ints. Slow: it caches no keys and values."""
+    generator, start = torch.Generator(device).manual_seed(c.seed), len(tokens)
     for _ in range(c.sample_tokens):
-        with autocast(device), torch.compiler.set_stance("force_eager"):     # else every length compiles anew
+        with torch.compiler.set_stance("force_eager"):  # else every length compiles anew
             logits = model(torch.tensor([tokens[-c.sequence:]], device=device))[0, -1].float()
-        if c.temperature == 0:
-            token = logits.argmax()
-        else:
-            best, index = logits.topk(min(c.top_k, len(logits)))
-            token = index[torch.multinomial((best / c.temperature).softmax(-1), 1, generator=generator)]
-        tokens = tokens + [int(token)]
-        yield tokens[-1]
+        best, index = logits.topk(min(c.top_k, c.vocab_size) if c.temperature else 1)
+        chances = (best / (c.temperature or 1)).softmax(-1)
+        tokens = tokens + [index[torch.multinomial(chances, 1, generator=generator)].item()]
+    return tokens[start:]
 
 # ---- 3. Data: windows of shards, a function of (seed, step) ------------------------------------------------
 class Shards:
     """The tokens of a split, data/CORPUS_SPLIT_*.bin, each file 256 int32 of header, then uint16 tokens."""
     def __init__(self, c, split):
-        find = lambda: sorted(DATA.glob(f"{c.corpus}_{split}_*.bin"))
-        if c.corpus == "python" and not find():  # the default corpus needs no download
-            prepare.prepare("python", DATA)
-        paths = find()
+        corpus, pattern = DATA / c.corpus, f"{Path(c.corpus).name}_{split}_*.bin"
+        if c.corpus == "python" and not any(DATA.glob(pattern)): prepare.prepare("python", DATA)
+        paths = sorted(corpus.parent.glob(pattern))
         if not paths:
-            raise UserError(f"no {DATA / c.corpus}_{split}_*.bin: run python data/prepare.py {c.corpus} "
+            raise UserError(f"no {corpus.parent / pattern}: run python data/prepare.py {c.corpus} "
                             "(python, shakespeare, fineweb, or text files)")
         self.length, self.shards = c.sequence, []
         for path in paths:
             n = prepare.check_shard(path)
-            tokens = np.memmap(path, np.uint16, "r", offset=1024, shape=(n,))
+            self.shards.append(np.memmap(path, np.uint16, "r", offset=1024, shape=(n,)))
             if n <= c.sequence:
                 raise UserError(f"{path} holds {n} tokens, too few for --sequence={c.sequence}: shorten it")
-            if tokens.max() >= c.vocab_size:
-                raise UserError(f"{path} holds token {tokens.max()}, beyond --vocab_size={c.vocab_size}: "
+            if (top := self.shards[-1].max()) >= c.vocab_size:
+                raise UserError(f"{path} holds token {top}, beyond --vocab_size={c.vocab_size}: "
                                 "bytes need 256, GPT-2's tokens (fineweb) 50304")
-            self.shards.append(tokens)
         self.ends = np.cumsum([len(s) - c.sequence for s in self.shards])  # places where a window can start
-        self.tokens = sum(map(len, self.shards))
-        self.hash = hashlib.sha256(self.shards[0]).hexdigest()[:8]
 
     def at(self, places, device):
         """Windows that start at places [int, ...] -> inputs, targets, both (len(places), sequence) int64."""
         shard = np.searchsorted(self.ends, places, "right")
         start = places - np.concatenate([[0], self.ends])[shard]
-        window = np.stack([self.shards[i][j:j + self.length + 1] for i, j in zip(shard, start)])
-        window = torch.from_numpy(window.astype(np.int64))
+        windows = np.stack([self.shards[i][j:j + self.length + 1] for i, j in zip(shard, start)])
+        window = torch.from_numpy(windows.astype(np.int64))
         window = window.pin_memory().to(device, non_blocking=True) if device == "cuda" else window
         return window[:, :-1], window[:, 1:]
 
@@ -242,152 +220,119 @@ class Shards:
         return self.at(generator.integers(self.ends[-1], size=c.batch), device)
 
     def in_order(self, c, device):
-        """Windows without overlap from the start of the first shard, up to eval_tokens, batch by batch."""
+        """Windows without overlap from the start of the first shard, up to eval_tokens, in whole batches."""
         places = np.arange(0, min(self.ends[0], c.eval_tokens), c.sequence)
-        for i in range(0, len(places), c.batch):
+        for i in range(0, max(len(places) - c.batch, 0) + 1, c.batch):  # another shape would compile anew
             yield self.at(places[i:i + c.batch], device)
 
 # ---- 4. Training -------------------------------------------------------------------------------------------
-def autocast(device):
-    """bf16 on a GPU for what is not quantized; float32 on a CPU, where bf16 is slow nearly everywhere."""
-    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
-
 @torch.no_grad()
 def evaluate(model, data, c, device):
     """Mean cross-entropy in nats of the validation split, with the forward pass as trained: quantized."""
-    loss, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-    for x, y in data.in_order(c, device):
-        with autocast(device):
-            loss += model(x, y).double() * y.numel()
-        tokens += y.numel()
+    sums = [(model(x, y).double() * y.numel(), y.numel()) for x, y in data.in_order(c, device)]
+    loss, tokens = map(sum, zip(*sums))
     return loss.item() / tokens
 
 def learning_rate(c, step):
     """10% of the steps linear warm-up, then a cosine from lr to lr / 10."""
     warmup = max(1, c.steps // 10)
-    if step < warmup:
-        return c.lr * (step + 1) / warmup
+    if step < warmup: return c.lr * (step + 1) / warmup
     return c.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, c.steps - warmup)))
 
 def make_optimizer(model, c, device):
     """AdamW; weight decay on the weights of linear layers, none on embedding and norms."""
-    decay = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    ids = {id(p) for p in decay}
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    decay, rest = [], []
+    for name, p in model.named_parameters():
+        (decay if p.dim() == 2 and name != "embedding.weight" else rest).append(p)
     groups = [dict(params=decay, weight_decay=c.weight_decay), dict(params=rest, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=device == "cuda")
 
-def save(path, c, step, model, optimizer):
-    """Write a checkpoint whole or not at all: to a temporary name first."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    rng = dict(cpu=torch.get_rng_state(), cuda=cuda)
-    part = path.with_suffix(".part")
-    torch.save(dict(format="train_gpt 1", config=dataclasses.asdict(c), step=step, model=model.state_dict(),
-                    optimizer=optimizer.state_dict(), rng=rng), part)
-    os.replace(part, path)
-
-def find(run):
-    """The path of a run, given as a path or by its name in runs/."""
-    return Path(run) if Path(run).exists() else Path("runs") / run
-
-def load(run):
-    """A run's name, directory or file -> its checkpoint (loaded without executing it) and its directory."""
-    path = find(run) / "checkpoint.pt" if find(run).is_dir() else find(run)
+def load(mode, word, knobs):
+    """A preset to train, or a run (its path or name in runs/) -> Config, directory, checkpoint (or None)."""
+    if mode == "train":
+        known(word, PRESETS, f"unknown preset {word!r}")
+        return Config(**PRESETS[word] | knobs), None, None
+    path = Path(word) if Path(word).exists() else Path("runs") / word
+    if mode == "resume" and (path / "compare.json").exists():
+        return Config(**json.loads((path / "compare.json").read_text()) | knobs), path, None
+    path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():
-        runs = sorted(p.name for p in Path("runs").glob("*"))
-        raise UserError(f"no checkpoint {path}: in runs/, {nearest(run, runs)}")
+        runs = sorted(str(p.parent.relative_to("runs")) for p in Path("runs").rglob("checkpoint.pt"))
+        known(word, runs, f"no checkpoint {path}: in runs/")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing of it
     except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as e:
         raise UserError(f"{path} is not a whole checkpoint ({type(e).__name__}): train again") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "train_gpt 1":
         raise UserError(f"{path} was not written by this version of train_gpt.py")
-    return checkpoint, path.parent
-
-def load_model(model, checkpoint, c):
-    """Load the weights; UserError that names the knobs when the model has another shape."""
-    saved = checkpoint["config"]
-    other = [f"--{k}={getattr(c, k)} (saved: {saved[k]})" for k in MODEL_KNOBS if getattr(c, k) != saved[k]]
+    old = checkpoint["config"]
+    other = [f"--{k}={knobs[k]} (saved: {old[k]})" for k in MODEL_KNOBS if knobs.get(k, old[k]) != old[k]]
     if other:
         raise UserError(f"the checkpoint holds another model: {', '.join(other)}; leave these knobs out")
-    model.load_state_dict(checkpoint["model"])
+    return Config(**old | knobs), path.parent, checkpoint
 
 class Log:
-    """log.jsonl, one line a record, and the progress lines. Losses stay on the device until a line is due."""
-    def __init__(self, c, directory, start, model, device):
+    """log.jsonl, one line a record, and what is printed. Losses stay on the device until a line is due."""
+    def __init__(self, c, directory, start, model, data, device, compiled):
         self.c, self.start, self.pending, self.rates, self.path = c, start, [], [], directory / "log.jsonl"
         if self.path.exists():  # resumed: drop what is done again
             lines = self.path.read_text().splitlines(keepends=True)
             self.path.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= start))
-        multiplied = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
-        self.flops = 6 * multiplied + 6 * c.layers * c.width * c.sequence  # of a token, forward and backward
-        name = torch.cuda.get_device_name() if device == "cuda" else ""
-        self.peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
-        self.begin = time.perf_counter()
+        cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+        name = torch.cuda.get_device_name() if device == "cuda" else cpu
+        size, vocabulary = sum(p.numel() for p in model.parameters()), c.vocab_size * c.width
+        hidden, tokens = size - 2 * vocabulary, c.steps * c.tokens_per_step
+        flops = 6 * (size - vocabulary + c.layers * c.width * c.sequence)  # of a token, forward and backward
+        self.top = next((peak / flops for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)  # tokens/s
+        digest = lambda content: hashlib.sha256(content).hexdigest()[:8]
+        code = digest(b"".join(Path(__file__).with_name(f).read_bytes() for f in CODE))
+        micro = c.tokens_per_step // (c.batch * c.sequence)
+        header = dict(  # all that the numbers of a run depend on
+            device=name + ", torch.compile" * compiled, backend=quartet.resolve(c.backend, device), recipe=c.recipe,
+            parameters=f"{size:,}, {hidden:,} without embedding and head",
+            batch=f"{c.tokens_per_step:,} tokens a step, {micro} x {c.batch} x {c.sequence}",
+            steps=f"{c.steps:,}: {tokens:,} tokens, {tokens / hidden:.1f} a parameter",
+            corpus=f"{c.corpus}, {sum(map(len, data.shards)):,} tokens, sha256 {digest(data.shards[0])}",
+            versions=f"python {platform.python_version()}, torch {torch.__version__}, code {code}")
+        print("\n".join(f"{what:>10}  {value}" for what, value in header.items()), flush=True)
+        self.write(start=start, config=vars(c), **header)
 
     def write(self, **record):
         """Append one record to log.jsonl."""
-        with open(self.path, "a") as f:
-            f.write(json.dumps(record) + "\n")
+        with open(self.path, "a") as f: f.write(json.dumps(record) + "\n")
 
-    def step(self, step, loss, norm, lr):
-        """Note a step (loss, norm: 0-d tensors); print every log_every steps, at the first and the last."""
-        self.pending.append((step, loss, norm, lr))
-        if step % self.c.log_every == 0 or step in (self.start + 1, self.c.steps):
-            self.flush()
-
-    def flush(self):
-        """Wait for the device, write and print what is pending. UserError where that is not finite."""
-        if not self.pending:
-            return
-        values = torch.stack([torch.stack([loss, norm]) for _, loss, norm, _ in self.pending]).tolist()
-        seconds = (time.perf_counter() - self.begin) / len(self.pending)
+    def step(self, *record, flush):
+        """Note (step, its begin, loss, norm, lr); write and print the pending if a line is due, or flush."""
+        self.pending.append(record)
+        steps, begins, losses, norms, lrs = zip(*self.pending)
+        if not flush and steps[-1] % self.c.log_every and steps[-1] != self.start + 1: return
+        losses, norms = torch.stack(losses).tolist(), torch.stack(norms).tolist()
+        seconds = (time.perf_counter() - begins[0]) / len(steps)
         rate = self.c.tokens_per_step / seconds
-        if self.pending[0][0] > self.start + 1:  # the first step compiles, or warms up
-            self.rates.append(rate)
-        for (step, _, _, lr), (loss, norm) in zip(self.pending, values):
+        if steps[0] > self.start + 1: self.rates.append(rate)  # the first step compiles, or warms up
+        for step, loss, norm, lr in zip(steps, losses, norms, lrs):
             self.write(step=step, loss=loss, grad_norm=norm, lr=lr, ms=round(seconds * 1e3, 3))
             if not math.isfinite(loss + norm):
                 raise UserError(f"step {step}: loss {loss}, gradient norm {norm}. Stopped; the last good "
-                                f"checkpoint, if any, stays in {self.path.parent}. Try a lower --lr, or "
+                                f"checkpoint, if any, stays in {self.path.parent}. Try a lower --lr or "
                                 "--recipe=bf16")
-        left = int((self.c.steps - step) * seconds)
-        mfu = f"  mfu {rate * self.flops / self.peak:5.1%}" if self.peak else ""
+        left, mfu = int((self.c.steps - step) * seconds), f"  mfu {rate / self.top:5.1%}" if self.top else ""
         print(f"step {step:{len(str(self.c.steps))}}/{self.c.steps}  loss {loss:7.4f}  norm {norm:6.3f}  "
               f"lr {lr:.2e}  {seconds * 1e3:7.1f} ms  {rate / 1e3:7.1f} ktok/s{mfu}  "
               f"{left // 60:3d}:{left % 60:02d} left", flush=True)
         self.pending.clear()
-        self.begin = time.perf_counter()
 
 def pick_device(c):
     """-> the device that a Config means, and whether to compile for it."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda: PyTorch sees no GPU here; leave the knob out to train on the CPU")
     compiled = c.compile == "on" or (c.compile == "auto" and device == "cuda")
     if compiled and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         print("no C compiler found, which torch.compile and Triton need (apt install gcc): slower without")
         compiled = False
     return device, compiled
 
-def describe(c, model, data, device, compiled):
-    """The header of a run: all that its numbers depend on, name by name."""
-    code = b"".join((HERE / f).read_bytes() for f in ("quartet.py", "train_gpt.py"))
-    cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu
-    size, tokens = sum(p.numel() for p in model.parameters()), c.steps * c.tokens_per_step
-    hidden = size - model.embedding.weight.numel() - model.head.weight.numel()
-    micro = c.tokens_per_step // (c.batch * c.sequence)
-    return dict(device=name + ", torch.compile" * compiled, backend="torch", recipe=c.recipe,
-                parameters=f"{size:,}, {hidden:,} without embedding and head",
-                batch=f"{c.tokens_per_step:,} tokens a step, {micro} x {c.batch} x {c.sequence}",
-                steps=f"{c.steps:,}: {tokens:,} tokens, {tokens / hidden:.1f} a parameter",
-                corpus=f"{c.corpus}, {data.tokens:,} tokens, sha256 {data.hash}",
-                versions=f"python {platform.python_version()}, torch {torch.__version__}, "
-                         f"code {hashlib.sha256(code).hexdigest()[:8]}")
-
-def train(c, directory, stop, checkpoint=None):
-    """Train as c says, or on from a checkpoint; stop: a list that a signal fills -> {what: result}."""
+def train(c, data, directory, stop, checkpoint=None):
+    """Train as c says on data = (train, val), or on from a checkpoint; stop: a list that a signal fills."""
     device, compiled = pick_device(c)
     if device == "cuda":  # so that a resumed run is the same to the bit
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -395,62 +340,55 @@ def train(c, directory, stop, checkpoint=None):
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(c.seed)
     model = GPT(c, partial(quartet.Linear, recipe=c.recipe, backend=c.backend)).to(device)
+    accumulate = c.tokens_per_step // (c.batch * c.sequence)
     optimizer, start = make_optimizer(model, c, device), 0
     if checkpoint:
-        load_model(model, checkpoint, c)
-        optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
-    data, val = Shards(c, "train"), Shards(c, "val")
-    log, header = Log(c, directory, start, model, device), describe(c, model, data, device, compiled)
-    print("\n".join(f"{what:>10}  {value}" for what, value in header.items()), flush=True)
-    log.write(start=start, config=dataclasses.asdict(c), **header)
-    for block in model.blocks if compiled else ():  # all blocks share one compiled graph
-        block.compile(fullgraph=True)
-    accumulate = c.tokens_per_step // (c.batch * c.sequence)
-    peak_memory(device, reset=True)
-    if checkpoint:  # last: nothing may draw in between
-        torch.set_rng_state(checkpoint["rng"]["cpu"])
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"]["cpu"])  # nothing below may draw before the first step
         if device == "cuda" and checkpoint["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
-
+    for block in model.blocks if compiled else (): block.compile(fullgraph=True)  # they share one graph
+    log = Log(c, directory, start, model, data[0], device, compiled)
+    peak_memory(device, reset=True)
     for step in range(start + 1, c.steps + 1):
+        begin, last = time.perf_counter(), step == c.steps
         if step > c.steps * (1 - c.bf16_end):
-            model.switch("bf16", c)
+            quartet.quantize_model(model.blocks[:model.nvfp4], "bf16", backend=c.backend)
         lr = learning_rate(c, step - 1)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group in optimizer.param_groups: group["lr"] = lr
         total = torch.zeros((), device=device)
         for micro in range(accumulate):
-            with autocast(device):
-                loss = model(*data.random(c, step, micro, device)) / accumulate
+            loss = model(*data[0].random(c, step, micro, device)) / accumulate
             loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        log.step(step, total, norm, lr)
-
-        last = step == c.steps
-        if step % c.eval_every == 0 or last:
-            log.flush()
-            loss = evaluate(model, val, c, device)
+        stopping, evaluating = bool(stop) and not last, last or step % c.eval_every == 0
+        saving = stopping or last or step % c.save_every == 0
+        log.step(step, begin, total, norm, lr, flush=evaluating or saving)  # raises before a NaN is saved
+        if evaluating:
+            loss = evaluate(model, data[1], c, device)
             log.write(step=step, val_loss=loss)
             print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(c, loss)}", flush=True)
-            log.begin = time.perf_counter()
-        if step % c.save_every == 0 or last or stop:
-            log.flush()  # raises before a NaN is saved
-            save(directory / "checkpoint.pt", c, step, model, optimizer)
-            log.begin = time.perf_counter()
-        if stop and not last:
+        if saving:
+            cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+            rng = dict(cpu=torch.get_rng_state(), cuda=cuda)
+            with open(directory / "checkpoint.part", "wb") as f:  # a checkpoint is whole or not there at all
+                torch.save(dict(format="train_gpt 1", config=vars(c), step=step, model=model.state_dict(),
+                                optimizer=optimizer.state_dict(), rng=rng), f)
+            os.replace(directory / "checkpoint.part", directory / "checkpoint.pt")
+        if stopping:
             print(f"stopped after step {step}, saved. To go on: python train_gpt.py resume {directory}")
             sys.exit(0 if stop[0] == signal.SIGTERM else 130)
-
-    result = dict(recipe=c.recipe, val_loss=evaluate(model, val, c, device), peak_gib=peak_memory(device),
+    loss = loss if start < c.steps else evaluate(model, data[1], c, device)
+    result = dict(recipe=c.recipe, val_loss=loss, peak_gib=peak_memory(device),
                   tokens_per_s=float(np.median(log.rates)) if log.rates else math.nan)
     (directory / "result.json").write_text(json.dumps(result) + "\n")
     (directory / "sample.txt").write_text(text := sample_text(model, c, device), encoding="utf-8")
     print(f"sample:\n{text}\nwritten to {directory}/: log.jsonl, checkpoint.pt, result.json, sample.txt")
-    return result
 
 def bits_per_byte(c, loss):
     """', x bits per byte' where a token is a byte, else nothing."""
@@ -464,36 +402,34 @@ def peak_memory(device, reset=False):
     try:
         Path("/proc/self/clear_refs").write_text("5") if reset else None
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
-    except OSError:
-        return math.nan
+    except (OSError, IndexError): return math.nan
 
 def sample_text(model, c, device):
     """The prompt and what the model makes of it: UTF-8 bytes if vocab_size is 256, else GPT-2's tokens."""
     if c.vocab_size == 256:
-        tokens = list(c.prompt.encode())
-        text = bytes(tokens + [*sample(model, tokens, c, device)])
-        return text.decode(errors="replace").replace("\0", "\n")
+        tokens = list(c.prompt.encode()) or [0]  # a new document
+        return bytes(tokens + sample(model, tokens, c, device)).decode(errors="replace").replace("\0", "\n")
     try:
         import tiktoken
         gpt2 = tiktoken.get_encoding("gpt2")
     except Exception as e:  # not installed, or no download
         return f"(text of vocabulary {c.vocab_size} needs the package tiktoken, pip install tiktoken: {e})"
-    tokens = gpt2.encode_ordinary(c.prompt)
-    return gpt2.decode([t for t in tokens + [*sample(model, tokens, c, device)] if t < gpt2.n_vocab])
+    tokens = gpt2.encode_ordinary(c.prompt) or [gpt2.eot_token]
+    return gpt2.decode([t for t in tokens + sample(model, tokens, c, device) if t < gpt2.n_vocab])
 
 # ---- 5. Comparing recipes, evaluating, sampling, and the command line --------------------------------------
-def compare(c, directory, stop):
+def compare(c, data, directory, stop):
     """Train each recipe of the list, all else equal, and print a table. What has a result is not repeated."""
-    (directory / "compare.json").write_text(json.dumps(dataclasses.asdict(c)))
+    (directory / "compare.json").write_text(json.dumps(vars(c)))
     results = []
     for recipe in c.recipe.split(","):
-        run = directory / recipe
+        one, run = dataclasses.replace(c, recipe=recipe), directory / recipe
         run.mkdir(exist_ok=True)
         if not (run / "result.json").exists():
             print(f"\n==== {recipe}", flush=True)
             torch._dynamo.reset()
-            checkpoint = load(run)[0] if (run / "checkpoint.pt").exists() else None
-            train(dataclasses.replace(c, recipe=recipe), run, stop, checkpoint)
+            saved = load("resume", run, vars(one))[2] if (run / "checkpoint.pt").exists() else None
+            train(one, data, run, stop, saved)
         results.append(json.loads((run / "result.json").read_text()))
     base = next((r["val_loss"] for r in results if r["recipe"] == "bf16"), math.nan)
     rows = [f"{'recipe':12}{'val loss':>10}{'gap to bf16':>13}{'tokens/s':>12}{'peak GiB':>10}"]
@@ -507,7 +443,7 @@ def eval_recipes(model, c, device):
     val, base = Shards(c, "val"), None
     print(f"{'forward':12}{'val loss':>10}{'difference':>12}{'perplexity':>12}")
     for recipe in c.recipe.split(","):
-        model.switch(recipe, c)
+        quartet.quantize_model(model.blocks[:model.nvfp4], recipe, backend=c.backend)
         loss = evaluate(model, val, c, device)
         base = loss if base is None else base
         print(f"{recipe:12}{loss:10.4f}{loss - base:12.4f}{math.exp(loss):12.3f}{bits_per_byte(c, loss)}")
@@ -516,8 +452,7 @@ def new_directory(c, preset):
     """Make runs/NAME -> its path. A default name is unique; a given one must be free."""
     name = c.name or f"{preset}-{'compare' if ',' in c.recipe else c.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
-        while not c.name and (Path("runs") / name).exists():
-            name += "+"
+        while not c.name and (Path("runs") / name).exists(): name += "+"
         (Path("runs") / name).mkdir(parents=True)
     except FileExistsError:
         raise UserError(f"runs/{name} exists: resume {name}, or take another --name") from None
@@ -528,41 +463,30 @@ def new_directory(c, preset):
 def main(argv):
     """Do what the command line says."""
     if {"-h", "--help"} & set(argv):
-        source = (HERE / "train_gpt.py").read_text()
-        return print(__doc__ + "\n" + source[source.index("@dataclasses"):source.index("CHOICES")])
+        source = Path(__file__).read_text()
+        print(__doc__, source[source.index("@dataclasses"):source.index("CHOICES")], sep="\n", end="")
+        return print("RECIPES:", ", ".join(quartet.RECIPES))
     mode, word, knobs = parse(argv)
-    if mode == "train":
-        word = word or ("gpu" if torch.cuda.is_available() and knobs.get("device") != "cpu" else "cpu")
-        if word not in PRESETS:
-            raise UserError(f"unknown preset {word!r}: {nearest(word, PRESETS)}")
-        c, checkpoint, directory = Config(**{**PRESETS[word], **knobs}), None, None
-    elif mode == "resume" and (listed := find(word) / "compare.json").exists():
-        c, checkpoint, directory = Config(**{**json.loads(listed.read_text()), **knobs}), None, listed.parent
-    else:
-        checkpoint, directory = load(word)
-        c = Config(**{**checkpoint["config"], **knobs})
+    c, directory, checkpoint = load(mode, word, knobs)
     check(c)
     if mode in ("eval", "sample"):
         device, _ = pick_device(c)
         model = GPT(c, partial(quartet.Linear, recipe=c.recipe.split(",")[0], backend=c.backend)).to(device)
-        load_model(model, checkpoint, c)
+        model.load_state_dict(checkpoint["model"])
         return eval_recipes(model, c, device) if mode == "eval" else print(sample_text(model, c, device))
-
     stop = []
-
     def on_signal(signum, frame):
         print(f"\n{signal.Signals(signum).name}: this step, then saving (once more: at once)", flush=True)
         stop.append(signum)
         signal.signal(signum, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    Shards(c, "train"), Shards(c, "val")  # fails before a directory is made
+    for signum in (signal.SIGINT, signal.SIGTERM): signal.signal(signum, on_signal)
+    data = Shards(c, "train"), Shards(c, "val")  # fails before a directory is made
     directory = directory or new_directory(c, word)
-    compare(c, directory, stop) if "," in c.recipe else train(c, directory, stop, checkpoint)
+    compare(c, data, directory, stop) if "," in c.recipe else train(c, data, directory, stop, checkpoint)
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, ValueError, OSError) as e:
-        sys.exit(f"train_gpt.py: {e}")
+    try: main(sys.argv[1:])
+    except (UserError, ValueError, OSError) as e: sys.exit(f"train_gpt.py: {e}")
+    except (RuntimeError, MemoryError) as e:
+        if "allocate" not in str(e): raise
+        sys.exit(f"train_gpt.py: out of memory, try a smaller --batch. {str(e).splitlines()[0]}")

@@ -1,0 +1,461 @@
+"""quartet.py in Triton: the same quantizers, to the bit, at the speed of the memory bus.
+
+A block of 16 values is final after one look at it, scale included, because the tensor scale is a power of two
+(quartet.py says why). So one kernel reads bf16 and writes codes, block scales of 4 significant bits as bf16, and
+the largest scale of all; a second, over 1/16 of the values, encodes the scales as E4M3.
+
+What a GEMM takes depends on the GPU. FP4 tensor cores (capability 10 and up) take codes and encoded scales.
+Elsewhere the kernels also write the decoded values, which bf16 holds exactly, and cuBLAS multiplies those.
+
+Layout is most of the speed. A thread owns whole blocks, so that sums of 16 stay in its registers. A product on
+tensor cores leaves each row spread over 4 threads, 2 columns at a time: R comes with its columns permuted such
+that what a thread holds of x R are 32 neighbours.
+"""
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+import quartet
+from quartet import BLOCK, GROUP, NVFP4
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")     # kernels run in Python, on a CPU
+EXPONENT, SR_MAX, EDEN_MAX, ROUNDS, TINY = map(tl.constexpr, (
+    quartet.EXPONENT, quartet.SR_MAX, quartet.EDEN_MAX, quartet.PHILOX_ROUNDS, 2.0**-120))
+STOCHASTIC = {"sr": BLOCK, "ms_eden": 1}        # quantizers that draw: numbers a block before those of `again`
+
+# ---- 1. Small floats. Blocks in registers: b is (B, 16) float32, one block a row, one thread a row ---------
+@triton.jit
+def bits(v):
+    """v (...) float32 -> its bits, int32."""
+    return v.to(tl.int32, bitcast=True)
+
+@triton.jit
+def power_of_two(b):
+    """Bits b (...) int32 of a power of two -> float32."""
+    return b.to(tl.float32, bitcast=True)
+
+@triton.jit
+def inverse(p):
+    """1 / p of p (...) float32, powers of two in [2^-126, 2^126]: exact."""
+    return power_of_two(0x7F000000 - bits(p))
+
+@triton.jit
+def e2m1(v):
+    """quartet.e2m1 to nearest, for |v| < 7. Bitwise equal."""
+    power = power_of_two(tl.maximum(bits(v) & EXPONENT, 0x3F800000))    # 1, 2, 4
+    magic = power * 6291456.0                                           # 1.5 * 2^23 times the ulp, power / 2
+    return v + magic - magic
+
+@triton.jit
+def e2m1_by(v, u):
+    """quartet.e2m1, stochastic, for |v| <= 6; u of v's shape. Bitwise equal."""
+    power = power_of_two(tl.maximum(bits(v) & EXPONENT, 0x3F800000))
+    n = v * (2.0 * inverse(power))
+    down = tl.floor(n)
+    return (down + (u < n - down).to(tl.float32)) * (0.5 * power)
+
+@triton.jit
+def round_scale(s):
+    """quartet.round_scale to nearest, of s (B, 1) >= 2^-40. Bitwise equal."""
+    magic = power_of_two(bits(s) & EXPONENT) * 1572864.0                # 1.5 * 2^23 times the ulp, power / 8
+    return s + magic - magic
+
+@triton.jit
+def round_by(s, u, MIN: tl.constexpr):
+    """s (...) >= 0 -> 4 significant bits, stochastically by u; a uniform grid below MIN, a power of two."""
+    power = tl.maximum(power_of_two(bits(s) & EXPONENT), MIN)
+    n = s * (8.0 * inverse(power))
+    down = tl.floor(n)
+    return (down + (u < n - down).to(tl.float32)) * (0.125 * power)
+
+@triton.jit
+def halves(t):
+    """t (B, 2 n) -> its first and its last n columns."""
+    return tl.split(t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1))
+
+@triton.jit
+def block_sum(t):
+    """t (B, 16) -> (B, 1), added in quartet.block_sum's order. Bitwise equal."""
+    low, high = halves(t)
+    low, high = halves(low + high)
+    low, high = halves(low + high)
+    low, high = halves(low + high)
+    return low + high
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+@triton.jit
+def block_amax(b):
+    """b (B, 16) -> (B, 1): largest magnitude; NaN wins."""
+    low, high = halves(tl.abs(b))
+    low, high = halves(larger(low, high))
+    low, high = halves(larger(low, high))
+    low, high = halves(larger(low, high))
+    return larger(low, high)
+
+@triton.jit
+def reciprocal(s):
+    """1 / s, correctly rounded; 0 where s is 0 or NaN."""
+    return tl.where(s > 0, tl.div_rn(1.0, tl.where(s > 0, s, 1.0)), 0.0)
+
+@triton.jit
+def ratio(b, s):
+    """b (B, 16) / s (B, 1), correctly rounded; 0 where s is 0. For s NaN see store_blocks."""
+    r = reciprocal(s)                       # one a block, and Markstein's division: as r is correctly
+    v = b * r                               # rounded, so is the second v
+    if INTERPRET:                           # numpy has no fused multiply-add
+        v = tl.where(s > 0, b / tl.where(s > 0, s, 1.0), 0.0)
+    else:
+        v = tl.fma(tl.fma(-v, s, b), r, v)
+    return v
+
+@triton.jit
+def pack(q):
+    """q (B, 16) E2M1 values -> codes (B, 8) uint8. As a float32, q * 2^-126 has the code in bits 22 to 24."""
+    low, high = tl.split((q * 1.1754943508222875e-38).to(tl.uint32, bitcast=True).reshape(q.shape[0], 8, 2))
+    pair = (low >> 22 & 0x207) | (high >> 18 & 0x2070)                  # the signs are 6 bits too far left
+    return ((pair & 0x77) | (pair >> 6 & 0x88)).to(tl.uint8)
+
+# ---- 2. Noise ----------------------------------------------------------------------------------------------
+@triton.jit
+def philox(seed_ptr, counter):
+    """quartet.philox: counter (...) int64 -> four words of its shape, uint32. Bitwise equal."""
+    zero = (counter * 0).to(tl.uint32)
+    return tl.philox(tl.load(seed_ptr), counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero, ROUNDS)
+
+@triton.jit
+def uniform(seed_ptr, i):
+    """u (B, 1) of numbers i (B, 1) int64, as quartet.uniform's element i. Bitwise equal."""
+    a, b, c, d = philox(seed_ptr, i >> 2)
+    word = tl.where(i & 2 > 0, tl.where(i & 1 > 0, d, c), tl.where(i & 1 > 0, b, a))
+    return (word >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+@triton.jit
+def uniform_blocks(seed_ptr, i):
+    """u (B, 16) of the elements of blocks i (B, 1) int64: quartet.uniform's 16 i to 16 i + 15. Bitwise equal."""
+    a, b, c, d = philox(seed_ptr, 4 * i + tl.arange(0, 4)[None, :])
+    words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(i.shape[0], 16)
+    return (words >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+# ---- 3. The quantizers, on blocks in registers -------------------------------------------------------------
+@triton.jit
+def over_rows(t, ROWS: tl.constexpr, MAX: tl.constexpr):
+    """t (B, 1) of rows of blocks -> the sum (in block_sum's order) or the maximum over each ROWS of them."""
+    if ROWS > 1:
+        rows = t.reshape(t.shape[0] // ROWS, ROWS)
+        if MAX:
+            row = tl.max(rows, 1, keep_dims=True)
+        else:
+            row = block_sum(rows)
+        t = tl.broadcast_to(row, rows.shape).reshape(t.shape)
+    return t
+
+@triton.jit
+def try_scale(b, amax, TOP: tl.constexpr, ROWS: tl.constexpr):
+    """Blocks b rounded with amax mapped to TOP -> values q (B, 16), scales s (B, 1), squared errors (B, 1)."""
+    s = round_scale(tl.div_rn(amax, TOP))
+    q = e2m1(ratio(b, s))
+    d = tl.fma(q, s, -b)                                                # q * s is exact
+    return q, s, over_rows(block_sum(d * d), ROWS, False)
+
+@triton.jit
+def quantize_blocks(b, i, seed_ptr, QUANTIZER: tl.constexpr, ROWS: tl.constexpr):
+    """b (B, 16), blocks with numbers i (B, 1) int64 -> E2M1 values q (B, 16), scales s (B, 1) of 4 bits.
+
+    The functions of quartet.py, in its order of operations. ROWS neighbouring rows of b share a scale.
+    """
+    amax = block_amax(b)
+    if ROWS > 1:                                                        # as integers, NaN is the largest
+        amax = power_of_two(over_rows(bits(amax) & 0x7FFFFFFF, ROWS, True))
+    amax = tl.where(amax < TINY, 0.0, amax)
+    unit = tl.minimum(tl.maximum(power_of_two(bits(amax) & EXPONENT), TINY), 8.507059173023462e+37)    # 2^126
+    amax = amax * inverse(unit)
+    if QUANTIZER != "ms_eden":
+        b = b * inverse(unit)
+    if QUANTIZER == "rtn":
+        s = round_scale(tl.div_rn(amax, 6.0))
+        q = e2m1(ratio(b, s))
+    elif QUANTIZER == "four_six":
+        q4, s4, error4 = try_scale(b, amax, 4.0, ROWS)
+        q, s, error = try_scale(b, amax, 6.0, ROWS)
+        q, s = tl.where(error4 < error, q4, q), tl.where(error4 < error, s4, s)
+    elif QUANTIZER == "sr":
+        s = round_scale(tl.div_rn(amax, SR_MAX))
+        q = e2m1_by(ratio(b, s), uniform_blocks(seed_ptr, i))
+    else:                                                               # ms_eden
+        s = tl.div_rn(amax, EDEN_MAX)
+        v = b * (reciprocal(s) * inverse(unit))
+        q = e2m1(v)
+        vv, vq = block_sum(v * v), block_sum(v * q)
+        s = s * tl.where(vq > 0, tl.div_rn(vv, vq), 1.0)
+        s = round_by(s, uniform(seed_ptr, i), 1e-30)
+    return q, s * unit
+
+@triton.jit
+def store_blocks(q, s, i, mask, codes_ptr, scale_ptr, top_ptr, decoded_ptr, inverse_n):
+    """Write blocks i: codes, scales (bf16: exact), decoded values / n (where wanted); raise top to max s."""
+    tl.store(scale_ptr + i, s.to(tl.bfloat16), mask)
+    top = tl.max(tl.where(mask, bits(s) & 0x7FFFFFFF, 0))               # NaN is the largest
+    tl.atomic_max(top_ptr, top, sem="relaxed")
+    if codes_ptr is not None:
+        tl.store(codes_ptr + 8 * i + tl.arange(0, 8)[None, :], pack(q), mask)
+    if decoded_ptr is not None:
+        tl.store(decoded_ptr + 16 * i + tl.arange(0, 16)[None, :], (q * (s * inverse_n)).to(tl.bfloat16), mask)
+
+# ---- 4. Kernels --------------------------------------------------------------------------------------------
+@triton.jit
+def quantize_kernel(x_ptr, seed_ptr, codes_ptr, scale_ptr, top_ptr, decoded_ptr, count, columns,
+                    QUANTIZER: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr):
+    """Quantize B blocks of x, contiguous bf16 of count blocks, columns blocks a row, in one look at each."""
+    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)[:, None]
+    if ROWS > 1:                                                        # 16 rows of a block one after another
+        tile, row = i // ROWS, i % ROWS
+        i = (tile // columns * ROWS + row) * columns + tile % columns
+    mask = i < count
+    half = 16 * i + tl.arange(0, 8)[None, :]                            # two loads, so that a thread gets both
+    low, high = (tl.load(x_ptr + half, mask, 0.0), tl.load(x_ptr + half + 8, mask, 0.0))
+    b = tl.join(low, high).permute(0, 2, 1).reshape(B, 16).to(tl.float32)
+    q, s = quantize_blocks(b, i, seed_ptr, QUANTIZER, ROWS)
+    store_blocks(q, s, i, mask, codes_ptr, scale_ptr, top_ptr, decoded_ptr, 1.0)
+
+@triton.jit
+def load_tile(x_ptr, scale_ptr, tensor_scale_ptr, m, n, M, N, WIDTH: tl.constexpr):
+    """Rows m (H, 1) int64 and WIDTH columns from n on of x (M, N) -> (H, WIDTH) bf16, 0 outside. x: see below."""
+    if scale_ptr is None:
+        n += tl.arange(0, WIDTH)[None, :]
+        x = tl.load(x_ptr + m * N + n, (m < M) & (n < N), 0.0)
+    else:
+        k, b = n // 2 + tl.arange(0, WIDTH // 2)[None, :], n // 16 + tl.arange(0, WIDTH // 16)[None, :]
+        byte = tl.load(x_ptr + m * (N // 2) + k, (m < M) & (k < N // 2), 0).to(tl.int32)
+        code = tl.join(byte & 15, byte >> 4).reshape(m.shape[0], WIDTH // 16, 16)
+        scale = tl.load(scale_ptr + m * (N // 16) + b, (m < M) & (b < N // 16), 0).to(tl.int32)
+        scale = power_of_two(scale << 20) * 1.329227995784916e+36 * tl.load(tensor_scale_ptr)       # 2^120
+        q = power_of_two((code & 7) << 22 | (code & 8) << 28) * 8.507059173023462e+37               # 2^126
+        x = (q * scale[:, :, None]).reshape(m.shape[0], WIDTH).to(tl.bfloat16)                      # exact
+    return x
+
+@triton.jit
+def rotate_tile(x, R_ptr):
+    """x (H, 128) bf16 -> the blocks of x R, (8 H, 16) float32. R (128, 128) bf16, `permuted`."""
+    r = tl.arange(0, 128)
+    R = tl.load(R_ptr + r[:, None] * 128 + r[None, :])
+    if INTERPRET:                                                       # it multiplies bf16 as integers
+        x, R = x.to(tl.float32), R.to(tl.float32)
+    y = tl.dot(x, R)                                                    # column 64 g + 8 i + 2 t + j
+    return y.reshape(x.shape[0], 2, 8, 4, 2).permute(0, 1, 3, 2, 4).reshape(x.shape[0] * 8, 16)
+
+@triton.jit
+def tile_kernel(x_ptr, x_scale_ptr, x_tensor_scale_ptr, M, N,
+                row_R, row_seed, row_codes, row_scale, row_top, row_decoded, row_inverse_n,
+                col_R, col_seed, col_codes, col_scale, col_top, col_decoded, col_inverse_n,
+                ROW: tl.constexpr, COL: tl.constexpr, H: tl.constexpr):
+    """Rotate and quantize a 128 x 128 tile of x (M, N) along N (by ROW) and along M (by COL), H rows at a time.
+
+    x is bf16, or, with scales, NVFP4. ROW, COL: a quantizer or "". Rows of the second result are columns of
+    x; it is as long as whole tiles, and what x lacks is 0. The tile comes from memory once, then from a cache.
+    """
+    m0, n0 = tl.program_id(0).to(tl.int64) * 128, tl.program_id(1).to(tl.int64) * 128
+    j = tl.arange(0, 8 * H)[:, None]
+    if ROW != "":
+        for h in range(0, 128, H):
+            m = m0 + h + tl.arange(0, H)[:, None]
+            x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m, n0, M, N, 128)
+            row = m0 + h + j // 8
+            i = row * (N // 16) + n0 // 16 + j % 8
+            q, s = quantize_blocks(rotate_tile(x, row_R), i, row_seed, ROW, 1)
+            store_blocks(q, s, i, row < M, row_codes, row_scale, row_top, row_decoded, row_inverse_n)
+    if COL != "":
+        for h in range(0, 128, H):
+            m = m0 + tl.arange(0, 128)[:, None]
+            x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m, n0 + h, M, N, H)
+            row = n0 + h + j // 8
+            i = row * (tl.num_programs(0) * 8) + m0 // 16 + j % 8
+            q, s = quantize_blocks(rotate_tile(x.T, col_R), i, col_seed, COL, 1)
+            store_blocks(q, s, i, row < N, col_codes, col_scale, col_top, col_decoded, col_inverse_n)
+
+@triton.jit
+def encode_kernel(scale_ptr, top_ptr, seed_ptr, e4m3_ptr, tensor_scale_ptr, codes_ptr, decoded_ptr, count,
+                  inverse_n, AGAIN: tl.constexpr, B: tl.constexpr):
+    """quartet.assemble's end: the tensor scale, and scales of 4 bits as E4M3 bytes. Bitwise equal.
+
+    Scales among E4M3's sub-normals are rounded once more, by noise AGAIN numbers a block further on (0: to
+    nearest), and their blocks decoded again; if top is not finite, all is: to NaN, and codes are 0.
+    """
+    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)[:, None]
+    mask, top = i < count, tl.load(top_ptr)
+    s = tl.load(scale_ptr + i, mask, 0.0).to(tl.float32)
+    power = power_of_two(top + 1048576 & EXPONENT)                      # 1.875 * 2^8 would exceed 448
+    tensor_scale = tl.where(top > 0, tl.maximum(power * 0.00390625, 9.4039548065783e-38), 1.0)      # 2^-123
+    v = tl.minimum(s * inverse(tensor_scale), 448.0)
+    if AGAIN == 0:
+        magic = tl.maximum(power_of_two(bits(v) & EXPONENT), 0.015625) * 1572864.0
+        v = v + magic - magic
+    else:
+        v = round_by(v, uniform(seed_ptr, AGAIN * count + i), 0.015625)
+    finite = top < EXPONENT
+    v, tensor_scale = tl.where(finite, v, 0.0), tl.where(finite, tensor_scale, float("nan")) * inverse_n
+    byte = bits(v * 7.52316384526264e-37) >> 20                         # 2^-120 moves exponents to E4M3's
+    tl.store(e4m3_ptr + i, byte.to(tl.uint8), mask)
+    if tl.program_id(0) == 0:
+        tl.store(tensor_scale_ptr, tensor_scale)
+    if codes_ptr is not None:
+        code = codes_ptr + 8 * i + tl.arange(0, 8)[None, :]
+        tl.store(code, tl.zeros((B, 8), tl.uint8), i < tl.where(finite, 0, count))
+    if decoded_ptr is not None:
+        again = mask & (v * tensor_scale != s * inverse_n)
+        value = decoded_ptr + 16 * i + tl.arange(0, 16)[None, :]
+        q = tl.div_rn(tl.load(value, again, 0.0).to(tl.float32), tl.where(s > 0, s * inverse_n, 1.0))
+        tl.store(value, (q * (v * tensor_scale)).to(tl.bfloat16), again)
+
+# ---- 5. The functions of quartet.py ------------------------------------------------------------------------
+LAUNCH = dict(enable_fp_fusion=False)           # a product and a sum are rounded apart, as in quartet.py
+
+def outputs(rows, columns, device, codes, decoded):
+    """Buffers of one quantized (rows, columns): codes, scale, top, decoded; None for what is not wanted."""
+    empty = lambda n, dtype: torch.empty(rows, n, dtype=dtype, device=device)
+    return (empty(columns // 2, torch.uint8) if codes else None, empty(columns // BLOCK, torch.bfloat16),
+            torch.zeros((), dtype=torch.int32, device=device),
+            empty(columns, torch.bfloat16) if decoded else None)
+
+def encode(out, quantizer, seed, inverse_n=1.0):
+    """Finish outputs -> [codes, e4m3 (rows, columns/16) uint8, tensor_scale (), decoded], empty where None."""
+    codes, scale, top, decoded = out
+    e4m3, tensor_scale = torch.empty_like(scale, dtype=torch.uint8), torch.empty_like(top, dtype=torch.float32)
+    grid = max(1, triton.cdiv(scale.numel(), 1024))
+    encode_kernel[(grid,)](scale, top, seed, e4m3, tensor_scale, codes, decoded, scale.numel(), inverse_n,
+                           STOCHASTIC.get(quantizer, 0), 1024, **LAUNCH)
+    return [e4m3.new_empty(0) if t is None else t for t in (codes, e4m3, tensor_scale, decoded)]
+
+@torch.library.custom_op("quartet::quantize", mutates_args=())
+def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | None, codes: bool,
+             decoded: bool) -> list[torch.Tensor]:
+    """x (M, K) -> `encode`'s four; blocks of rows x 16."""
+    out, B = outputs(*x.shape, x.device, codes, decoded), 256
+    if count := out[1].numel():
+        quantize_kernel[(triton.cdiv(count, B),)](x.contiguous(), seed, *out, count, x.shape[1] // BLOCK,
+                                                  quantizer, rows, B, **LAUNCH)
+    return encode(out, quantizer, seed)
+
+@torch.library.custom_op("quartet::rotate_quantize", mutates_args=())
+def rotate_quantize(x: list[torch.Tensor], row: str, row_R: torch.Tensor | None, row_seed: torch.Tensor | None,
+                    col: str, col_R: torch.Tensor | None, col_seed: torch.Tensor | None, inverse_n: float,
+                    codes: bool, decoded: bool) -> list[torch.Tensor]:
+    """One read of x -> `encode`'s four of x row_R by quantizer row, then of x^T col_R by col; "" for none.
+
+    x: [bf16 (M, N)], or `encode`'s codes, e4m3, tensor_scale of it. R (128, 128) bf16, `permuted`; seeds ()
+    int64. x^T (N, M) gets zeros up to M % 128 == 0. inverse_n: 1 / n of the second, a factor of its scale.
+    """
+    (M, N), device = x[0].shape, x[0].device
+    N = N if len(x) == 1 else 2 * N
+    tiles = triton.cdiv(M, GROUP), triton.cdiv(N, GROUP)
+    first = outputs(M, N, device, codes, decoded) if row else (None,) * 4
+    second = outputs(N, tiles[0] * GROUP, device, codes, decoded) if col else (None,) * 4
+    if M and N:
+        source = [t.contiguous() for t in x] + [None] * (3 - len(x))
+        tile_kernel[tiles](*source, M, N, row_R, row_seed, *first, 1.0, col_R, col_seed, *second, inverse_n,
+                           row, col, 64, num_warps=8, **LAUNCH)
+    return ((encode(first, row, row_seed) if row else [])
+            + (encode(second, col, col_seed, inverse_n) if col else []))
+
+def shapes(x, rows, columns, codes, decoded):
+    """Fake outputs of `encode`, for torch.compile."""
+    new = lambda dtype, *shape: x.new_empty(shape, dtype=dtype)
+    return [new(torch.uint8, *((rows, columns // 2) if codes else (0,))), new(torch.uint8, rows, columns // BLOCK),
+            new(torch.float32), new(*((torch.bfloat16, rows, columns) if decoded else (torch.uint8, 0)))]
+
+@quantize.register_fake
+def _(x, quantizer, rows, seed, codes, decoded):
+    return shapes(x, *x.shape, codes, decoded)
+
+@rotate_quantize.register_fake
+def _(x, row, row_R, row_seed, col, col_R, col_seed, inverse_n, codes, decoded):
+    (M, N), x = x[0].shape if len(x) == 1 else (x[0].shape[0], 2 * x[0].shape[1]), x[0]
+    return ((shapes(x, M, N, codes, decoded) if row else [])
+            + (shapes(x, N, (M + GROUP - 1) // GROUP * GROUP, codes, decoded) if col else []))
+
+def permuted(R):
+    """R (128, 128) -> bf16, with column 64 g + 16 t + 2 i + j at 64 g + 8 i + 2 t + j: see rotate_tile."""
+    return R.view(GROUP, 2, 4, 8, 2).transpose(2, 3).reshape(GROUP, GROUP).bfloat16()
+
+def nvfp4(x, q):
+    """The first three of `encode` -> NVFP4 of x's shape."""
+    shape = lambda k: (*x.shape[:-1], x.shape[-1] // k)
+    return NVFP4(q[0].view(shape(2)), q[1].view(shape(BLOCK)).view(torch.float8_e4m3fn), q[2])
+
+def flat(x, quantizer, seed=None, block=(1, BLOCK)):
+    """x (..., K) on a GPU -> NVFP4. ValueError for what quartet.blocks refuses."""
+    quartet.blocks(x[:0] if x.dim() > 1 else x, block)
+    seed = torch.as_tensor(0 if seed is None else seed, dtype=torch.int64, device=x.device)
+    return nvfp4(x, quantize(x.reshape(-1, x.shape[-1]), quantizer, block[0], seed, True, False))
+
+def rtn(x, block=(1, BLOCK)):
+    """quartet.rtn. Bitwise equal."""
+    return flat(x, "rtn", block=block)
+
+def four_six(x, block=(1, BLOCK)):
+    """quartet.four_six. Bitwise equal."""
+    return flat(x, "four_six", block=block)
+
+def sr(x, seed):
+    """quartet.sr. Bitwise equal."""
+    return flat(x, "sr", seed)
+
+def ms_eden(x, R, seed):
+    """quartet.ms_eden, for x in bf16, or rotated already if R is None: then bitwise equal.
+
+    The sums of x R are float32 in the order of the tensor cores: their last bits may differ.
+    """
+    if R is None:
+        return flat(x, "ms_eden", seed)
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
+    x = x.reshape(-1, x.shape[-1])
+    return nvfp4(x, rotate_quantize([x], "ms_eden", permuted(R), seed, "", None, None, 1.0, True, False))
+
+# ---- 6. The linear layer -----------------------------------------------------------------------------------
+def rotation(name, words):
+    """quartet.backward_matmul's R, permuted, and 1 / n, from words (4,) int64; of None: I, which is exact."""
+    if name is None:
+        return permuted(torch.eye(GROUP, device=words.device)), 1.0
+    signs = (words[:, None] >> torch.arange(64, device=words.device) & 1).view(2, GROUP) * 2.0 - 1.0
+    R, n = quartet.rotation_from(name, signs)
+    return permuted(R), 1.0 / n
+
+class QuantizedMatmul(torch.autograd.Function):
+    """quartet.QuantizedMatmul: x (M, K), w (N, K) bf16 -> x w^T (M, N) bf16, all three GEMMs by a recipe."""
+    @staticmethod
+    def forward(ctx, x, w, recipe):
+        row = quartet.RECIPES[recipe]
+        (*xq, x_decoded), (*wq, w_decoded) = (
+            quantize(t, q.removesuffix("_16x16"), BLOCK if q.endswith("_16x16") else 1, None, True, True)
+            for t, q in ((x, row.x), (w, row.w)))
+        ctx.recipe = recipe
+        ctx.save_for_backward(*wq, *((x,) if row.original_x else xq))
+        return quartet.gemm(x_decoded, w_decoded)
+
+    @staticmethod
+    def backward(ctx, dy):
+        row, dx, dw = quartet.RECIPES[ctx.recipe], None, None
+        wq, xq = ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])
+        with torch.autocast(dy.device.type, enabled=False):
+            words = quartet.draw(dy, 12)
+            (R1, inverse1), (R2, inverse2) = rotation(row.dx[0], words[:4]), rotation(row.dw[0], words[6:10])
+            rotated = row.dx[0] is not None
+            first = row.dx[1] if ctx.needs_input_grad[0] and rotated else ""
+            second = row.dw[1] if ctx.needs_input_grad[1] else ""
+            e = rotate_quantize([dy], first, R1, words[5], second, R2, words[11], 1.0, False, True)
+            if ctx.needs_input_grad[0]:
+                e1 = e[3] if rotated else quantize(dy, row.dx[1], 1, words[5], False, True)[3]
+                if row.dx[2]:
+                    w = rotate_quantize(wq, "", None, None, row.dx[2], R1, words[4], inverse1, False, True)[3]
+                    w = w[:, :dy.shape[1]]
+                else:
+                    w = quartet.decode(NVFP4(wq[0], wq[1].view(torch.float8_e4m3fn), wq[2]), torch.bfloat16).T
+                dx = quartet.gemm(e1, w)
+            if ctx.needs_input_grad[1]:
+                x = rotate_quantize(xq, "", None, None, row.dw[2], R2, words[10], inverse2, False, True)[3]
+                dw = quartet.gemm(e[-1], x)
+        return dx, dw, None
