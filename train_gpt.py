@@ -169,8 +169,12 @@ class GPT(nn.Module):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
             x = self.embedding(tokens)
             for block in self.blocks: x = block(x, self.rope)
-            y = self.head(self.norm(x))
-            return y if targets is None else F.cross_entropy(y.float().flatten(0, 1), targets.flatten())
+            return self.predict(x, targets)
+
+    def predict(self, x, targets):
+        """x (B, T, width), after the blocks -> what forward returns."""
+        y = self.head(self.norm(x))
+        return y if targets is None else F.cross_entropy(y.float().flatten(0, 1), targets.flatten())
 
 @torch.no_grad()
 def sample(model, tokens, c, device):
@@ -349,7 +353,9 @@ def train(c, data, directory, stop, checkpoint=None):
         torch.set_rng_state(checkpoint["rng"]["cpu"])  # nothing below may draw before the first step
         if device == "cuda" and checkpoint["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
-    for block in model.blocks if compiled else (): block.compile(fullgraph=True)  # they share one graph
+    if compiled:
+        for block in model.blocks: block.compile(fullgraph=True)  # they share one graph
+        model.predict = torch.compile(model.predict, fullgraph=True)
     log = Log(c, directory, start, model, data[0], device, compiled)
     peak_memory(device, reset=True)
     for step in range(start + 1, c.steps + 1):
