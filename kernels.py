@@ -388,6 +388,12 @@ def _(x, row, row_R, row_seed, col, col_R, col_seed, inverse_n, codes, decoded):
     return ((shapes(x, M, N, codes, decoded) if row else [])
             + (shapes(x, N, (M + GROUP - 1) // GROUP * GROUP, codes, decoded) if col else []))
 
+def supports(row):
+    """Whether the kernels have a mode for every quantizer of a row of RECIPES (None: bf16)."""
+    modes = ("rtn", "four_six", "sr", "ms_eden", None)
+    return row is None or (row.x.removesuffix("_16x16") in modes and row.w.removesuffix("_16x16") in modes
+                           and all(q in modes for q in row.dx[1:] + row.dw[1:]))
+
 def permuted(R):
     """R (128, 128) -> bf16, with column 64 g + 16 t + 2 i + j at 64 g + 8 i + 2 t + j: see rotate_tile."""
     return R.view(GROUP, 2, 4, 8, 2).transpose(2, 3).reshape(GROUP, GROUP).bfloat16()

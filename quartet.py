@@ -1,34 +1,30 @@
 """Training linear layers in 4 bits: NVFP4, its quantizers, and the recipe Quartet II beside its rivals.
 
-An article in plain PyTorch, for any device, and the reference of this project: read it from top to bottom;
-`python quartet.py` prints the same sections in numbers.
+An article, and the project's reference, in plain PyTorch; `python quartet.py` prints its sections in numbers.
 
 A linear layer multiplies three times: y = x w^T forward, dx = dy w and dw = dy^T x backward. FP4 tensor cores
-do that several times faster than bf16 ones if both operands are NVFP4: 4-bit values, and a scale for every 16
-of them along the axis that is summed over. So x, w and dy are rounded to 4 bits, and the question is how.
-Forward, each error counts once: take the rounding with the least squared error. Backward, the errors of many
-steps add up in the weights and those of mean zero cancel: take a rounding whose mean is right. Quartet II
-(arXiv:2601.22813) does the first by Four Over Six, section 4, the second by MS-EDEN, section 7.
+do that several times faster than bf16 ones if both operands are NVFP4: 4-bit values, a scale for every 16
+along the summed axis. So x, w and dy are rounded to 4 bits. Forward, each error counts once: take the least
+squared error. Backward, errors of many steps add up in the weights and those of mean zero cancel: take a mean
+that is right. Quartet II, arXiv:2601.22813, does so by Four Over Six, section 4, and MS-EDEN, section 7.
 
 One decision shapes the code: the tensor scale is a power of two, chosen last. Rounding a block scale to E4M3
-is then rounding it to 4 significant bits: a block is final after one look, in one pass. Decoded values have 6
-significant bits at most, exact in bfloat16: a bf16 GEMM over them multiplies exactly what an FP4 GEMM does,
-and only the order of its float32 sums differs. Whatever decides something (which scale errs less, which way a
-value goes) is specified to the bit: float32, true division, a fixed order of sums.
+is then rounding it to 4 significant bits: a block is final after one look, in one pass. Decoded values have
+at most 2 + 4 significant bits, of value and scale, and bfloat16 holds 8: a bf16 GEMM multiplies exactly what
+an FP4 GEMM does, and only the order of its float32 sums differs. Whatever decides something (which scale errs
+less, which way a value goes) is specified to the bit: float32, true division, a fixed order of sums.
 """
-import functools, math, os, shutil, warnings
+import math, os, shutil, warnings
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
 BLOCK, GROUP = 16, 128            # values that share a block scale, fixed by NVFP4; and that a rotation mixes
-E2M1_MAX, E4M3_MAX = 6.0, 448.0
-EXPONENT = 0x7F800000             # the exponent field of a float32
+E2M1_MAX, E4M3_MAX, EXPONENT = 6.0, 448.0, 0x7F800000       # EXPONENT: that field of a float32
 
 # ---- 1. The number format and its two small floats ---------------------------------------------------------
-# E2M1, the 4-bit value, holds 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign. E4M3, the block scale, has 4 significant
-# bits from 2^-6 to 448 and fewer below, down to 2^-9: its sub-normals. Between two powers of two a float grid
-# is uniform, so one function rounds to both.
+# E2M1, the 4-bit value: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign. E4M3, the block scale: 4 significant bits from
+# 2^-6 to 448, fewer down to 2^-9, its sub-normals. Both grids are uniform between powers of two.
 def round_fp(v, mantissa_bits, min_exp, max_val, u=None):
     """Round v onto a small float grid: to nearest, ties to even; stochastically where u is given.
 
@@ -45,15 +41,10 @@ def round_fp(v, mantissa_bits, min_exp, max_val, u=None):
     down = n.floor()
     return down.add_(u < n.sub_(down)).mul_(ulp)   # not floor(n + u): n + u itself rounds
 
-def e2m1(v, u=None):
-    """v (...) float32 -> (...) float32: the nearest E2M1 value; by u, one of the two neighbours."""
-    return round_fp(v, 1, 0, E2M1_MAX, u)
-def e4m3(s, u=None):
-    """s (...) float32 -> (...) float32: the nearest finite E4M3 value; by u, one of the two neighbours."""
-    return round_fp(s, 3, -6, E4M3_MAX, u)
-def round_scale(s, u=None):
-    """s (...) float32 < 2^100 -> (...) float32 of 4 significant bits: E4M3 of any exponent. Infinity: NaN."""
-    return round_fp(s, 3, -126, math.inf, u)
+# The grids: E2M1; finite E4M3; 4 significant bits, which is E4M3 of any exponent (below 2^100; infinity: NaN)
+def e2m1(v, u=None): return round_fp(v, 1, 0, E2M1_MAX, u)
+def e4m3(s, u=None): return round_fp(s, 3, -6, E4M3_MAX, u)
+def round_scale(s, u=None): return round_fp(s, 3, -126, math.inf, u)
 
 # ---- 2. NVFP4 tensors --------------------------------------------------------------------------------------
 class NVFP4(NamedTuple):
@@ -63,26 +54,19 @@ class NVFP4(NamedTuple):
     tensor_scale: torch.Tensor   # () float32: a power of two, at least 2^-123; NaN if x held NaN or infinity
 
 def pack(q):
-    """q (..., K) float32, E2M1 values -> codes (..., K/2) uint8, of sign, 2 bits of exponent, 1 of mantissa.
-
-    In float16, q * 2^-14 has these very bits, magnitude in bits 9 to 11 (0.5 is sub-normal in both formats).
-    """
-    h = (q * 2.0**-14).half().view(torch.int16)
+    """q (..., K) float32, E2M1 values -> codes (..., K/2) uint8: sign, 2 bits of exponent, 1 of mantissa."""
+    h = (q * 2.0**-14).half().view(torch.int16)  # q's bits: magnitude in 9 to 11; 0.5 is sub-normal in both
     code = ((h >> 9 & 7) | (h >> 12 & 8)).to(torch.uint8)
     return code[..., 0::2] | code[..., 1::2] << 4
 
 def unpack(codes, dtype=torch.float32):
     """codes (..., K/2) uint8 -> (..., K) in dtype, E2M1 values: the exact inverse of pack, by a table."""
     code = torch.arange(256, device=codes.device)[:, None] >> torch.arange(0, 8, 4, device=codes.device)
-    e, m = code >> 1 & 3, code & 1                 # (1 + m/2) 2^(e-1), or m/2 where e is 0; bit 3 is the sign
-    value = (m + 2 * e.clamp(max=1)) * 2.0 ** (e.clamp(min=1) - 2) * (1 - (code >> 2 & 2))
-    return F.embedding(codes.int(), value.to(dtype)).flatten(-2)
+    value = ((code & 7) << 2 | (code & 8) << 4).to(torch.uint8).view(torch.float8_e4m3fn)  # E4M3 of q * 2^-6
+    return F.embedding(codes.int(), value.to(dtype) * 2.0**6).flatten(-2)
 
 def decode(t, dtype=torch.float32):
-    """t NVFP4 of shape (..., K) -> (..., K): q * block_scale * tensor_scale, exact in float32 and bfloat16.
-
-    q has 2 significant bits, a block scale 4, a tensor scale 1; a product has at most 6, bfloat16 holds 8.
-    """
+    """t NVFP4 of (..., K) -> (..., K): q * block_scale * tensor_scale, exact in float32 and bfloat16."""
     scale = (t.block_scale.float() * t.tensor_scale).to(dtype)
     return (unpack(t.codes, dtype).unflatten(-1, (-1, BLOCK)) * scale[..., None]).flatten(-2)
 
@@ -94,10 +78,9 @@ def transpose(t):
 def blocks(x, block=(1, BLOCK)):
     """Cut x into blocks; find the amax of each, in units of a power of two near it.
 
-    x (..., M, K) -> b (M/rows, rows, K/16, 16), amax and unit (M/rows, 1, K/16, 1), all float32; rows is
-    block[0], leading dimensions count as rows. The amax of b is amax * unit, with amax in [1, 2) but near
-    infinity, or 0 if below 2^-120, so that all scales are normal numbers, in bf16 too. In that unit no square
-    overflows at 1e30 or vanishes at 1e-30. ValueError for what NVFP4 cannot take.
+    x (..., M, K) -> b (M/rows, rows, K/16, 16), amax and unit (M/rows, 1, K/16, 1), float32; rows is
+    block[0]. The amax of b is amax * unit, amax in [1, 2) but near infinity, or 0 below 2^-120: all scales
+    are normal, in bf16 too, and no square in that unit overflows or vanishes. ValueError for other inputs.
     """
     rows, m, k = block[0], math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1
     if not x.is_floating_point():
@@ -105,23 +88,18 @@ def blocks(x, block=(1, BLOCK)):
     if block not in ((1, BLOCK), (BLOCK, BLOCK)):
         raise ValueError(f"block={block}: NVFP4 blocks are (1, {BLOCK}) or, for weights, ({BLOCK}, {BLOCK})")
     if k % BLOCK or m % rows:
-        raise ValueError(f"shape {tuple(x.shape)} cannot be cut into {rows}x{BLOCK} blocks: pad with zeros, "
-                         f"the rows to a multiple of {rows}, the last dimension to one of {BLOCK}")
+        raise ValueError(f"shape {tuple(x.shape)}: pad with zeros to rows % {rows} == columns % {BLOCK} == 0")
     b = x.reshape(m // rows, rows, k // BLOCK, BLOCK).float()
     amax = b.abs().amax((1, 3), keepdim=True)
     amax = torch.where(amax < 2.0**-120, 0.0, amax)
     unit = (amax.view(torch.int32) & EXPONENT).view(torch.float32).clamp(2.0**-120, 2.0**126)
     return b, amax / unit, unit
 
-def over(a, c):
-    """a / c for a constant c, correctly rounded: on a GPU, PyTorch makes of a / 6.0 a product with 1/6."""
-    return a / a.new_full((), c)
-def ratio(b, s):
-    """b / s, or 0 where s is 0 (a block of zeros) or NaN (a block that holds NaN or infinity)."""
-    return b / torch.where(s > 0, s, math.inf)
+def over(a, c): return a / a.new_full((), c)                 # correctly rounded: a GPU multiplies by 1 / c
+def ratio(b, s): return b / torch.where(s > 0, s, math.inf)  # 0 where s is 0 or NaN: blocks of zeros, of NaN
 
 def block_sum(t):
-    """t (., rows, ., 16) -> (., 1, ., 1): sums of blocks as a tree, i with i+8, then +4, +2, +1; rows alike."""
+    """t (., rows, ., 16) -> (., 1, ., 1): block sums as a tree, i with i+8, then +4, +2, +1; rows alike."""
     for dim in (3, 1):
         while t.shape[dim] > 1:             # another order was seen to flip a choice of 4/6
             t = torch.add(*t.chunk(2, dim))
@@ -130,10 +108,9 @@ def block_sum(t):
 def assemble(shape, q, s, u=None):
     """The last step of every quantizer: choose the tensor scale, encode the scales as E4M3, pack the codes.
 
-    shape of x; q (M/rows, rows, K/16, 16) E2M1 values; s (M/rows, 1, K/16, 1) block scales of 4 significant
-    bits -> NVFP4. The tensor scale takes the largest s into [240, 448]; the others are then E4M3 values too,
-    except below 2^-14 of it, among the sub-normals: rounded once more, by u of s's shape where the quantizer
-    is stochastic. NaN or infinity in s: tensor scale NaN, so all decodes to NaN; codes and scales are 0.
+    shape of x; q (M/rows, rows, K/16, 16) E2M1 values; s (M/rows, 1, K/16, 1) of 4 significant bits -> NVFP4.
+    The largest s becomes 240 to 448; those below 2^-14 of it, sub-normal, are rounded once more, by u of s's
+    shape if the quantizer is stochastic. NaN or infinity in s: tensor scale NaN, codes and scales 0.
     """
     top = s.amax() if s.numel() else s.new_zeros(())
     power = (top.view(torch.int32) + 2**20 & EXPONENT).view(torch.float32)      # 1.875 * 2^8 would exceed 448
@@ -177,16 +154,13 @@ def four_six(x, block=(1, BLOCK)):
     return assemble(x.shape, q, s * unit)
 
 # ---- 5. Stochastic rounding (SR) ---------------------------------------------------------------------------
-# A value between two grid points goes up with the probability that makes its mean right. Noise is an argument:
-# a seed, hashed with the element's index by a counter-based generator. So a draw can be replayed, is the same
-# however a kernel tiles the tensor, and is shared by no two elements, tensors, layers or steps.
+# Noise is an argument: a seed, hashed with an element's index by a counter-based generator. A draw can be
+# replayed, is the same however a kernel tiles, and no two elements, tensors, layers or steps share it.
+SR_MAX = E2M1_MAX * 16 / 17                 # 4-bit rounding shrinks a scale by 16/17 at most: amax lands <= 6
 PHILOX_ROUNDS, M32 = 7, 0xFFFFFFFF          # 7: the fewest rounds that pass BigCrush, Salmon et al. 2011
 
 def philox(seed, counter):
-    """4 words of 32 random bits for each counter: Philox4x32 (Salmon et al. 2011), as in triton's tl.philox.
-
-    seed int or 0-d int64 tensor: 64 bits of key; counter (n,) int64 -> (n, 4) int64 in [0, 2^32).
-    """
+    """64-bit seed, counter (n,) int64 -> (n, 4) int64 of 32 random bits: Philox4x32, as Triton's philox."""
     c0, c1, c2, c3 = counter & M32, counter >> 32, 0, 0
     k0, k1 = seed & M32, seed >> 32 & M32
     for i in range(PHILOX_ROUNDS):
@@ -196,16 +170,11 @@ def philox(seed, counter):
     return torch.stack([c0, c1 & M32, c2, c3 & M32], -1)
 
 def uniform(seed, *likes):
-    """For each tensor in likes, u of its shape: float32 in [0, 1), multiples of 2^-24.
-
-    likes are numbered as one flat tensor; element i takes word i % 4 of philox's counter i // 4.
-    """
+    """For each of likes, numbered as one tensor, u of its shape: float32 in [0, 1), multiples of 2^-24."""
     sizes = [t.numel() for t in likes]
-    counter = torch.arange(-(-sum(sizes) // 4), device=likes[0].device)
+    counter = torch.arange(-(-sum(sizes) // 4), device=likes[0].device)     # element i: word i % 4 of i // 4
     u = (philox(seed, counter).flatten()[:sum(sizes)] >> 8).float().mul_(2.0**-24)
     return [part.view(t.shape) for part, t in zip(u.split(sizes), likes)]
-
-SR_MAX = E2M1_MAX * 16 / 17                 # 4-bit rounding shrinks a scale by 16/17 at most: amax lands <= 6
 
 def sr(x, seed, four_six=False):
     """SR: each value goes to one of its two E2M1 neighbours at random, with mean x; grid points stay put.
@@ -225,77 +194,62 @@ def sr(x, seed, four_six=False):
 
 # ---- 6. Rotations ------------------------------------------------------------------------------------------
 # x w^T = (x R)(w R)^T / n if R R^T = n I, so both operands of a GEMM may be rotated along the axis it sums
-# over. Random signs, then a Hadamard matrix (RHT), make of 128 values 128 sums of all of them with random
-# signs: an outlier is spread over the group, and rounding errors change with the signs. R is an integer
-# matrix, exact in bf16; 1/n, a power of two, goes into a tensor scale. Signs come first: after the Hadamard
-# they would only flip the sign of what is then rounded, and change nothing.
+# over. Random signs, then a Hadamard matrix (RHT), make of 128 values 128 sums with random signs: an outlier
+# is spread over the group, and rounding errors change with the signs. Signs after it would only flip what is
+# rounded. R is an integer matrix, exact in bf16; 1/n, a power of two, goes into a tensor scale.
 ROTATIONS = dict(rht16=(16, 1), rht32=(32, 1), rht128=(128, 1), rht128x2=(128, 2))  # Hadamard's size, rounds
 
 def rotation_from(name, signs):
-    """signs (rounds or more, 128) float32 -> R (128, 128) float32 and n, as `rotation` describes them."""
+    """signs (rounds or more, 128) float32 -> R (128, 128) float32 of integers, and the int n: R R^T = n I."""
     size, rounds = ROTATIONS[name]
-    i = torch.arange(GROUP, device=signs.device)
-    shared = i[:, None] & i                         # Sylvester: H[i, j] = (-1)^(ones in the binary of i & j)
-    for shift in (4, 2, 1):
-        shared = shared ^ shared >> shift
-    H = (1.0 - 2.0 * (shared & 1)) * (i[:, None] // size == i // size)              # blocks of size x size
-    R = signs[0, :, None] * H
+    i = torch.arange(GROUP, device=signs.device)[:, None]
+    bits = (i >> torch.arange(7, device=signs.device) & 1).float()      # binary; bits @ bits.T: ones in i & j
+    H = (1.0 - 2.0 * (bits @ bits.T % 2)) * (i // size == i.T // size)  # Sylvester's, in blocks size x size
+    R = signs[0, :, None] * H                       # D H, D the diagonal matrix of signs
     for d in signs[1:rounds]:
-        R = (R * d) @ H
+        R = (R * d) @ H                             # D1 H D2 H
     return R, size**rounds
 
 def rotation(name, generator=None):
-    """Random R (128, 128) float32 of integers and the int n with R R^T = n I; on the generator's device.
-
-    R = D H, D diagonal of random signs, H Hadamard, block-diagonal in rht16 and rht32; in rht128x2, D1 H D2 H
-    (why: section 7). ValueError for an unknown name.
-    """
+    """`rotation_from` new random signs, on the generator's device. ValueError for an unknown name."""
     if name not in ROTATIONS:
         raise ValueError(f"unknown rotation {name!r}: choose one of {', '.join(ROTATIONS)}")
     signs = torch.randint(0, 2, (2, GROUP), generator=generator, device=generator and generator.device)
     return rotation_from(name, signs * 2.0 - 1.0)
 
 def rotate(x, R):
-    """x (..., K), K % 128 == 0 -> x R (..., K) float32, group by group, not normalised. R None: x.
-
-    The last bit of float32 sums depends on the device. (TF32, if on, is exact for bf16 values, as in Linear.)
-    """
+    """x (..., K), K % 128 == 0 -> x R (..., K) float32, group by group, not normalised. R None: x."""
     if R is None:
         return x
     if x.shape[-1] % GROUP:
-        raise ValueError(f"shape {tuple(x.shape)} has no whole groups of {GROUP} to rotate: pad the last "
-                         f"dimension with zeros to a multiple of {GROUP}")
+        raise ValueError(f"shape {tuple(x.shape)}: pad the last dimension with zeros to groups of {GROUP}")
+    # The last bit of float32 sums depends on the device. TF32, if on, is exact for bf16 values, as Linear's.
     return (x.reshape(-1, GROUP).float() @ R).view(x.shape)
 
 # ---- 7. MS-EDEN --------------------------------------------------------------------------------------------
 # RTN errs less than SR but shrinks: <q, v> < <v, v>. EDEN restores the length. Rotate, round v to q, multiply
 # by S = <v, v> / <v, q>: now <S q, v> = <v, v>, and as a random rotation leaves the error no direction of its
 # own, the mean of S q is v. MS-EDEN puts S into the block scale, the randomness into rounding that to E4M3.
-#
 # The mean is right only as far as the rotated error has no direction. A group dominated by one large value
 # becomes +-constant under signs and one Hadamard, whatever the signs; all 128 values sit on one grid point,
 # RTN erases the rest in every draw, and no averaging brings it back. (The paper's corollary overlooks that.)
 # Two rounds, R = D1 H D2 H, remove this bias at no cost: R is still one 128 x 128 matrix. See section 10.
-
-# The paper's 6.07: some clipping pays. NMSE x 1e3 by the last factor: .90 9.47, .92 9.32, .93 9.32, .96 9.58
-EDEN_MAX = E2M1_MAX * 16 / 17 / 0.93
+EDEN_MAX = SR_MAX / 0.93      # the paper's 6.07: some clipping pays. NMSE 9.32e-3; by .90 and .96, 9.47, 9.58
 
 def eden_factor(v, q):
-    """S (M/rows, 1, K/16, 1) = <v, v> / <v, q> of blocks v (M/rows, rows, K/16, 16) rounded to q; 1 if v = 0.
-
-    v is not clamped, so what clipping lost counts too. One S a block: blocks of a group differ in scale, and
-    one S for 128 scaled values leaves a bias of -9e-4 on N(0, 1) (test_eden_factor_is_per_block).
-    """
+    """S (M/rows, 1, K/16, 1) = <v, v> / <v, q> of blocks v (M/rows, rows, K/16, 16) and q; 1 if v = 0."""
+    # One S a block: blocks of a group differ in scale, and one S for 128 scaled values has a bias of -9e-4 on
+    # N(0, 1) (test_eden_factor_is_per_block). v is not clamped, so what clipping lost counts too.
     vv, vq = block_sum(v * v), block_sum(v * q)
     return torch.where(vq > 0, vv / vq, 1.0)
 
 def ms_eden(x, R, seed):
-    """MS-EDEN: rotate, round values to nearest, and round the scale times S = <v, v> / <v, q> stochastically.
+    """MS-EDEN: rotate, round values to nearest, and the scale times the block's EDEN factor stochastically.
 
-    x (..., K) of any float dtype, K % 128 == 0; R of `rotation` (None: x is rotated already); seed int or 0-d
-    int64 tensor on x's device -> NVFP4 that approximates x R, not normalised. NMSE 9.3e-3 on N(0, 1). Before
-    the scale is rounded <decode, x R> = <x R, x R> in every block. Mean over R and seeds: x R within noise on
-    N(0, 1); biased for groups with outliers if R has one round, not seen if two. Source: arXiv:2601.22813, 1.
+    x (..., K) of any float dtype, K % 128 == 0; R of `rotation` (None: x is rotated already); seed as in sr
+    -> NVFP4 of x R, not normalised. NMSE 9.3e-3 on N(0, 1). Before the scale is rounded, <decode, x R> =
+    <x R, x R> in every block. Mean over R and seeds: x R within noise on N(0, 1); biased for groups with
+    outliers if R has one round, not seen if two. Source: arXiv:2601.22813, Algorithm 1.
     """
     b, amax, unit = blocks(rotate(x, R))
     s = over(amax, EDEN_MAX)                        # this first scale is not rounded
@@ -332,18 +286,21 @@ RECIPES = {
     "nvidia":    Recipe("rtn", "rtn_16x16", (None, "sr", None), ("rht16", "sr", "rtn"), True),
     # 4/6 forward in NVIDIA's, arXiv:2512.02010. (Its code also lets 4/6 choose among SR gradients: biased.)
     "four_six":  Recipe("four_six", "four_six_16x16", (None, "sr", None), ("rht16", "sr", "rtn"), True),
-    # TetraJet-v2, arXiv:2510.27527, in the form that arXiv:2601.22813 compares with
+    # TetraJet-v2, arXiv:2510.27527, in the form that Quartet II, arXiv:2601.22813, compares with
     "tetrajet2": Recipe("rtn", "rtn", ("rht32", "sr", "sr"), ("rht32", "sr", "sr")),
-    # Quartet II, arXiv:2601.22813
     "quartet2":  Recipe("four_six", "four_six", ("rht128", "ms_eden", "ms_eden"),
                                                 ("rht128", "ms_eden", "ms_eden")),
 }
 
 # ---- 9. The linear layer -----------------------------------------------------------------------------------
+NATIVE_BF16 = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+kernels = None                              # the module kernels.py, once a Linear may use it
+
 @torch.library.custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def draw(like: torch.Tensor, words: int) -> torch.Tensor:
     """(words,) int64 of random bits from the default generator of like's device, compiled or not the same."""
     return torch.randint(-2**63, 2**63 - 1, (words,), device=like.device)
+draw.register_fake(lambda like, words: like.new_empty(words, dtype=torch.int64))
 
 @torch.library.custom_op("quartet::gemm", mutates_args=())
 def gemm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -355,11 +312,7 @@ def gemm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return F.linear(a, b).bfloat16()
     finally:
         cublas.allow_bf16_reduced_precision_reduction = before
-
-draw.register_fake(lambda like, words: like.new_empty(words, dtype=torch.int64))
 gemm.register_fake(lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16))
-
-NATIVE_BF16 = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 def matmul(a, b):
     """a NVFP4 (M, K), b NVFP4 (N, K) -> a b^T (M, N) bf16: as FP4 tensor cores, but for the order of sums."""
@@ -367,14 +320,9 @@ def matmul(a, b):
     return gemm(*(decode(t, torch.float32 if slow else torch.bfloat16) for t in (a, b)))
 
 def backward_matmul(row, e, other, words):
-    """One backward GEMM: e (I, L), other (J, L) or shorter, NVFP4 if row quantizes it not -> (I, J) bf16.
-
-    row: rotation, quantizer of e, quantizer of other. words (6,) int64 random bits: signs and two seeds.
-    """
-    R, n = None, 1
-    if row[0]:
-        bits = words[:4, None] >> torch.arange(64, device=words.device) & 1
-        R, n = rotation_from(row[0], bits.view(2, GROUP) * 2.0 - 1.0)
+    """One backward GEMM: e (I, L), other (J, L) or shorter, NVFP4 if row quantizes it not -> (I, J) bf16."""
+    bits = words[:4, None] >> torch.arange(64, device=words.device) & 1                # then two seeds
+    R, n = rotation_from(row[0], bits.view(2, GROUP) * 2.0 - 1.0) if row[0] else (None, 1)
     if row[2]:
         other = QUANTIZERS[row[2]](F.pad(other, (0, e.shape[1] - other.shape[1])), R, words[4])
     return matmul(QUANTIZERS[row[1]](e, R, words[5]), other._replace(tensor_scale=other.tensor_scale / n))
@@ -408,9 +356,8 @@ class Linear(torch.nn.Linear):
     """nn.Linear with its three GEMMs by a recipe. Same parameters, init and state dict; any leading shape.
 
     Computes on the bf16 values of x and weight; y has autocast's dtype or x's. For backward it keeps x and w
-    in NVFP4, 0.56 bytes a value (x in bf16 where the recipe has original_x). in_features % 16 == 0 and
-    out_features % 16 == 0, % 128 where dx is rotated, else ValueError. Backward draws from the device's
-    default generator.
+    in NVFP4, 0.56 bytes a value (x in bf16 if the recipe has original_x), and draws from the device's default
+    generator. ValueError unless in_features % 16 == 0 and out_features % 16 == 0, % 128 where dx is rotated.
     """
     def __init__(self, in_features, out_features, bias=False, recipe="quartet2", backend="auto",
                  device=None, dtype=None):
@@ -427,49 +374,46 @@ class Linear(torch.nn.Linear):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):       # it would change the dtype of the sums in rotations
             x16, w16 = x.reshape(-1, self.in_features).bfloat16(), self.weight.bfloat16()
-            by = kernels.QuantizedMatmul if resolve(self.backend, kind) == "triton" else QuantizedMatmul
+            by = kernels.QuantizedMatmul if resolve(self.backend, kind, self.recipe) == "triton" else QuantizedMatmul
             y = by.apply(x16, w16, self.recipe).to(dtype).view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(dtype)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, recipe={self.recipe!r}"
 
-kernels = None                              # the module, once a Linear may use it
-
-@functools.cache
 def load_kernels():
     """Import kernels.py -> what it lacks to run here, or None."""
     global kernels
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
-            return "an NVIDIA GPU of compute capability 8.0 or more"
-        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-            return "a C compiler (apt install gcc)"
+    gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    if not (gpu and compiler or os.environ.get("TRITON_INTERPRET") == "1"):
+        return "a C compiler (apt install gcc)" if gpu else "an NVIDIA GPU of compute capability 8.0 or more"
     try:
         import kernels
     except ImportError as e:
         return f"the package triton (pip install triton): {e}"
 
-def resolve(backend, kind):
+def resolve(backend, kind, recipe):
     """The backend that "auto" means on a device of a kind, "cuda" or "cpu"; else backend."""
-    return backend if backend != "auto" else "torch" if kernels is None or kind != "cuda" else "triton"
+    fast = kernels is not None and kind == "cuda" and kernels.supports(RECIPES[recipe])
+    return backend if backend != "auto" else "triton" if fast else "torch"
 
 def check(recipe, backend, in_features=0, out_features=0, name=""):
     """Raise ValueError for an unknown recipe or backend, or a shape that the recipe cannot take."""
     for word, known in ((recipe, RECIPES), (backend, ("auto", "torch", "triton"))):
         if word not in known:
             raise ValueError(f"{word!r} is not one of {', '.join(known)}")
-    wanted = backend == "triton" or backend == "auto" and torch.cuda.is_available()
-    lacks = load_kernels() if wanted else None
+    lacks = (backend == "triton" or backend == "auto" and torch.cuda.is_available()) and load_kernels()
+    if not lacks and backend == "triton" and not kernels.supports(RECIPES[recipe]):
+        lacks = f"a mode in kernels.py for each quantizer of {recipe!r}"
     if lacks and backend == "triton":
         raise ValueError(f"backend 'triton' needs {lacks}; backend 'torch' runs everywhere")
     if lacks:
         warnings.warn(f"kernels.py needs {lacks}: the linear layers use the slow backend 'torch'")
     need = GROUP if RECIPES[recipe] and RECIPES[recipe].dx[0] else BLOCK
     if RECIPES[recipe] and (in_features % BLOCK or out_features % need):
-        raise ValueError(f"{name or 'Linear'}({in_features}, {out_features}): recipe {recipe!r} needs "
-                         f"in_features % {BLOCK} == 0 and out_features % {need} == 0. Change the size, or "
-                         "keep this layer in bf16: recipe='bf16', or skip=... in quantize_model")
+        raise ValueError(f"{name or 'Linear'}({in_features}, {out_features}): {recipe!r} needs in_features % "
+                         f"{BLOCK} == 0, out_features % {need} == 0: resize, use recipe='bf16' or skip=...")
 
 def quantize_model(model, recipe, skip=(), backend="auto"):
     """Switch every nn.Linear (and Linear) of a model to a recipe, in place -> list of their names.
@@ -478,12 +422,11 @@ def quantize_model(model, recipe, skip=(), backend="auto"):
     stay the same objects, hooks included. ValueError, and nothing changed, if one does not fit.
     """
     check(recipe, backend)
-    within, skip = lambda part, name: f".{part}." in f".{name}.", (skip,) if isinstance(skip, str) else skip
-    for part in skip:
-        if not any(within(part, name) for name, _ in model.named_modules()):
-            raise ValueError(f"skip={part!r} names no module of the model")
-    linears = {name: m for name, m in model.named_modules() if type(m) in (torch.nn.Linear, Linear)
-               and not any(within(part, name) for part in skip)}
+    skip = {skip} if isinstance(skip, str) else set(skip)
+    hits = {name: {part for part in skip if f".{part}." in f".{name}."} for name, _ in model.named_modules()}
+    if unknown := sorted(skip.difference(*hits.values())):
+        raise ValueError(f"skip={unknown}: no such modules in the model")
+    linears = {n: m for n, m in model.named_modules() if type(m) in (torch.nn.Linear, Linear) and not hits[n]}
     for name, m in linears.items():
         check(recipe, backend, m.in_features, m.out_features, name)
     for m in linears.values():
@@ -510,31 +453,29 @@ def demonstrate():
             ("SR with 4/6 (biased)", 17.5, sr(x, 1, True), x), ("MS-EDEN", 9.4, ms_eden(x, R, 1), xR)):
         print(f"     {name:34}{nmse(decode(t), of) * 1e3:10.2f}{paper:>18}")
     x = torch.tensor([10.0, 20.0, 30.0, 40.0] + [0.0] * 12)     # the example of arXiv:2512.02010
-    for name, t in (("RTN", rtn(x)), ("4/6", four_six(x))):
-        print(f"4. 10 20 30 40 by {name}: scale {decode(t).max() / unpack(t.codes).max():g}, decoded",
-              *(f"{v:g}" for v in decode(t)[:4]),
-              f"- squared error {(decode(t) - x).square().sum() / 4:.2f} a value")
+    for name, v, top in (("RTN", decode(rtn(x)), 6), ("4/6", decode(four_six(x)), 4)):
+        print(f"4. 10 20 30 40 by {name}: scale {v.max() / top:g}, decoded", *(f"{a:g}" for a in v[:4]),
+              f"- squared error {(v - x).square().sum() / 4:.2f} a value")
+    eden = lambda v, i, R, n: rotate(decode(ms_eden(v, R, i)), R.T) / n             # i: the seed
+    draws = {"sr": lambda v, i: decode(sr(v, i)), "sr with 4/6": lambda v, i: decode(sr(v, i, True)),
+             "ms_eden rht128": lambda v, i: eden(v, i, *rotation("rht128", g)),
+             "ms_eden rht128x2": lambda v, i: eden(v, i, *rotation("rht128x2", g))}
+    sizes, outlier = (1, 4, 16, 64, 256), normal(64, 128).index_fill(1, torch.tensor(0), 100.0)
     print("5-7. error of the mean of B draws, x B / error of one draw: 1 where unbiased")
-    sizes, outlier = (1, 4, 16, 64, 256), normal(64, 128)
     print(" " * 42, *(f"{f'B={B}':>8}" for B in sizes))
-    outlier[:, 0] = 100.0
     for label, v in (("N(0, 1)", normal(64, 128)), ("one 100 in 128", outlier)):
-        for name in ("sr", "sr with 4/6", "ms_eden rht128", "ms_eden rht128x2"):
-            total, errors = torch.zeros_like(v, dtype=torch.float64), [0.0]
-            for B in range(1, sizes[-1] + 1):
-                R, n = rotation(name[8:], g) if name.startswith("ms_eden") else (torch.eye(GROUP), 1)
-                t = ms_eden(v, R, B) if name.startswith("ms_eden") else sr(v, B, four_six=name != "sr")
-                total += rotate(decode(t), R.T) / n
-                errors.append(nmse(total / B, v))
-            print(f"     {name}, {label}".ljust(42), *(f"{errors[B] * B / errors[1]:8.2f}" for B in sizes))
+        for name, draw in draws.items():
+            sums = torch.stack([draw(v, i).double() for i in range(1, 257)]).cumsum(0)
+            errors = [nmse(sums[B - 1] / B, v) * B for B in sizes]
+            print(f"     {name}, {label}".ljust(42), *(f"{e / errors[0]:8.2f}" for e in errors))
     print(f"8-9. one linear layer on N(0, 1): NMSE x 1e3\n     {'recipe':12}{'y':>9}{'dx':>9}{'dw':>9}")
     x, w, dy = (normal(512, 512) for _ in range(3))
     exact = (x.double() @ w.double().T, dy.double() @ w.double(), dy.double().T @ x.double())
     for recipe in RECIPES:
-        layer, leaf = Linear(512, 512, recipe=recipe), x.clone().requires_grad_()
-        layer.weight.data.copy_(w)
-        (y := layer(leaf)).backward(dy)
-        found = (y.detach(), leaf.grad, layer.weight.grad)
+        layer = Linear(512, 512, recipe=recipe)
+        layer.weight.data = w
+        y = layer(x.requires_grad_())
+        found = y, *torch.autograd.grad(y, (x, layer.weight), dy)
         print(f"     {recipe:12}" + "".join(f"{nmse(a, e) * 1e3:9.2f}" for a, e in zip(found, exact)))
 
 if __name__ == "__main__":

@@ -587,6 +587,17 @@ def test_linear_gives_the_same_bits_with_both_backends(recipe, shape):
         results.append(cpu(step(linear, x.requires_grad_(), dy)))
     assert same(*results)
 
+def test_a_recipe_without_kernels_takes_the_reference(monkeypatch):
+    row = RECIPES["quartet2"]._replace(x="mine")
+    monkeypatch.setitem(quartet.QUANTIZERS, "mine", lambda x, R, seed: rtn(x))
+    monkeypatch.setitem(RECIPES, "mine", row)
+    assert Linear(128, 128, recipe="mine")(torch.ones(2, 128)).shape == (2, 128)
+    with pytest.raises(ValueError, match="'triton' needs a mode .* of 'mine'.*'torch'"):
+        Linear(128, 128, recipe="mine", backend="triton")
+    monkeypatch.setattr(quartet, "kernels", kernels)
+    assert [quartet.resolve("auto", kind, r) for kind, r in (("cuda", "quartet2"), ("cuda", "mine"), ("cpu", "rtn"))
+            ] == ["triton", "torch", "torch"]
+
 def test_kernels_compile_whole():
     torch._dynamo.reset()
     model = torch.nn.Sequential(*[Linear(128, 128, recipe == "rtn", recipe, "triton", DEVICE) for recipe in

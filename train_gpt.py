@@ -59,7 +59,7 @@ class Config:
 PRESETS = {  # what differs from the defaults above, the 30m of arXiv:2601.22813: 512 x 512 tokens a step
     "cpu": dict(layers=2, width=384, heads=3, hidden=1024, sequence=256, batch=4, tokens_per_step=1024,
                 steps=400, lr=2e-3, eval_every=100, eval_tokens=2**14, save_every=100, sample_tokens=128),
-    "gpu": dict(tokens_per_step=2**16, batch=128, steps=1200),
+    "gpu": dict(tokens_per_step=2**16, batch=128, steps=2400),
     "30m": dict(layers=6, width=640, heads=5, hidden=1792, lr=1.2e-3, steps=2861),
     "50m": dict(layers=7, width=768, heads=6, hidden=2048, lr=1.2e-3, steps=4768),
     "100m": dict(layers=8, width=1024, heads=8, hidden=2816, lr=9e-4, steps=9536),
@@ -292,7 +292,8 @@ class Log:
         code = digest(b"".join(Path(__file__).with_name(f).read_bytes() for f in CODE))
         micro = c.tokens_per_step // (c.batch * c.sequence)
         header = dict(  # all that the numbers of a run depend on
-            device=name + ", torch.compile" * compiled, backend=quartet.resolve(c.backend, device), recipe=c.recipe,
+            device=name + ", torch.compile" * compiled,
+            backend=quartet.resolve(c.backend, device, c.recipe), recipe=c.recipe,
             parameters=f"{size:,}, {hidden:,} without embedding and head",
             batch=f"{c.tokens_per_step:,} tokens a step, {micro} x {c.batch} x {c.sequence}",
             steps=f"{c.steps:,}: {tokens:,} tokens, {tokens / hidden:.1f} a parameter",
