@@ -52,7 +52,7 @@ def e2m1(v):
 def e2m1_by(v, u):
     """quartet.e2m1, stochastic, for |v| <= 6; u of v's shape. Bitwise equal."""
     power = power_of_two(tl.maximum(bits(v) & EXPONENT, 0x3F800000))
-    n = v * (2.0 * inverse(power))
+    n = v * power_of_two(0x7F800000 - bits(power))                      # times 2 / power
     down = tl.floor(n)
     return (down + (u < n - down).to(tl.float32)) * (0.5 * power)
 
@@ -61,6 +61,14 @@ def round_scale(s):
     """quartet.round_scale to nearest, of s (B, 1) >= 2^-40. Bitwise equal."""
     magic = power_of_two(bits(s) & EXPONENT) * 1572864.0                # 1.5 * 2^23 times the ulp, power / 8
     return s + magic - magic
+
+@triton.jit
+def round_scale_by(s, word):
+    """quartet.round_scale, stochastic, of finite s (B, 1) >= 0; word (B, 1) uint32, random. Bitwise equal.
+
+    u, the first 24 bits of word, is less than the fraction, the last 20 of s, if and only if the sum carries.
+    """
+    return power_of_two(bits(s) + (0xFFFFF - (word >> 12).to(tl.int32)) & -0x100000)
 
 @triton.jit
 def round_by(s, u, MIN: tl.constexpr):
@@ -79,9 +87,8 @@ def halves(t):
 def block_sum(t):
     """t (B, 16) -> (B, 1), added in quartet.block_sum's order. Bitwise equal."""
     low, high = halves(t)
-    low, high = halves(low + high)
-    low, high = halves(low + high)
-    low, high = halves(low + high)
+    for _ in tl.static_range(3):
+        low, high = halves(low + high)
     return low + high
 
 @triton.jit
@@ -92,15 +99,14 @@ def larger(a, b):
 def block_amax(b):
     """b (B, 16) -> (B, 1): largest magnitude; NaN wins."""
     low, high = halves(tl.abs(b))
-    low, high = halves(larger(low, high))
-    low, high = halves(larger(low, high))
-    low, high = halves(larger(low, high))
+    for _ in tl.static_range(3):
+        low, high = halves(larger(low, high))
     return larger(low, high)
 
 @triton.jit
 def over(a, C: tl.constexpr):
     """quartet.over: a / C for a constant, correctly rounded, by Markstein's division: C^-1 is."""
-    if INTERPRET:                           # numpy has no fused multiply-add
+    if INTERPRET:                         # numpy has no fused multiply-add
         v = tl.div_rn(a, C)
     else:
         v = a * (1.0 / C)
@@ -108,48 +114,68 @@ def over(a, C: tl.constexpr):
     return v
 
 @triton.jit
-def reciprocal(s):
-    """1 / s, correctly rounded; 0 where s is 0 or NaN."""
-    return tl.where(s > 0, tl.div_rn(1.0, tl.where(s > 0, s, 1.0)), 0.0)
+def ratio(b, s, BF16: tl.constexpr):
+    """b (B, 16) / s (B, 1) of 4 bits, correctly rounded as in `over`; 0 where s is 0 or NaN.
 
-@triton.jit
-def ratio(b, s):
-    """b (B, 16) / s (B, 1), correctly rounded as in `over`, one reciprocal a block; 0 where s is 0 or NaN."""
-    r = reciprocal(s)
-    v = b * r
+    If BF16 and 1/2 <= s <= 2, only as good as e2m1 needs, for b of 8 significant bits: b / s is then a tie of
+    E2M1 or 2^-8 of it away from one, and b + b ((1 - s) / s) is a tie where it is (b (1 / s) is not at 1.875).
+    """
+    root = tl.rsqrt(tl.where(s > 0, s, 1.0) if INTERPRET else s)
+    r = root * root                         # 1 / s but for some units in the last place; 64 would do
+    r = tl.where(s > 0, tl.fma(tl.fma(-s, r, 1.0), r, r), 0.0)
     if INTERPRET:
         v = tl.where(s > 0, b / tl.where(s > 0, s, 1.0), 0.0)
+    elif BF16:
+        t = (1.0 - s) * r
+        t = tl.fma(tl.fma(-t, s, 1.0 - s), r, t)
+        v = tl.fma(b, tl.where(s > 0, t, -1.0), b)
     else:
+        v = b * r
         v = tl.fma(tl.fma(-v, s, b), r, v)
     return v
 
 @triton.jit
+def behind(word, top):
+    """The code in the first bits of top (...) behind those in word (...), uint32: one funnel shift."""
+    return word << 4 | top >> 28
+
+@triton.jit
 def pack(q):
-    """q (B, 16) E2M1 values -> codes (B, 8) uint8. As a float32, q * 2^-126 has the code in bits 22 to 24."""
-    low, high = tl.split((q * 1.1754943508222875e-38).to(tl.uint32, bitcast=True).reshape(q.shape[0], 8, 2))
-    pair = (low >> 22 & 0x207) | (high >> 18 & 0x2070)                  # the signs are 6 bits too far left
-    return ((pair & 0x77) | (pair >> 6 & 0x88)).to(tl.uint8)
+    """q (B, 16) E2M1 values -> codes (B, 2) uint32, eight in each, the first value's in the lowest bits.
+
+    As a float32, q * 2^-126 has the code in bits 22 to 24, the sign in bit 31; times 65, in the first four.
+    """
+    top = (q * 1.1754943508222875e-38).to(tl.uint32, bitcast=True) * 65
+    even, odd = tl.split(top.reshape(q.shape[0], 2, 2, 2, 2))
+    (even0, even2), (odd1, odd3) = tl.split(even), tl.split(odd)
+    (v0, v4), (v2, v6), (v1, v5), (v3, v7) = tl.split(even0), tl.split(even2), tl.split(odd1), tl.split(odd3)
+    word = behind(behind(behind(v7 >> 28, v6), v5), v4)
+    return behind(behind(behind(behind(word, v3), v2), v1), v0)
 
 # ---- 2. Noise ----------------------------------------------------------------------------------------------
 @triton.jit
-def philox(seed_ptr, counter):
+def philox(seed, counter):
     """quartet.philox: counter (...) int64 -> four words of its shape, uint32. Bitwise equal."""
     zero = (counter * 0).to(tl.uint32)
-    return tl.philox(tl.load(seed_ptr), counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero, ROUNDS)
+    return tl.philox(seed, counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero, ROUNDS)
 
 @triton.jit
-def uniform(seed_ptr, i):
-    """u (B, 1) of numbers i (B, 1) int64, as quartet.uniform's element i. Bitwise equal."""
-    a, b, c, d = philox(seed_ptr, i >> 2)
-    word = tl.where(i & 2 > 0, tl.where(i & 1 > 0, d, c), tl.where(i & 1 > 0, b, a))
+def random_word(seed, first, i):
+    """Random words (B, 1) uint32, those of quartet.uniform's elements first + i; first % 4 == 0, i (B, 1)."""
+    a, b, c, d = philox(seed, first // 4 + (i >> 2))
+    return tl.where(i & 2 > 0, tl.where(i & 1 > 0, d, c), tl.where(i & 1 > 0, b, a))
+
+@triton.jit
+def to_unit(word):
+    """Random words (...) uint32 -> u (...) in [0, 1): their first 24 bits."""
     return (word >> 8).to(tl.float32) * 5.9604644775390625e-08
 
 @triton.jit
-def uniform_blocks(seed_ptr, i):
-    """u (B, 16) of the elements of blocks i (B, 1) int64: quartet.uniform's 16 i to 16 i + 15. Bitwise equal."""
-    a, b, c, d = philox(seed_ptr, 4 * i + tl.arange(0, 4)[None, :])
+def uniform_blocks(seed, first, i):
+    """u (B, 16) of the elements of blocks first + i, 16 a block, as quartet.uniform's. Bitwise equal."""
+    a, b, c, d = philox(seed, 4 * first + (4 * i + tl.arange(0, 4)[None, :]))
     words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(i.shape[0], 16)
-    return (words >> 8).to(tl.float32) * 5.9604644775390625e-08
+    return to_unit(words)
 
 # ---- 3. The quantizers, on blocks in registers -------------------------------------------------------------
 @triton.jit
@@ -165,56 +191,59 @@ def over_rows(t, ROWS: tl.constexpr, MAX: tl.constexpr):
     return t
 
 @triton.jit
-def try_scale(b, amax, TOP: tl.constexpr, ROWS: tl.constexpr):
+def try_scale(b, amax, TOP: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr):
     """Blocks b rounded with amax mapped to TOP -> values q (B, 16), scales s (B, 1), squared errors (B, 1)."""
     s = round_scale(over(amax, TOP))
-    q = e2m1(ratio(b, s))
+    q = e2m1(ratio(b, s, BF16))
     d = tl.fma(q, s, -b)                                                # q * s is exact
     return q, s, over_rows(block_sum(d * d), ROWS, False)
 
 @triton.jit
-def quantize_blocks(b, i, seed_ptr, QUANTIZER: tl.constexpr, ROWS: tl.constexpr):
-    """b (B, 16), blocks with numbers i (B, 1) int64 -> E2M1 values q (B, 16), scales s (B, 1) of 4 bits.
+def quantize_blocks(b, first, i, seed, QUANTIZER: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr):
+    """b (B, 16), blocks with numbers first + i (B, 1) -> E2M1 values q (B, 16), scales s (B, 1) of 4 bits.
 
     The functions of quartet.py, in its order of operations. ROWS neighbouring rows of b share a scale.
+    BF16: b holds values of bf16.
     """
     amax = block_amax(b)
     if ROWS > 1:                                                        # as integers, NaN is the largest
         amax = power_of_two(over_rows(bits(amax) & 0x7FFFFFFF, ROWS, True))
     amax = tl.where(amax < TINY, 0.0, amax)
-    unit = tl.minimum(tl.maximum(power_of_two(bits(amax) & EXPONENT), TINY), 8.507059173023462e+37)    # 2^126
-    amax = amax * inverse(unit)
+    power = power_of_two(bits(amax) & EXPONENT)
+    unit = tl.minimum(tl.maximum(0.25 * power, 0.25 * TINY), 4.2535295865117308e+37)                   # 2^125
+    amax = amax * inverse(unit)                                         # in [4, 8): scales are in [1/2, 2]
     if QUANTIZER != "ms_eden":
         b = b * inverse(unit)
     if QUANTIZER == "rtn":
         s = round_scale(over(amax, 6.0))
-        q = e2m1(ratio(b, s))
+        q = e2m1(ratio(b, s, BF16))
     elif QUANTIZER == "four_six":
-        q4, s4, error4 = try_scale(b, amax, 4.0, ROWS)
-        q, s, error = try_scale(b, amax, 6.0, ROWS)
+        q4, s4, error4 = try_scale(b, amax, 4.0, ROWS, BF16)
+        q, s, error = try_scale(b, amax, 6.0, ROWS, BF16)
         q, s = tl.where(error4 < error, q4, q), tl.where(error4 < error, s4, s)
     elif QUANTIZER == "sr":
         s = round_scale(over(amax, SR_MAX))
-        q = e2m1_by(ratio(b, s), uniform_blocks(seed_ptr, i))
+        q = e2m1_by(ratio(b, s, False), uniform_blocks(seed, first, i))
     else:                                                               # ms_eden
         s = over(amax, EDEN_MAX)
-        v = b * (reciprocal(s) * inverse(unit))
+        r = tl.div_rn(1.0, tl.where(s > 0, s, 1.0) if INTERPRET else s)
+        v = b * (tl.where(s > 0, r, 0.0) * inverse(unit))
         q = e2m1(v)
         vv, vq = block_sum(v * v), block_sum(v * q)
         s = s * tl.where(vq > 0, tl.div_rn(vv, vq), 1.0)
-        s = round_by(s, uniform(seed_ptr, i), 1e-30)
+        s = round_scale_by(s, random_word(seed, first, i)) + (amax - amax)      # NaN again if it was
     return q, s * unit
 
 @triton.jit
-def store_blocks(q, s, i, mask, codes_ptr, scale_ptr, top_ptr, decoded_ptr, inverse_n):
-    """Write blocks i: codes, scales (bf16: exact), decoded values / n (where wanted); raise top to max s."""
-    tl.store(scale_ptr + i, s.to(tl.bfloat16), mask)
-    top = tl.max(tl.where(mask, bits(s) & 0x7FFFFFFF, 0))               # NaN is the largest
-    tl.atomic_max(top_ptr, top, sem="relaxed")
+def store_blocks(q, s, first, i, mask, codes_ptr, scale_ptr, decoded_ptr, inverse_n):
+    """Write blocks first + i: codes, scales (bf16: exact), decoded values / n (where wanted)."""
+    tl.store(scale_ptr + first + i, s.to(tl.bfloat16), mask)
     if codes_ptr is not None:
-        tl.store(codes_ptr + 8 * i + tl.arange(0, 8)[None, :], pack(q), mask)
+        words = (codes_ptr + 8 * first).to(tl.pointer_type(tl.uint32))
+        tl.store(words + (2 * i + tl.arange(0, 2)[None, :]), pack(q), mask)
     if decoded_ptr is not None:
-        tl.store(decoded_ptr + 16 * i + tl.arange(0, 16)[None, :], (q * (s * inverse_n)).to(tl.bfloat16), mask)
+        value = (q * (s * inverse_n)).to(tl.bfloat16)
+        tl.store(decoded_ptr + 16 * first + (16 * i + tl.arange(0, 16)[None, :]), value, mask)
 
 # ---- 4. Kernels --------------------------------------------------------------------------------------------
 @triton.jit
@@ -226,33 +255,41 @@ def quantize_kernel(x_ptr, seed_ptr, codes_ptr, scale_ptr, top_ptr, decoded_ptr,
         tile, row = i // ROWS, i % ROWS
         i = (tile // columns * ROWS + row) * columns + tile % columns
     mask = i < count
-    half = 16 * i + tl.arange(0, 8)[None, :]                            # two loads, so that a thread gets both
-    low, high = (tl.load(x_ptr + half, mask, 0.0), tl.load(x_ptr + half + 8, mask, 0.0))
-    b = tl.join(low, high).permute(0, 2, 1).reshape(B, 16).to(tl.float32)
-    q, s = quantize_blocks(b, i, seed_ptr, QUANTIZER, ROWS)
-    store_blocks(q, s, i, mask, codes_ptr, scale_ptr, top_ptr, decoded_ptr, 1.0)
+    BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16          # else float32
+    if BF16:                            # a word holds two neighbours; two loads, so that a thread gets both
+        word = x_ptr.to(tl.pointer_type(tl.uint32)) + (8 * i + tl.arange(0, 4)[None, :])
+        words = tl.join(tl.load(word, mask, 0), tl.load(word + 4, mask, 0)).permute(0, 2, 1)
+        b = tl.join(words << 16, words & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        b = tl.load(x_ptr + 16 * i + tl.arange(0, 16)[None, :], mask, 0.0)
+    seed = tl.load(seed_ptr) if seed_ptr is not None else 0
+    q, s = quantize_blocks(b.reshape(B, 16), 0, i, seed, QUANTIZER, ROWS, BF16)
+    store_blocks(q, s, 0, i, mask, codes_ptr, scale_ptr, decoded_ptr, 1.0)
+    tl.atomic_max(top_ptr, tl.max(bits(s) & 0x7FFFFFFF), sem="relaxed")     # NaN is the largest; 0 outside
 
 @triton.jit
-def load_tile(x_ptr, scale_ptr, tensor_scale_ptr, m, n, M, N, WIDTH: tl.constexpr):
-    """Rows m (H, 1) int64 and WIDTH columns from n on of x (M, N) -> (H, WIDTH) bf16, 0 outside. x: see below."""
+def load_tile(x_ptr, scale_ptr, tensor_scale_ptr, m0, n0, M, N,
+              H: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    """H rows from m0, WIDTH columns from n0 of x (M, N) -> (H, WIDTH) bf16, 0 outside. WHOLE: N % 128 == 0."""
+    m, inside = tl.arange(0, H)[:, None], tl.arange(0, H)[:, None] < M - m0
     if scale_ptr is None:
-        n += tl.arange(0, WIDTH)[None, :]
-        x = tl.load(x_ptr + m * N + n, (m < M) & (n < N), 0.0)
+        n = tl.arange(0, WIDTH)[None, :]
+        x = tl.load(x_ptr + (m0.to(tl.int64) * N + n0) + (m * N + n), inside & ((n < N - n0) | WHOLE), 0.0)
     else:
-        k, b = n // 2 + tl.arange(0, WIDTH // 2)[None, :], n // 16 + tl.arange(0, WIDTH // 16)[None, :]
-        byte = tl.load(x_ptr + m * (N // 2) + k, (m < M) & (k < N // 2), 0).to(tl.int32)
-        code = tl.join(byte & 15, byte >> 4).reshape(m.shape[0], WIDTH // 16, 16)
-        scale = tl.load(scale_ptr + m * (N // 16) + b, (m < M) & (b < N // 16), 0).to(tl.int32)
+        k, b = tl.arange(0, WIDTH // 2)[None, :], tl.arange(0, WIDTH // 16)[None, :]
+        x_ptr += m0.to(tl.int64) * (N // 2) + n0 // 2
+        scale_ptr += m0.to(tl.int64) * (N // 16) + n0 // 16
+        byte = tl.load(x_ptr + (m * (N // 2) + k), inside & (k < (N - n0) // 2), 0).to(tl.int32)
+        code = tl.join(byte & 15, byte >> 4).reshape(H, WIDTH // 16, 16)
+        scale = tl.load(scale_ptr + (m * (N // 16) + b), inside & (b < (N - n0) // 16), 0).to(tl.int32)
         scale = power_of_two(scale << 20) * 1.329227995784916e+36 * tl.load(tensor_scale_ptr)       # 2^120
         q = power_of_two((code & 7) << 22 | (code & 8) << 28) * 8.507059173023462e+37               # 2^126
-        x = (q * scale[:, :, None]).reshape(m.shape[0], WIDTH).to(tl.bfloat16)                      # exact
+        x = (q * scale[:, :, None]).reshape(H, WIDTH).to(tl.bfloat16)                      # exact
     return x
 
 @triton.jit
-def rotate_tile(x, R_ptr):
+def rotate_tile(x, R):
     """x (H, 128) bf16 -> the blocks of x R, (8 H, 16) float32. R (128, 128) bf16, `permuted`."""
-    r = tl.arange(0, 128)
-    R = tl.load(R_ptr + r[:, None] * 128 + r[None, :])
     if INTERPRET:                                                       # it multiplies bf16 as integers
         x, R = x.to(tl.float32), R.to(tl.float32)
     y = tl.dot(x, R)                                                    # column 64 g + 8 i + 2 t + j
@@ -268,24 +305,30 @@ def tile_kernel(x_ptr, x_scale_ptr, x_tensor_scale_ptr, M, N,
     x is bf16, or, with scales, NVFP4. ROW, COL: a quantizer or "". Rows of the second result are columns of
     x; it is as long as whole tiles, and what x lacks is 0. The tile comes from memory once, then from a cache.
     """
-    m0, n0 = tl.program_id(0).to(tl.int64) * 128, tl.program_id(1).to(tl.int64) * 128
-    j = tl.arange(0, 8 * H)[:, None]
+    m0, n0 = tl.program_id(0) * 128, tl.program_id(1) * 128
+    row, k = tl.arange(0, 8 * H)[:, None] >> 3, tl.arange(0, 8 * H)[:, None] & 7        # of a block
+    r = tl.arange(0, 128)
     if ROW != "":
-        for h in range(0, 128, H):
-            m = m0 + h + tl.arange(0, H)[:, None]
-            x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m, n0, M, N, 128)
-            row = m0 + h + j // 8
-            i = row * (N // 16) + n0 // 16 + j % 8
-            q, s = quantize_blocks(rotate_tile(x, row_R), i, row_seed, ROW, 1)
-            store_blocks(q, s, i, row < M, row_codes, row_scale, row_top, row_decoded, row_inverse_n)
+        seed = tl.load(row_seed) if row_seed is not None else 0
+        R = tl.load(row_R + r[:, None] * 128 + r[None, :])
+        for h in tl.static_range(0, 128, H):
+            x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0 + h, n0, M, N, H, 128, True)
+            first, i = (m0 + h).to(tl.int64) * (N // 16) + n0 // 16, row * (N // 16) + k
+            q, s = quantize_blocks(rotate_tile(x, R), first, i, seed, ROW, 1, False)
+            store_blocks(q, s, first, i, row < M - m0 - h, row_codes, row_scale, row_decoded, row_inverse_n)
+            top = tl.maximum(top, bits(s) & 0x7FFFFFFF) if h > 0 else bits(s) & 0x7FFFFFFF
+        tl.atomic_max(row_top, tl.max(top), sem="relaxed")
     if COL != "":
-        for h in range(0, 128, H):
-            m = m0 + tl.arange(0, 128)[:, None]
-            x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m, n0 + h, M, N, H)
-            row = n0 + h + j // 8
-            i = row * (tl.num_programs(0) * 8) + m0 // 16 + j % 8
-            q, s = quantize_blocks(rotate_tile(x.T, col_R), i, col_seed, COL, 1)
-            store_blocks(q, s, i, row < N, col_codes, col_scale, col_top, col_decoded, col_inverse_n)
+        seed = tl.load(col_seed) if col_seed is not None else 0
+        R = tl.load(col_R + r[:, None] * 128 + r[None, :])
+        columns = tl.num_programs(0) * 8
+        for h in tl.static_range(0, 128, H):
+            x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0 + h, M, N, 128, H, ROW != "")
+            first, i = (n0 + h).to(tl.int64) * columns + m0 // 16, row * columns + k
+            q, s = quantize_blocks(rotate_tile(x.T, R), first, i, seed, COL, 1, False)
+            store_blocks(q, s, first, i, row < N - n0 - h, col_codes, col_scale, col_decoded, col_inverse_n)
+            top = tl.maximum(top, bits(s) & 0x7FFFFFFF) if h > 0 else bits(s) & 0x7FFFFFFF
+        tl.atomic_max(col_top, tl.max(top), sem="relaxed")
 
 @triton.jit
 def encode_kernel(scale_ptr, top_ptr, seed_ptr, e4m3_ptr, tensor_scale_ptr, codes_ptr, decoded_ptr, count,
@@ -295,30 +338,33 @@ def encode_kernel(scale_ptr, top_ptr, seed_ptr, e4m3_ptr, tensor_scale_ptr, code
     Scales among E4M3's sub-normals are rounded once more, by noise AGAIN numbers a block further on (0: to
     nearest), and their blocks decoded again; if top is not finite, all is: to NaN, and codes are 0.
     """
-    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)[:, None]
-    mask, top = i < count, tl.load(top_ptr)
-    s = tl.load(scale_ptr + i, mask, 0.0).to(tl.float32)
+    first, i = tl.program_id(0).to(tl.int64) * B, tl.arange(0, B)[:, None]
+    mask, top = i < (count - first).to(tl.int32), tl.load(top_ptr)
+    s = tl.load(scale_ptr + first + i, mask, 0.0).to(tl.float32)
     power = power_of_two(top + 1048576 & EXPONENT)                      # 1.875 * 2^8 would exceed 448
     tensor_scale = tl.where(top > 0, tl.maximum(power * 0.00390625, 9.4039548065783e-38), 1.0)      # 2^-123
     v = tl.minimum(s * inverse(tensor_scale), 448.0)
-    if AGAIN == 0:
-        magic = tl.maximum(power_of_two(bits(v) & EXPONENT), 0.015625) * 1572864.0
-        v = v + magic - magic
-    else:
-        v = round_by(v, uniform(seed_ptr, AGAIN * count + i), 0.015625)
+    if tl.max(((v > 0) & (v < 0.015625)).to(tl.int32)) > 0:             # hardly ever: else v is E4M3 already
+        if AGAIN == 0:
+            magic = tl.maximum(power_of_two(bits(v) & EXPONENT), 0.015625) * 1572864.0
+            v = v + magic - magic
+        else:
+            word = random_word(tl.load(seed_ptr), 0, AGAIN * count.to(tl.int64) + first + i)
+            v = round_by(v, to_unit(word), 0.015625)
     finite = top < EXPONENT
     v, tensor_scale = tl.where(finite, v, 0.0), tl.where(finite, tensor_scale * inverse_n, float("nan"))
     byte = bits(v * 7.52316384526264e-37) >> 20                         # 2^-120 moves exponents to E4M3's
-    tl.store(e4m3_ptr + i, byte.to(tl.uint8), mask)
+    tl.store(e4m3_ptr + first + i, byte.to(tl.uint8), mask)
     if tl.program_id(0) == 0:
         tl.store(tensor_scale_ptr, tensor_scale)
     if codes_ptr is not None:
-        code = codes_ptr + 8 * i + tl.arange(0, 8)[None, :]
-        tl.store(code, tl.zeros((B, 8), tl.uint8), i < tl.where(finite, 0, count))
+        if not finite:
+            code = codes_ptr + 8 * first + (8 * i + tl.arange(0, 8)[None, :])
+            tl.store(code, tl.zeros((B, 8), tl.uint8), mask)
     if decoded_ptr is not None:
         again = (v * tensor_scale != s * inverse_n) & mask
         if tl.max(again.to(tl.int32)) > 0:                              # hardly ever
-            value = decoded_ptr + 16 * i + tl.arange(0, 16)[None, :]
+            value = decoded_ptr + 16 * first + (16 * i + tl.arange(0, 16)[None, :])
             q = tl.div_rn(tl.load(value, again, 0.0).to(tl.float32), tl.where(s > 0, s * inverse_n, 1.0))
             tl.store(value, (q * (v * tensor_scale)).to(tl.bfloat16), again)
 
@@ -347,7 +393,9 @@ def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | No
     """x (M, K) -> `encode`'s four; blocks of rows x 16."""
     out, B = outputs(*x.shape, x.device, codes, decoded), 128
     if count := out[1].numel():
-        quantize_kernel[(triton.cdiv(count, B),)](x.contiguous(), seed, *out, count, x.shape[1] // BLOCK,
+        x = x.contiguous()
+        x = x.clone() if x.data_ptr() % 4 else x                        # it is read by words
+        quantize_kernel[(triton.cdiv(count, B),)](x, seed, *out, count, x.shape[1] // BLOCK,
                                                   quantizer, rows, B, **LAUNCH)
     return encode(out, quantizer, seed)
 
@@ -407,6 +455,7 @@ def flat(x, quantizer, seed=None, block=(1, BLOCK)):
     """x (..., K) on a GPU -> NVFP4. ValueError for what quartet.blocks refuses."""
     quartet.blocks(x[:0] if x.dim() > 1 else x, block)
     seed = torch.as_tensor(0 if seed is None else seed, dtype=torch.int64, device=x.device)
+    x = x if x.dtype == torch.bfloat16 else x.float()
     return nvfp4(x, quantize(x.reshape(-1, x.shape[-1]), quantizer, block[0], seed, True, False))
 
 def rtn(x, block=(1, BLOCK)):

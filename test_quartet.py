@@ -523,7 +523,7 @@ def test_kernels_give_quartets_bits(name, kind):
     call = {**dict.fromkeys(QUANTIZERS, ()), "sr": (2**40 + 3,), "ms_eden": (None, 2**63 - 1)}[name]
     call = call + ((16, 16),) * name.endswith("16x16")
     f, reference = (getattr(module, name.removesuffix("_16x16")) for module in (kernels, quartet))
-    for v in (x, x.bfloat16()):
+    for v in (x, x.bfloat16(), x.half()):
         assert same(f(v.to(DEVICE), *call), reference(v, *call))
 def unflat(t): return NVFP4(t[0].cpu(), t[1].cpu().view(torch.float8_e4m3fn), t[2].cpu()), t[3]
 
