@@ -147,8 +147,12 @@ def pack(q):
     """
     top = (q * 1.1754943508222875e-38).to(tl.uint32, bitcast=True) * 65
     even, odd = tl.split(top.reshape(q.shape[0], 2, 2, 2, 2))
-    (even0, even2), (odd1, odd3) = tl.split(even), tl.split(odd)
-    (v0, v4), (v2, v6), (v1, v5), (v3, v7) = tl.split(even0), tl.split(even2), tl.split(odd1), tl.split(odd3)
+    even0, even2 = tl.split(even)
+    odd1, odd3 = tl.split(odd)
+    v0, v4 = tl.split(even0)
+    v2, v6 = tl.split(even2)
+    v1, v5 = tl.split(odd1)
+    v3, v7 = tl.split(odd3)
     word = behind(behind(behind(v7 >> 28, v6), v5), v4)
     return behind(behind(behind(behind(word, v3), v2), v1), v0)
 
