@@ -1,21 +1,26 @@
-"""quartet.py in Triton: the same quantizers, to the bit, at the speed of the memory bus.
+"""quartet.py in Triton: the same quantizers, to the bit, with one look at each value.
+
+    python kernels.py --target=sm_100a [--dump=DIR]     compile for a GPU that need not be here; count
 
 A block of 16 values is final after one look at it, scale included, because the tensor scale is a power of two
-(quartet.py says why). So one kernel reads bf16 and writes codes, block scales of 4 significant bits as bf16, and
-the largest scale of all; a second, over 1/16 of the values, encodes the scales as E4M3.
+(quartet.py says why). So one kernel reads bf16 and writes codes, block scales of 4 significant bits as bf16,
+and the largest scale of all; a second, over 1/16 of the values, encodes the scales as E4M3.
 
 What a GEMM takes depends on the GPU. FP4 tensor cores (capability 10 and up) take codes and encoded scales.
 Elsewhere the kernels also write the decoded values, which bf16 holds exactly, and cuBLAS multiplies those.
 
-Layout is most of the speed. A thread owns whole blocks, so that sums of 16 stay in its registers. A product on
-tensor cores leaves each row spread over 4 threads, 2 columns at a time: R comes with its columns permuted such
-that what a thread holds of x R are 32 neighbours.
+Layout is most of the speed. A thread owns whole blocks, so that sums of 16 stay in its registers. A product
+on tensor cores leaves each row spread over 4 threads, 2 columns at a time: R comes with its columns permuted
+such that what a thread holds of x R are whole blocks.
 """
-import os
+import argparse, os, re, subprocess, sys, tempfile
+from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 import quartet
 from quartet import BLOCK, GROUP, NVFP4
@@ -23,7 +28,7 @@ from quartet import BLOCK, GROUP, NVFP4
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")     # kernels run in Python, on a CPU
 EXPONENT, SR_MAX, EDEN_MAX, ROUNDS, TINY = map(tl.constexpr, (
     quartet.EXPONENT, quartet.SR_MAX, quartet.EDEN_MAX, quartet.PHILOX_ROUNDS, 2.0**-120))
-STOCHASTIC = {"sr": BLOCK, "ms_eden": 1}        # quantizers that draw: numbers a block before those of `again`
+STOCHASTIC = {"sr": BLOCK, "ms_eden": 1}        # quantizers that draw: numbers a block before assemble's u
 
 # ---- 1. Small floats. Blocks in registers: b is (B, 16) float32, one block a row, one thread a row ---------
 @triton.jit
@@ -118,7 +123,7 @@ def ratio(b, s, BF16: tl.constexpr):
     """b (B, 16) / s (B, 1) of 4 bits, correctly rounded as in `over`; 0 where s is 0 or NaN.
 
     If BF16 and 1/2 <= s <= 2, only as good as e2m1 needs, for b of 8 significant bits: b / s is then a tie of
-    E2M1 or 2^-8 of it away from one, and b + b ((1 - s) / s) is a tie where it is (b (1 / s) is not at 1.875).
+    E2M1 or 2^-8 of it away from one, and b + b ((1 - s) / s) is a tie where it is (b (1 / s), not at 1.875).
     """
     root = tl.rsqrt(tl.where(s > 0, s, 1.0) if INTERPRET else s)
     r = root * root                         # 1 / s but for some units in the last place; 64 would do
@@ -196,7 +201,7 @@ def over_rows(t, ROWS: tl.constexpr, MAX: tl.constexpr):
 
 @triton.jit
 def try_scale(b, amax, TOP: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr):
-    """Blocks b rounded with amax mapped to TOP -> values q (B, 16), scales s (B, 1), squared errors (B, 1)."""
+    """Round blocks b with amax mapped to TOP -> values q (B, 16), scales s (B, 1), squared errors (B, 1)."""
     s = round_scale(over(amax, TOP))
     q = e2m1(ratio(b, s, BF16))
     d = tl.fma(q, s, -b)                                                # q * s is exact
@@ -213,8 +218,8 @@ def quantize_blocks(b, first, i, seed, QUANTIZER: tl.constexpr, ROWS: tl.constex
     if ROWS > 1:                                                        # as integers, NaN is the largest
         amax = power_of_two(over_rows(bits(amax) & 0x7FFFFFFF, ROWS, True))
     amax = tl.where(amax < TINY, 0.0, amax)
-    power = power_of_two(bits(amax) & EXPONENT)
-    unit = tl.minimum(tl.maximum(0.25 * power, 0.25 * TINY), 4.2535295865117308e+37)                   # 2^125
+    unit = tl.maximum(0.25 * power_of_two(bits(amax) & EXPONENT), 0.25 * TINY)
+    unit = tl.minimum(unit, 4.2535295865117308e+37)                     # 2^125
     amax = amax * inverse(unit)                                         # in [4, 8): scales are in [1/2, 2]
     if QUANTIZER != "ms_eden":
         b = b * inverse(unit)
@@ -264,8 +269,11 @@ def quantize_kernel(x_ptr, seed_ptr, codes_ptr, scale_ptr, top_ptr, decoded_ptr,
         word = x_ptr.to(tl.pointer_type(tl.uint32)) + (8 * i + tl.arange(0, 4)[None, :])
         words = tl.join(tl.load(word, mask, 0), tl.load(word + 4, mask, 0)).permute(0, 2, 1)
         b = tl.join(words << 16, words & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        b = tl.load(x_ptr + 16 * i + tl.arange(0, 16)[None, :], mask, 0.0)
+    else:                               # four loads, for the same reason
+        f = x_ptr + (16 * i + tl.arange(0, 4)[None, :])
+        first = tl.join(tl.load(f, mask, 0.0), tl.load(f + 8, mask, 0.0))
+        second = tl.join(tl.load(f + 4, mask, 0.0), tl.load(f + 12, mask, 0.0))
+        b = tl.join(first, second).permute(0, 2, 3, 1)          # value 4 (2 a + b) + c is at c, a, b
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
     q, s = quantize_blocks(b.reshape(B, 16), 0, i, seed, QUANTIZER, ROWS, BF16)
     store_blocks(q, s, 0, i, mask, codes_ptr, scale_ptr, decoded_ptr, 1.0)
@@ -274,7 +282,7 @@ def quantize_kernel(x_ptr, seed_ptr, codes_ptr, scale_ptr, top_ptr, decoded_ptr,
 @triton.jit
 def load_tile(x_ptr, scale_ptr, tensor_scale_ptr, m0, n0, M, N,
               H: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
-    """H rows from m0, WIDTH columns from n0 of x (M, N) -> (H, WIDTH) bf16, 0 outside. WHOLE: N % 128 == 0."""
+    """H rows from m0, WIDTH columns from n0 of x (M, N) -> (H, WIDTH) bf16, 0 outside; WHOLE: N % 128 is 0"""
     m, inside = tl.arange(0, H)[:, None], tl.arange(0, H)[:, None] < M - m0
     if scale_ptr is None:
         n = tl.arange(0, WIDTH)[None, :]
@@ -304,14 +312,13 @@ def tile_kernel(x_ptr, x_scale_ptr, x_tensor_scale_ptr, M, N,
                 row_R, row_seed, row_codes, row_scale, row_top, row_decoded, row_inverse_n,
                 col_R, col_seed, col_codes, col_scale, col_top, col_decoded, col_inverse_n,
                 ROW: tl.constexpr, COL: tl.constexpr, H: tl.constexpr):
-    """Rotate and quantize a 128 x 128 tile of x (M, N) along N (by ROW) and along M (by COL), H rows at a time.
+    """Rotate and quantize a 128 x 128 tile of x (M, N) along N by ROW and along M by COL, H rows at a time.
 
     x is bf16, or, with scales, NVFP4. ROW, COL: a quantizer or "". Rows of the second result are columns of
-    x; it is as long as whole tiles, and what x lacks is 0. The tile comes from memory once, then from a cache.
+    x; it is as long as whole tiles, and what x lacks is 0. A tile comes from memory once, then from a cache.
     """
-    m0, n0 = tl.program_id(0) * 128, tl.program_id(1) * 128
+    m0, n0, r = tl.program_id(0) * 128, tl.program_id(1) * 128, tl.arange(0, 128)
     row, k = tl.arange(0, 8 * H)[:, None] >> 3, tl.arange(0, 8 * H)[:, None] & 7        # of a block
-    r = tl.arange(0, 128)
     if ROW != "":
         seed = tl.load(row_seed) if row_seed is not None else 0
         R = tl.load(row_R + r[:, None] * 128 + r[None, :])
@@ -363,8 +370,7 @@ def encode_kernel(scale_ptr, top_ptr, seed_ptr, e4m3_ptr, tensor_scale_ptr, code
         tl.store(tensor_scale_ptr, tensor_scale)
     if codes_ptr is not None:
         if not finite:
-            code = codes_ptr + 8 * first + (8 * i + tl.arange(0, 8)[None, :])
-            tl.store(code, tl.zeros((B, 8), tl.uint8), mask)
+            tl.store(codes_ptr + 8 * first + (8 * i + tl.arange(0, 8)[None, :]), 0, mask)
     if decoded_ptr is not None:
         again = (v * tensor_scale != s * inverse_n) & mask
         if tl.max(again.to(tl.int32)) > 0:                              # hardly ever
@@ -375,6 +381,14 @@ def encode_kernel(scale_ptr, top_ptr, seed_ptr, e4m3_ptr, tensor_scale_ptr, code
 # ---- 5. The functions of quartet.py ------------------------------------------------------------------------
 LAUNCH = dict(enable_fp_fusion=False)           # a product and a sum are rounded apart, as in quartet.py
 
+def tile_options(major):
+    """H and launch options of tile_kernel by compute capability: the fewest instructions without spills."""
+    if major == 9:                                                      # wgmma; 128: two on a multiprocessor
+        return dict(H=64, num_warps=8, num_stages=1, maxnreg=128)
+    if major == 10:                                                     # tcgen05 leaves whole rows to threads
+        return dict(H=64, num_warps=4, num_stages=1)
+    return dict(H=128, num_warps=8, num_stages=1)                       # mma.sync
+
 def outputs(rows, columns, device, codes, decoded):
     """Buffers of one quantized (rows, columns): codes, scale, top, decoded; None for what is not wanted."""
     empty = lambda n, dtype: torch.empty(rows, n, dtype=dtype, device=device)
@@ -383,12 +397,12 @@ def outputs(rows, columns, device, codes, decoded):
             empty(columns, torch.bfloat16) if decoded else None)
 
 def encode(out, quantizer, seed, inverse_n=1.0):
-    """Finish outputs -> [codes, e4m3 (rows, columns/16) uint8, tensor_scale (), decoded], empty where None."""
+    """Finish outputs -> [codes, e4m3 (rows, columns/16) uint8, tensor_scale (), decoded]; empty for None."""
     codes, scale, top, decoded = out
-    e4m3, tensor_scale = torch.empty_like(scale, dtype=torch.uint8), torch.empty_like(top, dtype=torch.float32)
-    grid = max(1, triton.cdiv(scale.numel(), 1024))
+    e4m3, tensor_scale = torch.empty_like(scale, dtype=torch.uint8), top.new_empty((), dtype=torch.float32)
+    grid = max(1, triton.cdiv(scale.numel(), 256))
     encode_kernel[(grid,)](scale, top, seed, e4m3, tensor_scale, codes, decoded, scale.numel(), inverse_n,
-                           STOCHASTIC.get(quantizer, 0), 1024, **LAUNCH)
+                           STOCHASTIC.get(quantizer, 0), 256, **LAUNCH)
     return [e4m3.new_empty(0) if t is None else t for t in (codes, e4m3, tensor_scale, decoded)]
 
 @torch.library.custom_op("quartet::quantize", mutates_args=())
@@ -396,17 +410,17 @@ def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | No
              decoded: bool) -> list[torch.Tensor]:
     """x (M, K) -> `encode`'s four; blocks of rows x 16."""
     out, B = outputs(*x.shape, x.device, codes, decoded), 128
-    if count := out[1].numel():
-        x = x.contiguous()
-        x = x.clone() if x.data_ptr() % 4 else x                        # it is read by words
+    if count := out[1].numel():                                         # bf16 is read by words of 4 bytes
+        x = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 4 else x.contiguous()
         quantize_kernel[(triton.cdiv(count, B),)](x, seed, *out, count, x.shape[1] // BLOCK,
                                                   quantizer, rows, B, **LAUNCH)
     return encode(out, quantizer, seed)
 
 @torch.library.custom_op("quartet::rotate_quantize", mutates_args=())
-def rotate_quantize(x: list[torch.Tensor], row: str, row_R: torch.Tensor | None, row_seed: torch.Tensor | None,
-                    col: str, col_R: torch.Tensor | None, col_seed: torch.Tensor | None, inverse_n: float,
-                    codes: bool, decoded: bool) -> list[torch.Tensor]:
+def rotate_quantize(
+        x: list[torch.Tensor], row: str, row_R: torch.Tensor | None, row_seed: torch.Tensor | None,
+        col: str, col_R: torch.Tensor | None, col_seed: torch.Tensor | None, inverse_n: float,
+        codes: bool, decoded: bool) -> list[torch.Tensor]:
     """One read of x -> `encode`'s four of x row_R by quantizer row, then of x^T col_R by col; "" for none.
 
     x: [bf16 (M, N)], or `encode`'s codes, e4m3, tensor_scale of it. R (128, 128) bf16, `permuted`; seeds ()
@@ -419,16 +433,17 @@ def rotate_quantize(x: list[torch.Tensor], row: str, row_R: torch.Tensor | None,
     second = outputs(N, tiles[0] * GROUP, device, codes, decoded) if col else (None,) * 4
     if M and N:
         source = [t.contiguous() for t in x] + [None] * (3 - len(x))
+        options = tile_options(torch.cuda.get_device_capability(device)[0] if x[0].is_cuda else 9)
         tile_kernel[tiles](*source, M, N, row_R, row_seed, *first, 1.0, col_R, col_seed, *second, inverse_n,
-                           row, col, 64, num_warps=8, num_stages=1, maxnreg=128, **LAUNCH)
+                           row, col, **options, **LAUNCH)
     return ((encode(first, row, row_seed) if row else [])
             + (encode(second, col, col_seed, inverse_n) if col else []))
 
 def shapes(x, rows, columns, codes, decoded):
     """Fake outputs of `encode`, for torch.compile."""
-    new = lambda dtype, *shape: x.new_empty(shape, dtype=dtype)
-    return [new(torch.uint8, *((rows, columns // 2) if codes else (0,))), new(torch.uint8, rows, columns // BLOCK),
-            new(torch.float32), new(*((torch.bfloat16, rows, columns) if decoded else (torch.uint8, 0)))]
+    new, byte = lambda dtype, *shape: x.new_empty(shape, dtype=dtype), torch.uint8
+    return [new(byte, rows, columns // 2) if codes else new(byte, 0), new(byte, rows, columns // BLOCK),
+            new(torch.float32), new(torch.bfloat16, rows, columns) if decoded else new(byte, 0)]
 
 @quantize.register_fake
 def _(x, quantizer, rows, seed, codes, decoded):
@@ -529,3 +544,93 @@ class QuantizedMatmul(torch.autograd.Function):
                 x = rotate_quantize(xq, "", None, None, row.dw[2], R2, words[10], inverse2, False, True)[3]
                 dw = quartet.gemm(e[-1], x)
         return dx, dw, None
+
+# ---- 7. Compile for a GPU that is not here, and count ------------------------------------------------------
+# capability, lane-instructions/s (multiprocessors x 128 x clock), bytes/s: H100, B200, B300, RTX 5090
+TARGETS = dict(sm_90a=(90, 30e12, 3.35e12), sm_100a=(100, 35e12, 8e12), sm_103a=(103, 35e12, 8e12),
+               sm_120a=(120, 52e12, 1.79e12))
+TYPES = dict(x="*bf16", R="*bf16", seed="*i64", codes="*u8", scale="*bf16", top="*i32", decoded="*bf16",
+             e4m3="*u8", tensor_scale="*fp32", x_tensor_scale="*fp32", n="fp32", count="i32", columns="i32",
+             M="i32", N="i32")                      # of an argument, by its name or the last word of it
+KINDS = dict(float="F(?!2|LO)|MUFU|HMMA|HGMMA", convert="F2|I2", memory="U?LD|U?ST|ATOM|RED|UBLK",
+             control="B|EXIT|WARPSYNC|NOP|S2|CS2|DEPBAR|CALL|RET|ELECT|SYNCS", integer="")     # the first fit
+
+def configurations(major):
+    """What training launches: name, kernel, constants (None: absent), options, values and bytes a value."""
+    native, options = major >= 10, tile_options(major)
+    skip, out = ("decoded", 0.5) if native else ("codes", 2.0)          # what no GEMM takes; else bytes
+    flat = dict(ROWS=1, B=128, **({"decoded_ptr": None} if native else {}))
+    for q in ("rtn", "four_six", "sr"):             # bytes: 2 in, codes, decoded, and 1/8 of scales
+        yield f"quantize {q}", quantize_kernel, dict(flat, QUANTIZER=q), {}, 2048, 2.625 + 2 * (not native)
+    tile = {f"row_{skip}": None, f"col_{skip}": None, "H": options.pop("H")}
+    bf16 = "x_scale_ptr", "x_tensor_scale_ptr"
+    both = dict(tile, **dict.fromkeys(bf16), ROW="ms_eden", COL="ms_eden")
+    yield "both ms_eden", tile_kernel, both, options, 16384, 2 + 2 * (out + 0.125)
+    absent = [f"row_{name}" for name in ("R", "seed", "codes", "scale", "top", "decoded")]
+    again = dict(tile, **dict.fromkeys(absent), ROW="", COL="ms_eden")
+    yield "requantize ms_eden", tile_kernel, again, options, 16384, 0.5625 + out + 0.125
+    encode = dict(AGAIN=1, B=256, **{"decoded_ptr" if native else "codes_ptr": None})
+    yield "encode ms_eden", encode_kernel, encode, {}, 4096, 0.1875
+
+def disassemble(cubin):
+    """cubin bytes -> its SASS, registers and bytes of stack, by the tools in triton's own package."""
+    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        run = lambda *words: subprocess.run([os.path.join(tools, words[0]), *words[1:], f.name], text=True,
+                                            capture_output=True, check=True).stdout
+        usage = run("cuobjdump", "-res-usage")
+        registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+        return run("nvdisasm"), registers, stack
+
+def compile_for(target, dump=None):
+    """Compile every kernel for a target, print what it costs there -> whether none fails or spills.
+
+    Instructions are static: a thread's, of all paths (encode's include the rare ones), times threads by
+    values; loops are unrolled. The bound is bytes or instructions over what the GPU can do, the larger.
+    """
+    capability, issue, bandwidth = TARGETS[target]
+    print(f"{target}: per value, and ns per million values")
+    print(f"{'kernel':20}{'registers':>10}{'shared':>8}{'spills':>7}",
+          *(f"{kind:>8}" for kind in KINDS), f"{'bytes':>6}{'bound':>7}  by")
+    good = True
+    for name, kernel, constants, options, values, size in configurations(capability // 10):
+        constants = {n: None if n + "_ptr" in constants else c for n, c in constants.items()}
+        signature = {}
+        for n in kernel.arg_names:
+            short = n.removesuffix("_ptr")
+            kind = TYPES.get(short) or TYPES.get(short.split("_")[-1])
+            signature[n] = "constexpr" if n in constants else kind
+        if name.startswith("requantize"):
+            signature.update(x_ptr="*u8", x_scale_ptr="*u8")
+        attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
+                      if signature[n][0] == "*" or signature[n] == "i32"}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+        try:
+            compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options | LAUNCH)
+        except Exception as e:                      # Triton has no common class for what a compiler may raise
+            good = print(f"{name:20} does not compile: {type(e).__name__} {e}")
+            continue
+        sass, registers, stack = disassemble(compiled.asm["cubin"])
+        if dump:
+            for suffix, text in (("ptx", compiled.asm["ptx"]), ("sass", sass)):
+                Path(dump, f"{target} {name}.{suffix}".replace(" ", "-")).write_text(text)
+        codes = re.findall(r"^\s+(?:/\*\w+\*/)?\s+(?:@!?U?P\d+ )?([A-Z]\w*)", sass, re.M)
+        share = options.get("num_warps", 4) * 32 / values
+        kinds = [next(kind for kind, pattern in KINDS.items() if re.match(pattern, c)) for c in codes]
+        spills = sum(c in ("LDL", "STL") for c in codes)
+        good = good and not spills and not stack
+        by_bytes, by_issue = size / bandwidth * 1e15, len(codes) * share / issue * 1e15
+        print(f"{name:20}{registers:10}{compiled.metadata.shared:8}{spills:7}"
+              + "".join(f"{kinds.count(kind) * share:9.1f}" for kind in KINDS)
+              + f"{size:7.2f}{max(by_bytes, by_issue):7.0f}  " + ("bytes" if by_bytes > by_issue else
+              f"instructions, {by_issue / by_bytes:.1f} times bytes"))
+    return bool(good)
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--target", choices=TARGETS, required=True, help="compile for this GPU, here or not")
+    parser.add_argument("--dump", metavar="DIR", help="with --target: keep PTX and SASS there")
+    arguments = parser.parse_args()
+    sys.exit(not compile_for(arguments.target, arguments.dump))

@@ -374,8 +374,9 @@ class Linear(torch.nn.Linear):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):       # it would change the dtype of the sums in rotations
             x16, w16 = x.reshape(-1, self.in_features).bfloat16(), self.weight.bfloat16()
-            by = kernels.QuantizedMatmul if resolve(self.backend, kind, self.recipe) == "triton" else QuantizedMatmul
-            y = by.apply(x16, w16, self.recipe).to(dtype).view(*x.shape[:-1], self.out_features)
+            fast = resolve(self.backend, kind, self.recipe) == "triton"
+            matmul = (kernels.QuantizedMatmul if fast else QuantizedMatmul).apply
+            y = matmul(x16, w16, self.recipe).to(dtype).view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(dtype)
 
     def extra_repr(self):

@@ -12,7 +12,7 @@ import torch, torch.nn.functional as F
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-if not GPU: os.environ["TRITON_INTERPRET"] = "1"     # before triton is imported: kernels run in Python, slowly
+if not GPU: os.environ["TRITON_INTERPRET"] = "1"     # before triton is imported: kernels run in Python
 import kernels, quartet, train_gpt
 from quartet import (NVFP4, RECIPES, ROTATIONS, Linear, decode, e2m1, e4m3, four_six, ms_eden, pack, philox,
                      quantize_model, rotate, rotation, round_scale, rtn, sr, transpose, uniform, unpack)
@@ -506,13 +506,14 @@ def test_quantize_model_changes_nothing_where_it_cannot_change_all(recipe, skip,
     assert type(model["layers"][0][0]) is torch.nn.Linear
 
 # ---- kernels.py: on a GPU, or interpreted ------------------------------------------------------------------
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")      # numpy's, where NaN is meant
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")      # numpy's, of NaN
 
 def with_value(x, value): return x.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(value))
 
-INPUTS = {"ragged": lambda: normal(3, 5, 144), "wide": lambda: wide(40), "huge": lambda: with_value(wide(3), 1e30),
-          "below E4M3": lambda: wide(11), "zeros": lambda: torch.zeros(16, 128), "nothing": lambda: torch.zeros(0, 16),
-          "tiny": lambda: torch.full((16, 128), 1e-42), "transposed": lambda: normal(128, 48).T,
+INPUTS = {"ragged": lambda: normal(3, 5, 144), "wide": lambda: wide(40), "below E4M3": lambda: wide(11),
+          "zeros": lambda: torch.zeros(16, 128), "nothing": lambda: torch.zeros(0, 16),
+          "tiny": lambda: torch.full((16, 128), 1e-42), "huge": lambda: with_value(wide(3), 1e30),
+          "transposed": lambda: normal(128, 48).T, "unaligned": lambda: normal(2049)[1:].view(16, 128),
           "nan": lambda: with_value(wide(2), math.nan), "inf": lambda: with_value(wide(2), -math.inf)}
 
 @every_quantizer
@@ -537,7 +538,8 @@ def test_one_read_rotates_and_quantizes_both_ways_and_what_is_packed_again(quant
     x[64:] *= size
     seeds, (R1, n), (R2, n) = torch.tensor([5, 2**40 + 1]), rotation(name, g), rotation(name, g)
     arguments = lambda i, R: (quantizer, kernels.permuted(R).to(DEVICE), seeds[i].to(DEVICE))
-    both = kernels.rotate_quantize([x.bfloat16().to(DEVICE)], *arguments(0, R1), *arguments(1, R2), 1 / n, True, True)
+    source = [x.bfloat16().to(DEVICE)]
+    both = kernels.rotate_quantize(source, *arguments(0, R1), *arguments(1, R2), 1 / n, True, True)
     (first, a), (second, b) = unflat(both[:4]), unflat(both[4:])
     assert same(first, quartet.QUANTIZERS[quantizer](x, R1, seeds[0]))
     expected = quartet.QUANTIZERS[quantizer](F.pad(x, (0, 0, 0, 116)).T, R2, seeds[1])
@@ -568,8 +570,16 @@ def test_a_recipe_without_kernels_takes_the_reference(monkeypatch):
     assert Linear(128, 128, recipe="mine", backend="torch")(torch.ones(2, 128)).shape == (2, 128)
     with pytest.raises(ValueError, match="'triton' needs a mode .* of 'mine'.*'torch'"):
         Linear(128, 128, recipe="mine", backend="triton")
-    for kind, recipe, backend in ("cuda", "rtn", "triton"), ("cuda", "mine", "torch"), ("cpu", "rtn", "torch"):
-        assert quartet.resolve("auto", kind, recipe) == backend
+    for *case, backend in ("cuda", "rtn", "triton"), ("cuda", "mine", "torch"), ("cpu", "rtn", "torch"):
+        assert quartet.resolve("auto", *case) == backend
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a", "sm_120a"])
+def test_kernels_compile_for_every_target_without_spills(target, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, HERE / "kernels.py", f"--target={target}", f"--dump={tmp_path}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("\n") == 8, done.stdout + done.stderr
+    assert f".target {target}" in (tmp_path / f"{target}-both-ms_eden.ptx").read_text()
 
 # ---- data/prepare.py ---------------------------------------------------------------------------------------
 def shard(tokens=(1, 2, 3), magic=20240520, version=1, n=None):
@@ -801,7 +811,8 @@ def test_the_model_is_causal_and_starts_as_the_paper_says():
     changed[0, 20] ^= 1
     same_until = (model(tokens) == model(changed)).all(-1)[0]
     assert same_until[:20].all() and not same_until[20:].any()
-    for w, std in ((model.head.weight, 0.02), (model.blocks[1].down.weight, 0.01), (model.blocks[0].up.weight, 0.02)):
+    block = model.blocks[1]
+    for w, std in ((model.head.weight, 0.02), (block.down.weight, 0.01), (block.up.weight, 0.02)):
         assert abs(w.std().item() / std - 1) < 5 / (2 * w.numel())**0.5   # 0.02 / sqrt(2 layers): 5 sigma
     rates = [train_gpt.learning_rate(dataclasses.replace(c, steps=100, lr=1.0), i) for i in range(101)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and rates[100] == pytest.approx(0.1)
@@ -896,5 +907,6 @@ def test_commands_of_the_readme_run(tmp_path):
     short = "--steps=2 --eval_tokens=1024 --sample_tokens=4 --device=cpu --batch=4 --tokens_per_step=1024"
     for _, script, *words in commands:
         command = [sys.executable, HERE / script, *words, *short.split() * (script == "train_gpt.py")]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout, (command, done.stderr)

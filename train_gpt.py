@@ -59,7 +59,7 @@ class Config:
 PRESETS = {  # what differs from the defaults above, the 30m of arXiv:2601.22813: 512 x 512 tokens a step
     "cpu": dict(layers=2, width=384, heads=3, hidden=1024, sequence=256, batch=4, tokens_per_step=1024,
                 steps=400, lr=2e-3, eval_every=100, eval_tokens=2**14, save_every=100, sample_tokens=128),
-    "gpu": dict(tokens_per_step=2**16, batch=128, steps=2400),
+    "gpu": dict(tokens_per_step=2**16, batch=128, steps=1000),
     "30m": dict(layers=6, width=640, heads=5, hidden=1792, lr=1.2e-3, steps=2861),
     "50m": dict(layers=7, width=768, heads=6, hidden=2048, lr=1.2e-3, steps=4768),
     "100m": dict(layers=8, width=1024, heads=8, hidden=2816, lr=9e-4, steps=9536),
@@ -69,7 +69,8 @@ PRESETS = {  # what differs from the defaults above, the 30m of arXiv:2601.22813
     "1.9b": dict(layers=32, width=2048, heads=16, hidden=5632, vocab_size=50304, sequence=2048, batch=8,
                  tokens_per_step=2**19, lr=3e-4, steps=71680, corpus="fineweb"),
 }
-CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"), device=("auto", "cpu", "cuda"))
+CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
+               device=("auto", "cpu", "cuda"))
 CODE = ("quartet.py", "kernels.py", "train_gpt.py")
 MODEL_KNOBS = ("layers", "width", "heads", "hidden", "vocab_size", "sequence")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16, datasheets
