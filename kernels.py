@@ -98,6 +98,7 @@ def block_sum(t):
 
 @triton.jit
 def larger(a, b):
+    """The larger of a and b; NaN if one is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 @triton.jit

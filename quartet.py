@@ -41,10 +41,15 @@ def round_fp(v, mantissa_bits, min_exp, max_val, u=None):
     down = n.floor()
     return down.add_(u < n.sub_(down)).mul_(ulp)   # not floor(n + u): n + u itself rounds
 
-# The grids: E2M1; finite E4M3; 4 significant bits, which is E4M3 of any exponent (below 2^100; infinity: NaN)
-def e2m1(v, u=None): return round_fp(v, 1, 0, E2M1_MAX, u)
-def e4m3(s, u=None): return round_fp(s, 3, -6, E4M3_MAX, u)
-def round_scale(s, u=None): return round_fp(s, 3, -126, math.inf, u)
+def e2m1(v, u=None):
+    """v (...) float32 -> (...) float32: the nearest E2M1 value; by u, one of the two neighbours."""
+    return round_fp(v, 1, 0, E2M1_MAX, u)
+def e4m3(s, u=None):
+    """s (...) float32 -> (...) float32: the nearest finite E4M3 value; by u, one of the two neighbours."""
+    return round_fp(s, 3, -6, E4M3_MAX, u)
+def round_scale(s, u=None):
+    """s (...) float32 < 2^100 -> (...) float32 of 4 significant bits: E4M3 of any exponent. Infinity: NaN."""
+    return round_fp(s, 3, -126, math.inf, u)
 
 # ---- 2. NVFP4 tensors --------------------------------------------------------------------------------------
 class NVFP4(NamedTuple):
@@ -95,8 +100,12 @@ def blocks(x, block=(1, BLOCK)):
     unit = (amax.view(torch.int32) & EXPONENT).view(torch.float32).clamp(2.0**-120, 2.0**126)
     return b, amax / unit, unit
 
-def over(a, c): return a / a.new_full((), c)                 # correctly rounded: a GPU multiplies by 1 / c
-def ratio(b, s): return b / torch.where(s > 0, s, math.inf)  # 0 where s is 0 or NaN: blocks of zeros, of NaN
+def over(a, c):
+    """a / c for a constant c, correctly rounded: on a GPU, PyTorch makes of a / 6.0 a product with 1/6."""
+    return a / a.new_full((), c)
+def ratio(b, s):
+    """b / s, or 0 where s is 0 (a block of zeros) or NaN (a block that holds NaN or infinity)."""
+    return b / torch.where(s > 0, s, math.inf)
 
 def block_sum(t):
     """t (., rows, ., 16) -> (., 1, ., 1): block sums as a tree, i with i+8, then +4, +2, +1; rows alike."""

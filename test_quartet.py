@@ -5,13 +5,12 @@ Tolerances are exhaustive or derived, else bits are compared; "5 sigma": 5 stand
 import collections, contextlib, copy, dataclasses, functools, gzip, http.server, json, lzma, math, os, pickle
 import random, re, shlex, shutil, signal, subprocess, sys, threading
 from pathlib import Path
-
 import numpy as np
 import pytest
 import torch, torch.nn.functional as F
 
 GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
+DEVICE, ENVIRONMENT = "cuda" if GPU else "cpu", dict(os.environ)         # a newcomer's, for subprocesses
 if not GPU: os.environ["TRITON_INTERPRET"] = "1"     # before triton is imported: kernels run in Python
 import kernels, quartet, train_gpt
 from quartet import (NVFP4, RECIPES, ROTATIONS, Linear, decode, e2m1, e4m3, four_six, ms_eden, pack, philox,
@@ -43,8 +42,7 @@ def wide(octaves, rows=64, K=256):
     """N(0, 1) with rows times powers of two of 2^-octaves .. 2^octaves: block scales of all kinds."""
     return normal(rows, K) * 2.0 ** torch.linspace(-octaves, octaves, rows).round()[:, None]
 def nearest(v, grid):
-    """The oracle of rounding: the value of an ascending grid nearest to |v|, with v's sign; ties go to the
-    even index; the ends saturate. A search in float64, where midpoints are exact."""
+    """The oracle: the value of an ascending grid nearest to |v|, with v's sign; ties: even index."""
     a, middle = v.abs().double().numpy(), (grid[1:] + grid[:-1]) / 2
     low, high = (np.searchsorted(middle, a, side) for side in ("left", "right"))  # differ at ties only
     return torch.from_numpy(grid[np.where(low % 2 == 0, low, high)]).float().copysign(v)
@@ -61,8 +59,7 @@ def relative(t, x):
     share = t.sum() / xx.sum()
     return share.item(), ((t - share * xx).std() * t.numel()**0.5 / xx.sum()).item()
 def convergence(draw, target, B):
-    """B * error of the mean of B draws / error of one, and its standard error from the scatter over rows: 1
-    where draws are independent with mean target, 1 + B b^2 / error with a bias b, B if all are equal."""
+    """B * error of the mean of B draws / error of one: 1 if unbiased, B if all are equal; and its sigma."""
     draws = torch.stack([draw(i).double() for i in range(B)])
     single = (draws - target).square().sum(-1).mean(0)
     excess = B * (draws.mean(0) - target).square().sum(-1) - single      # of mean 0 if unbiased
@@ -185,6 +182,11 @@ def test_blocks_by_hand():
     assert t.codes.tolist() == [[0xF7, 0x66, 0x44, 0x22, 0x00, 0x09, 0x60, 0xD0]]
     assert t.block_scale.view(torch.uint8).tolist() == [[0x78]] and t.tensor_scale == 2.0**-8
     assert torch.equal(decode(t), q) and torch.equal(decode(rtn(3 * x)), 3 * q)
+    for eighths in range(8, 16):                                         # block scale 1 to 1.875, the largest
+        t = rtn(torch.full((1, 16), 6 * eighths / 8))                    # 1.875 * 256 > 448
+        expected = (1 / 256, 32 * eighths) if eighths < 15 else (1 / 128, 240)
+        assert (t.tensor_scale.item(), t.block_scale.float().item()) == expected
+    assert four_six(torch.tensor([6.0, 3.0] * 8)).codes.tolist() == [0x57] * 8  # exact onto 6 and 4: a tie
     # 6 5 -5: scale 1 makes it 6 4 -4, error 2; scale 1.5, onto 4 3 -3, makes it 6 4.5 -4.5, error 0.5
     t = four_six(block_of(6, 5, -5))
     assert decode(t)[0, :3].tolist() == [6, 4.5, -4.5] and t.codes[0, :2].tolist() == [0x56, 0x0D]
@@ -196,13 +198,6 @@ def test_blocks_by_hand():
     x = F.one_hot(torch.tensor([5, 77]), 128) * torch.tensor([[6.0], [-1.5]])
     t = ms_eden(x, R, 1)
     assert torch.equal(decode(t) @ R.T / n, x) and (unpack(t.codes).abs() == 6).all()
-
-def test_the_largest_block_scale_is_in_240_to_448_and_four_six_breaks_ties_to_6():
-    for eighths in range(8, 16):                                         # block scale 1 to 1.875, the largest
-        t = rtn(torch.full((1, 16), 6 * eighths / 8))
-        expected = (1 / 256, 32 * eighths) if eighths < 15 else (1 / 128, 240)  # since 1.875 * 256 > 448
-        assert (t.tensor_scale.item(), t.block_scale.float().item()) == expected
-    assert four_six(torch.tensor([6.0, 3.0] * 8)).codes.tolist() == [0x57] * 8  # exact onto 6 and onto 4
 
 def peers(x, top, tensor_scale):
     """Scales E4M3(amax / top / tensor scale), values nearest onto them; errors; where scales are normal."""
@@ -453,9 +448,8 @@ def test_strides_dtypes_autocast_and_what_bf16_drops_make_no_difference(recipe):
     assert same([y, *inside[:2]], [expected[0].bfloat16() + linear.bias.bfloat16(), *expected[1:]])
     assert same(inside, torch.autograd.grad(graph, (x, *linear.parameters()), dy.bfloat16()))
 
-@pytest.mark.parametrize("recipes, backend", [
-    (("bf16", "quartet2"), "torch"), (("rtn", "tetrajet2"), "torch"), (("nvidia", "four_six"), "torch"),
-    (("quartet2", "rtn", "nvidia"), "triton")])
+@pytest.mark.parametrize("recipes, backend", [(["rtn", "bf16", "quartet2"], "torch"), (
+    ["tetrajet2", "nvidia", "four_six"], "torch"), (["quartet2", "rtn", "nvidia"], "triton")])
 def test_compiled_is_eager_to_the_bit(recipes, backend):
     torch._dynamo.reset()
     model = torch.nn.Sequential(*[Linear(128, 128, r == "rtn", r, backend, DEVICE) for r in recipes])
@@ -466,13 +460,12 @@ def test_compiled_is_eager_to_the_bit(recipes, backend):
         assert same(step(compiled, x, dy.bfloat16()), step(model, x, dy.bfloat16()))
 
 @every_4bit_recipe
-def test_what_is_not_finite_comes_out_as_nan(recipe):
-    for position in (0, 1):                                              # in x, then in dy
-        linear, *inputs = layer(recipe, 128, 128)
-        inputs[position].data[3, 5] = math.inf
-        y, dx, dw = step(linear, *inputs)
-        assert dw.isnan().all() and (dx if position else y).isnan().all()
-
+@pytest.mark.parametrize("where", [0, 1])                                # in x; in dy
+def test_what_is_not_finite_comes_out_as_nan(recipe, where):
+    linear, *inputs = layer(recipe, 128, 128)
+    inputs[where].data[3, 5] = math.inf
+    y, dx, dw = step(linear, *inputs)
+    assert dw.isnan().all() and (dx if where else y).isnan().all()
 def transformer(head):
     """Eleven layers with one Linear already; a head; a subclass of nn.Linear, which is not to be switched."""
     pair = lambda: torch.nn.Sequential(torch.nn.Linear(32, 128), Linear(128, 32, recipe="rtn"))
@@ -509,7 +502,6 @@ def test_quantize_model_changes_nothing_where_it_cannot_change_all(recipe, skip,
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")      # numpy's, of NaN
 
 def with_value(x, value): return x.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(value))
-
 INPUTS = {"ragged": lambda: normal(3, 5, 144), "wide": lambda: wide(40), "below E4M3": lambda: wide(11),
           "zeros": lambda: torch.zeros(16, 128), "nothing": lambda: torch.zeros(0, 16),
           "tiny": lambda: torch.full((16, 128), 1e-42), "huge": lambda: with_value(wide(3), 1e30),
@@ -575,9 +567,8 @@ def test_a_recipe_without_kernels_takes_the_reference(monkeypatch):
 
 @pytest.mark.parametrize("target", ["sm_90a", "sm_100a", "sm_120a"])
 def test_kernels_compile_for_every_target_without_spills(target, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, HERE / "kernels.py", f"--target={target}", f"--dump={tmp_path}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("\n") == 8, done.stdout + done.stderr
     assert f".target {target}" in (tmp_path / f"{target}-both-ms_eden.ptx").read_text()
 
@@ -732,12 +723,10 @@ def tiny(tmp_path, monkeypatch):
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield lambda *args: train_gpt.main(["cpu", *TINY, *args])
     for s, handler in handlers.items(): signal.signal(s, handler)
-
 def saved(name="a"): return torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)
 def result(name="a"): return json.loads(Path(f"runs/{name}/result.json").read_text())
 def losses(name="a"):
     return {r["step"]: r["loss"] for r in map(json.loads, open(f"runs/{name}/log.jsonl")) if "loss" in r}
-
 def model_of(c): return train_gpt.GPT(c, functools.partial(Linear, recipe=c.recipe))
 
 @pytest.mark.parametrize("preset, size", [
@@ -907,6 +896,5 @@ def test_commands_of_the_readme_run(tmp_path):
     short = "--steps=2 --eval_tokens=1024 --sample_tokens=4 --device=cpu --batch=4 --tokens_per_step=1024"
     for _, script, *words in commands:
         command = [sys.executable, HERE / script, *words, *short.split() * (script == "train_gpt.py")]
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout, (command, done.stderr)
