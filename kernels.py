@@ -473,7 +473,7 @@ def nvfp4(x, q):
 
 def flat(x, quantizer, seed=None, block=(1, BLOCK)):
     """x (..., K) on a GPU -> NVFP4. ValueError for what quartet.blocks refuses."""
-    quartet.blocks(x[:0] if x.dim() > 1 else x, block)
+    quartet.blocks(torch.empty(x.shape, dtype=x.dtype, device="meta"), block)
     seed = torch.as_tensor(0 if seed is None else seed, dtype=torch.int64, device=x.device)
     x = x if x.dtype == torch.bfloat16 else x.float()
     return nvfp4(x, quantize(x.reshape(-1, x.shape[-1]), quantizer, block[0], seed, True, False))
@@ -493,10 +493,13 @@ def sr(x, seed):
 def ms_eden(x, R, seed):
     """quartet.ms_eden, for x in bf16, or rotated already if R is None: then bitwise equal.
 
-    The sums of x R are float32 in the order of the tensor cores: their last bits may differ.
+    The sums of x R are float32 in the order of the tensor cores: their last bits may differ. ValueError for
+    x of another dtype, or whose last dimension has no whole groups of 128.
     """
     if R is None:
         return flat(x, "ms_eden", seed)
+    if x.dtype != torch.bfloat16 or x.shape[-1] % GROUP:
+        raise ValueError(f"{x.dtype} {tuple(x.shape)}: rotate bfloat16 with a last dimension % {GROUP} == 0")
     seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
     x = x.reshape(-1, x.shape[-1])
     return nvfp4(x, rotate_quantize([x], "ms_eden", permuted(R), seed, "", None, None, 1.0, True, False))
@@ -611,7 +614,8 @@ def compile_for(target, dump=None):
         try:
             compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options | LAUNCH)
         except Exception as e:                      # Triton has no common class for what a compiler may raise
-            good = print(f"{name:20} does not compile: {type(e).__name__} {e}")
+            print(f"{name:20} does not compile: {type(e).__name__} {e}")
+            good = False
             continue
         sass, registers, stack = disassemble(compiled.asm["cubin"])
         if dump:
@@ -627,7 +631,7 @@ def compile_for(target, dump=None):
               + "".join(f"{kinds.count(kind) * share:9.1f}" for kind in KINDS)
               + f"{size:7.2f}{max(by_bytes, by_issue):7.0f}  " + ("bytes" if by_bytes > by_issue else
               f"instructions, {by_issue / by_bytes:.1f} times bytes"))
-    return bool(good)
+    return good
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

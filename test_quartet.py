@@ -24,7 +24,6 @@ FOUR_BITS = np.array([m * 2.0**e for e in range(-129, 60) for m in range(8, 16)]
 QUANTIZERS = {**quartet.QUANTIZERS, "sr_four_six": lambda x, R, seed: sr(x, seed, four_six=True)}
 every_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 every_4bit_recipe = pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "bf16"])
-
 @pytest.fixture(scope="session", autouse=True)
 def list_what_is_skipped(request):      # as with -rs
     request.config.pluginmanager.getplugin("terminalreporter").reportchars += "s"
@@ -159,6 +158,8 @@ def test_sums_and_quotients_are_rounded_as_stated(device):
     (lambda: four_six(torch.ones(4, 24)), r"\(4, 24\).*pad.*16"),
     (lambda: sr(torch.tensor(1.0), 0), r"\(\).*pad.*16"),
     (lambda: rtn(torch.ones(24, 16), (16, 16)), r"\(24, 16\).*pad.*rows.*16"),
+    (lambda: kernels.rtn(torch.ones(24, 16), (16, 16)), r"\(24, 16\).*pad.*rows.*16"),
+    (lambda: kernels.ms_eden(torch.ones(4, 128), torch.eye(128), 0), r"float32 \(4, 128\).*bfloat16"),
     (lambda: rtn(torch.ones(16, 32), (32, 1)), r"block=\(32, 1\).*\(1, 16\)"),
     (lambda: ms_eden(torch.ones(4, 64), rotation("rht128")[0], 0), r"\(4, 64\).*pad.*128"),
     (lambda: rotation("rht64"), "rht64.*rht16, rht32, rht128"),
@@ -712,7 +713,6 @@ def test_corpora_download_only_what_is_missing_or_bad(server, tmp_path):
 # ---- train_gpt.py ------------------------------------------------------------------------------------------
 TINY = ("--layers=1 --width=128 --heads=2 --hidden=128 --sequence=32 --tokens_per_step=128 --eval_tokens=256 "
         "--sample_tokens=4 --log_every=1 --corpus=tiny --device=cpu --lr=3e-3 --name=a").split()
-
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A directory of its own with a small corpus; signal handlers as they were. -> train(args)."""
