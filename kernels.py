@@ -49,9 +49,8 @@ def inverse(p):
 @triton.jit
 def e2m1(v):
     """quartet.e2m1 to nearest, for |v| < 7. Bitwise equal."""
-    power = power_of_two(tl.maximum(bits(v) & EXPONENT, 0x3F800000))    # 1, 2, 4
-    magic = power * 6291456.0                                           # 1.5 * 2^23 times the ulp, power / 2
-    return v + magic - magic
+    magic = tl.maximum((bits(v) & EXPONENT) + 0x0B400000, 0x4AC00000)   # 1.5 * 2^23 times the ulp, which is
+    return v + power_of_two(magic) - power_of_two(magic)                # half the power below v, at least 0.5
 
 @triton.jit
 def e2m1_by(v, u):
@@ -343,41 +342,55 @@ def tile_kernel(x_ptr, x_scale_ptr, x_tensor_scale_ptr, M, N,
         tl.atomic_max(col_top, tl.max(top), sem="relaxed")
 
 @triton.jit
+def encode_again(s, first, i, mask, tensor_scale, finite, seed_ptr, codes_ptr, decoded_ptr, count, inverse_n,
+                 AGAIN: tl.constexpr):
+    """Scales s (B, 1) of blocks first + i, some sub-normal in E4M3 -> rounded once more; rewrites their values.
+
+    The noise has numbers AGAIN a block further on (0: to nearest). If top is not finite: all is 0 or NaN.
+    """
+    v = s * inverse(tensor_scale)
+    if AGAIN == 0:
+        magic = tl.maximum(power_of_two(bits(v) & EXPONENT), 0.015625) * 1572864.0
+        v = v + magic - magic
+    else:
+        word = random_word(tl.load(seed_ptr), 0, AGAIN * count.to(tl.int64) + first + i)
+        v = round_by(v, to_unit(word), 0.015625)
+    v = tl.where(finite, v, 0.0)
+    if codes_ptr is not None:
+        tl.store(codes_ptr + 8 * first + (8 * i + tl.arange(0, 8)[None, :]), 0, mask & (not finite))
+    if decoded_ptr is not None:
+        value = decoded_ptr + 16 * first + (16 * i + tl.arange(0, 16)[None, :])
+        q = tl.div_rn(tl.load(value, mask, 0.0).to(tl.float32), tl.where(s > 0, s * inverse_n, 1.0))
+        scale = tl.where(finite, v * tensor_scale * inverse_n, float("nan"))
+        tl.store(value, (q * scale).to(tl.bfloat16), mask)
+    return v
+
+@triton.jit
+def e4m3_byte(v):
+    """v (...) float32, E4M3 values >= 0 -> their bytes: 2^-120 moves exponents to E4M3's."""
+    return (bits(v * 7.52316384526264e-37) >> 20).to(tl.uint8)
+
+@triton.jit
 def encode_kernel(scale_ptr, top_ptr, seed_ptr, e4m3_ptr, tensor_scale_ptr, codes_ptr, decoded_ptr, count,
                   inverse_n, AGAIN: tl.constexpr, B: tl.constexpr):
-    """quartet.assemble's end: the tensor scale, and scales of 4 bits as E4M3 bytes. Bitwise equal.
-
-    Scales among E4M3's sub-normals are rounded once more, by noise AGAIN numbers a block further on (0: to
-    nearest), and their blocks decoded again; if top is not finite, all is: to NaN, and codes are 0.
-    """
-    first, i = tl.program_id(0).to(tl.int64) * B, tl.arange(0, B)[:, None]
+    """quartet.assemble's end: the tensor scale, and B scales of 4 bits as E4M3 bytes. Bitwise equal."""
+    first, i = tl.program_id(0).to(tl.int64) * B, tl.arange(0, B)
     mask, top = i < (count - first).to(tl.int32), tl.load(top_ptr)
-    s = tl.load(scale_ptr + first + i, mask, 0.0).to(tl.float32)
-    power = power_of_two(top + 1048576 & EXPONENT)                      # 1.875 * 2^8 would exceed 448
-    tensor_scale = tl.where(top > 0, tl.maximum(power * 0.00390625, 9.4039548065783e-38), 1.0)      # 2^-123
-    v = tl.minimum(s * inverse(tensor_scale), 448.0)
-    if tl.max(((v > 0) & (v < 0.015625)).to(tl.int32)) > 0:             # hardly ever: else v is E4M3 already
-        if AGAIN == 0:
-            magic = tl.maximum(power_of_two(bits(v) & EXPONENT), 0.015625) * 1572864.0
-            v = v + magic - magic
-        else:
-            word = random_word(tl.load(seed_ptr), 0, AGAIN * count.to(tl.int64) + first + i)
-            v = round_by(v, to_unit(word), 0.015625)
-    finite = top < EXPONENT
-    v, tensor_scale = tl.where(finite, v, 0.0), tl.where(finite, tensor_scale * inverse_n, float("nan"))
-    byte = bits(v * 7.52316384526264e-37) >> 20                         # 2^-120 moves exponents to E4M3's
-    tl.store(e4m3_ptr + first + i, byte.to(tl.uint8), mask)
+    finite, power = top < EXPONENT, power_of_two(top + 1048576 & EXPONENT)      # 1.875 * 2^8 would exceed 448
+    tensor_scale = tl.where((top > 0) & finite, tl.maximum(power * 0.00390625, 9.4039548065783e-38), 1.0)
     if tl.program_id(0) == 0:
-        tl.store(tensor_scale_ptr, tensor_scale)
-    if codes_ptr is not None:
-        if not finite:
-            tl.store(codes_ptr + 8 * first + (8 * i + tl.arange(0, 8)[None, :]), 0, mask)
-    if decoded_ptr is not None:
-        again = (v * tensor_scale != s * inverse_n) & mask
-        if tl.max(again.to(tl.int32)) > 0:                              # hardly ever
-            value = decoded_ptr + 16 * first + (16 * i + tl.arange(0, 16)[None, :])
-            q = tl.div_rn(tl.load(value, again, 0.0).to(tl.float32), tl.where(s > 0, s * inverse_n, 1.0))
-            tl.store(value, (q * (v * tensor_scale)).to(tl.bfloat16), again)
+        tl.store(tensor_scale_ptr, tl.where(finite, tensor_scale * inverse_n, float("nan")))
+    v = tl.load(scale_ptr + first + i, mask, 0.0).to(tl.float32) * inverse(tensor_scale)
+    if tl.max(((v > 0) & (v < 0.015625)).to(tl.int32)) == 0 and finite:
+        tl.store(e4m3_ptr + first + i, e4m3_byte(v), mask)              # 4 bits are E4M3 already
+    else:                                                               # hardly ever
+        for j in tl.range(0, B, 128):
+            k = j + tl.arange(0, 128)[:, None]
+            inside = k < (count - first).to(tl.int32)
+            s = tl.load(scale_ptr + first + k, inside, 0.0).to(tl.float32)
+            again = encode_again(s, first, k, inside, tensor_scale, finite, seed_ptr, codes_ptr, decoded_ptr,
+                                 count, inverse_n, AGAIN)
+            tl.store(e4m3_ptr + first + k, e4m3_byte(again), inside)
 
 # ---- 5. The functions of quartet.py ------------------------------------------------------------------------
 LAUNCH = dict(enable_fp_fusion=False)           # a product and a sum are rounded apart, as in quartet.py
@@ -401,16 +414,16 @@ def encode(out, quantizer, seed, inverse_n=1.0):
     """Finish outputs -> [codes, e4m3 (rows, columns/16) uint8, tensor_scale (), decoded]; empty for None."""
     codes, scale, top, decoded = out
     e4m3, tensor_scale = torch.empty_like(scale, dtype=torch.uint8), top.new_empty((), dtype=torch.float32)
-    grid = max(1, triton.cdiv(scale.numel(), 256))
+    grid = max(1, triton.cdiv(scale.numel(), 2048))
     encode_kernel[(grid,)](scale, top, seed, e4m3, tensor_scale, codes, decoded, scale.numel(), inverse_n,
-                           STOCHASTIC.get(quantizer, 0), 256, **LAUNCH)
+                           STOCHASTIC.get(quantizer, 0), 2048, **LAUNCH)
     return [e4m3.new_empty(0) if t is None else t for t in (codes, e4m3, tensor_scale, decoded)]
 
 @torch.library.custom_op("quartet::quantize", mutates_args=())
 def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | None, codes: bool,
              decoded: bool) -> list[torch.Tensor]:
     """x (M, K) -> `encode`'s four; blocks of rows x 16."""
-    out, B = outputs(*x.shape, x.device, codes, decoded), 128
+    out, B = outputs(*x.shape, x.device, codes, decoded), 256
     if count := out[1].numel():                                         # bf16 is read by words of 4 bytes
         x = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 4 else x.contiguous()
         quantize_kernel[(triton.cdiv(count, B),)](x, seed, *out, count, x.shape[1] // BLOCK,
@@ -563,9 +576,9 @@ def configurations(major):
     """What training launches: name, kernel, constants (None: absent), options, values and bytes a value."""
     native, options = major >= 10, tile_options(major)
     skip, out = ("decoded", 0.5) if native else ("codes", 2.0)          # what no GEMM takes; else bytes
-    flat = dict(ROWS=1, B=128, **({"decoded_ptr": None} if native else {}))
+    flat = dict(ROWS=1, B=256, **({"decoded_ptr": None} if native else {}))
     for q in ("rtn", "four_six", "sr"):             # bytes: 2 in, codes, decoded, and 1/8 of scales
-        yield f"quantize {q}", quantize_kernel, dict(flat, QUANTIZER=q), {}, 2048, 2.625 + 2 * (not native)
+        yield f"quantize {q}", quantize_kernel, dict(flat, QUANTIZER=q), {}, 4096, 2.625 + 2 * (not native)
     tile = {f"row_{skip}": None, f"col_{skip}": None, "H": options.pop("H")}
     bf16 = "x_scale_ptr", "x_tensor_scale_ptr"
     both = dict(tile, **dict.fromkeys(bf16), ROW="ms_eden", COL="ms_eden")
@@ -573,8 +586,8 @@ def configurations(major):
     absent = [f"row_{name}" for name in ("R", "seed", "codes", "scale", "top", "decoded")]
     again = dict(tile, **dict.fromkeys(absent), ROW="", COL="ms_eden")
     yield "requantize ms_eden", tile_kernel, again, options, 16384, 0.5625 + out + 0.125
-    encode = dict(AGAIN=1, B=256, **{"decoded_ptr" if native else "codes_ptr": None})
-    yield "encode ms_eden", encode_kernel, encode, {}, 4096, 0.1875
+    encode = dict(AGAIN=1, B=2048, **{"decoded_ptr" if native else "codes_ptr": None})
+    yield "encode ms_eden", encode_kernel, encode, {}, 32768, 0.1875
 
 def disassemble(cubin):
     """cubin bytes -> its SASS, registers and bytes of stack, by the tools in triton's own package."""

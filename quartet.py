@@ -212,8 +212,9 @@ def rotation_from(name, signs):
     """signs (rounds or more, 128) float32 -> R (128, 128) float32 of integers, and the int n: R R^T = n I."""
     size, rounds = ROTATIONS[name]
     i = torch.arange(GROUP, device=signs.device)[:, None]
-    bits = (i >> torch.arange(7, device=signs.device) & 1).float()      # binary; bits @ bits.T: ones in i & j
-    H = (1.0 - 2.0 * (bits @ bits.T % 2)) * (i // size == i.T // size)  # Sylvester's, in blocks size x size
+    ones = i & i.T
+    for half in 4, 2, 1: ones = ones ^ ones >> half                     # last bit: parity of the ones in i & j
+    H = (1.0 - 2.0 * (ones & 1)) * (i // size == i.T // size)           # Sylvester's, in blocks size x size
     R = signs[0, :, None] * H                       # D H, D the diagonal matrix of signs
     for d in signs[1:rounds]:
         R = (R * d) @ H                             # D1 H D2 H

@@ -338,6 +338,25 @@ def pick_device(c):
         compiled = False
     return device, compiled
 
+def as_graph(f, *args):
+    """f(*args) of CUDA tensors, recorded -> a function of such args that replays it as one launch.
+
+    A step is hundreds of short kernels, and Python launches them more slowly than a GPU runs them. The default
+    generator is left as it was; what it gives to a replay is what it would give to f.
+    """
+    state, args, side = torch.cuda.get_rng_state(), [a.clone() for a in args], torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2): f(*args)  # compile, and initialise libraries
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): f(*args)
+    torch.cuda.set_rng_state(state)
+    def replay(*new):
+        for a, b in zip(args, new): a.copy_(b)
+        graph.replay()
+    return replay
+
 def train(c, data, directory, stop, checkpoint=None):
     """Train as c says on data = (train, val), or on from a checkpoint; stop: a list that a signal fills."""
     device, compiled = pick_device(c)
@@ -359,25 +378,32 @@ def train(c, data, directory, stop, checkpoint=None):
     if compiled:
         for block in model.blocks: block.compile(fullgraph=True)  # they share one graph
         model.predict = torch.compile(model.predict, fullgraph=True)
+    total, recipe = torch.zeros((), device=device), None
+    def micro_step(x, y):
+        loss = model(x, y) / accumulate
+        loss.backward()
+        total.add_(loss.detach())
     log = Log(c, directory, start, model, data[0], device, compiled)
     peak_memory(device, reset=True)
     for step in range(start + 1, c.steps + 1):
         begin, last = time.perf_counter(), step == c.steps
-        if step > c.steps * (1 - c.bf16_end):
-            quartet.quantize_model(model.blocks[:model.nvfp4], "bf16", backend=c.backend)
+        before, recipe = recipe, "bf16" if step > c.steps * (1 - c.bf16_end) else c.recipe
+        if recipe != before:
+            quartet.quantize_model(model.blocks[:model.nvfp4], recipe, backend=c.backend)
+            run = micro_step
+            if compiled and device == "cuda":
+                run = as_graph(micro_step, *data[0].random(c, step, 0, device))
+                optimizer.zero_grad(set_to_none=False)  # its gradients stay where they are
         lr = learning_rate(c, step - 1)
         for group in optimizer.param_groups: group["lr"] = lr
-        total = torch.zeros((), device=device)
-        for micro in range(accumulate):
-            loss = model(*data[0].random(c, step, micro, device)) / accumulate
-            loss.backward()
-            total += loss.detach()
+        total.zero_()
+        for micro in range(accumulate): run(*data[0].random(c, step, micro, device))
         norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=run is micro_step)
         stopping, evaluating = bool(stop) and not last, last or step % c.eval_every == 0
         saving = stopping or last or step % c.save_every == 0
-        log.step(step, begin, total, norm, lr, flush=evaluating or saving)  # raises before a NaN is saved
+        log.step(step, begin, total.clone(), norm, lr, flush=evaluating or saving)  # raises before a NaN is saved
         if evaluating:
             loss = evaluate(model, data[1], c, device)
             log.write(step=step, val_loss=loss)
