@@ -660,8 +660,9 @@ class QuantizedMatmul(torch.autograd.Function):
 TARGETS = dict(sm_90a=(90, 30e12, 3.35e12), sm_100a=(100, 35e12, 8e12), sm_103a=(103, 35e12, 8e12),
                sm_120a=(120, 52e12, 1.79e12))
 TYPES = dict(x="*bf16", R="*bf16", seed="*i64", codes="*u8", scale="*bf16", top="*i32", decoded="*bf16",
-             e4m3="*u8", tensor_scale="*fp32", x_tensor_scale="*fp32", n="fp32", count="i32", columns="i32",
-             M="i32", N="i32")                      # of an argument, by its name or the last word of it
+             e4m3="*u8", tensor_scale="*fp32", n="fp32", count="i32", columns="i32",
+             M="i32", N="i32", K="i32", a="*u8", b="*u8", y="*bf16", a_scale="*fp8e4nv", b_scale="*fp8e4nv",
+             a_tensor_scale="*fp32", b_tensor_scale="*fp32")    # by an argument's name or the last word of it
 KINDS = dict(float="F(?!2|LO)|MUFU|HMMA|HGMMA", convert="F2|I2", memory="U?LD|U?ST|ATOM|RED|UBLK",
              control="B|EXIT|WARPSYNC|NOP|S2|CS2|DEPBAR|CALL|RET|ELECT|SYNCS", integer="")     # the first fit
 
@@ -669,18 +670,23 @@ def configurations(major):
     """What training launches: name, kernel, constants (None: absent), options, values and bytes a value."""
     native, options = major >= 10, tile_options(major)
     skip, out = ("decoded", 0.5) if native else ("codes", 2.0)          # what no GEMM takes; else bytes
-    flat = dict(ROWS=1, B=128, **({"decoded_ptr": None} if native else {}))
+    flat = dict(ROWS=1, FP4=native, B=128, **({"decoded_ptr": None} if native else {}))
     for q in ("rtn", "four_six", "sr"):             # bytes: 2 in, codes, decoded, and 1/8 of scales
         yield f"quantize {q}", quantize_kernel, dict(flat, QUANTIZER=q), {}, 2048, 2.625 + 2 * (not native)
-    tile = {f"row_{skip}": None, f"col_{skip}": None, "H": options.pop("H")}
-    bf16 = "x_scale_ptr", "x_tensor_scale_ptr"
+    tile = {f"row_{skip}": None, f"col_{skip}": None, "SWIZZLED": native,
+            **{name: options.pop(name) for name in ("FP4", "H")}}
+    bf16 = "x_scale_ptr", "tensor_scale_ptr"
     both = dict(tile, **dict.fromkeys(bf16), ROW="ms_eden", COL="ms_eden")
     yield "both ms_eden", tile_kernel, both, options, 16384, 2 + 2 * (out + 0.125)
     absent = [f"row_{name}" for name in ("R", "seed", "codes", "scale", "top", "decoded")]
     again = dict(tile, **dict.fromkeys(absent), ROW="", COL="ms_eden")
     yield "requantize ms_eden", tile_kernel, again, options, 16384, 0.5625 + out + 0.125
-    encode = dict(AGAIN=1, B=256, **{"decoded_ptr" if native else "codes_ptr": None})
+    encode = dict(AGAIN=1, SWIZZLED=native, B=256, **{"decoded_ptr" if native else "codes_ptr": None})
     yield "encode ms_eden", encode_kernel, encode, {}, 4096, 0.1875
+    if native:                                      # values of y; bytes: of y alone
+        options = dict(GEMM_OPTIONS[major])
+        tile = {name: options.pop(name) for name in ("BM", "BN", "BK")}
+        yield "gemm", gemm_kernel, tile, options, tile["BM"] * tile["BN"], 2.0
 
 def disassemble(cubin):
     """cubin bytes -> its SASS, registers and bytes of stack, by the tools in triton's own package."""
@@ -732,6 +738,8 @@ def compile_for(target, dump=None):
         kinds = [next(kind for kind, pattern in KINDS.items() if re.match(pattern, c)) for c in codes]
         spills = sum(c in ("LDL", "STL") for c in codes)
         good = good and not spills and not stack
+        if kernel is gemm_kernel and "kind::mxf4nvf4" not in compiled.asm["ptx"]:
+            good = print("gemm: no FP4 instruction")
         by_bytes, by_issue = size / bandwidth * 1e15, len(codes) * share / issue * 1e15
         print(f"{name:20}{registers:10}{compiled.metadata.shared:8}{spills:7}"
               + "".join(f"{kinds.count(kind) * share:9.1f}" for kind in KINDS)
