@@ -17,6 +17,7 @@ import argparse, os, re, subprocess, sys, tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -28,6 +29,9 @@ from quartet import BLOCK, GROUP, NVFP4
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")     # kernels run in Python, on a CPU
 EXPONENT, SR_MAX, EDEN_MAX, ROUNDS, TINY = map(tl.constexpr, (
     quartet.EXPONENT, quartet.SR_MAX, quartet.EDEN_MAX, quartet.PHILOX_ROUNDS, 2.0**-120))
+TO_E2M1 = tl.constexpr("{ .reg .b8 a, b, c, d; " + "".join(             # PTX: codes of eight floats
+    f"cvt.rn.satfinite.e2m1x2.f32 {byte}, ${high}, ${high - 1}; " for byte, high in zip("abcd", (2, 4, 6, 8)))
+    + "mov.b32 $0, {a, b, c, d}; }")
 STOCHASTIC = {"sr": BLOCK, "ms_eden": 1}        # quantizers that draw: numbers a block before assemble's u
 
 # ---- 1. Small floats. Blocks in registers: b is (B, 16) float32, one block a row, one thread a row ---------
@@ -145,12 +149,13 @@ def behind(word, top):
     return word << 4 | top >> 28
 
 @triton.jit
-def pack(q):
+def pack(q, FP4: tl.constexpr):
     """q (B, 16) E2M1 values -> codes (B, 2) uint32, eight in each, the first value's in the lowest bits.
 
     As a float32, q * 2^-126 has the code in bits 22 to 24, the sign in bit 31; times 65, in the first four.
+    FP4: the GPU has an instruction for two values (which makes 8 of -0.0, but q is never that).
     """
-    top = (q * 1.1754943508222875e-38).to(tl.uint32, bitcast=True) * 65
+    top = q if FP4 else (q * 1.1754943508222875e-38).to(tl.uint32, bitcast=True) * 65
     even, odd = tl.split(top.reshape(q.shape[0], 2, 2, 2, 2))
     even0, even2 = tl.split(even)
     odd1, odd3 = tl.split(odd)
@@ -158,8 +163,13 @@ def pack(q):
     v2, v6 = tl.split(even2)
     v1, v5 = tl.split(odd1)
     v3, v7 = tl.split(odd3)
-    word = behind(behind(behind(v7 >> 28, v6), v5), v4)
-    return behind(behind(behind(behind(word, v3), v2), v1), v0)
+    if FP4:
+        word = tl.inline_asm_elementwise(TO_E2M1, "=r,f,f,f,f,f,f,f,f", [v0, v1, v2, v3, v4, v5, v6, v7],
+                                         tl.uint32, True, 1)
+    else:
+        word = behind(behind(behind(v7 >> 28, v6), v5), v4)
+        word = behind(behind(behind(behind(word, v3), v2), v1), v0)
+    return word
 
 # ---- 2. Noise ----------------------------------------------------------------------------------------------
 @triton.jit
@@ -244,12 +254,12 @@ def quantize_blocks(b, first, i, seed, QUANTIZER: tl.constexpr, ROWS: tl.constex
     return q, s * unit
 
 @triton.jit
-def store_blocks(q, s, first, i, mask, codes_ptr, scale_ptr, decoded_ptr, inverse_n):
+def store_blocks(q, s, first, i, mask, codes_ptr, scale_ptr, decoded_ptr, inverse_n, FP4: tl.constexpr):
     """Write blocks first + i: codes, scales (bf16: exact), decoded values / n (where wanted)."""
     tl.store(scale_ptr + first + i, s.to(tl.bfloat16), mask)
     if codes_ptr is not None:
         words = (codes_ptr + 8 * first).to(tl.pointer_type(tl.uint32))
-        tl.store(words + (2 * i + tl.arange(0, 2)[None, :]), pack(q), mask)
+        tl.store(words + (2 * i + tl.arange(0, 2)[None, :]), pack(q, FP4), mask)
     if decoded_ptr is not None:
         value = (q * (s * inverse_n)).to(tl.bfloat16)
         tl.store(decoded_ptr + 16 * first + (16 * i + tl.arange(0, 16)[None, :]), value, mask)
@@ -257,7 +267,7 @@ def store_blocks(q, s, first, i, mask, codes_ptr, scale_ptr, decoded_ptr, invers
 # ---- 4. Kernels --------------------------------------------------------------------------------------------
 @triton.jit
 def quantize_kernel(x_ptr, seed_ptr, codes_ptr, scale_ptr, top_ptr, decoded_ptr, count, columns,
-                    QUANTIZER: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr):
+                    QUANTIZER: tl.constexpr, ROWS: tl.constexpr, FP4: tl.constexpr, B: tl.constexpr):
     """Quantize B blocks of x, contiguous bf16 of count blocks, columns blocks a row, in one look at each."""
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)[:, None]
     if ROWS > 1:                                                        # 16 rows of a block one after another
@@ -276,12 +286,12 @@ def quantize_kernel(x_ptr, seed_ptr, codes_ptr, scale_ptr, top_ptr, decoded_ptr,
         b = tl.join(first, second).permute(0, 2, 3, 1)          # value 4 (2 a + b) + c is at c, a, b
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
     q, s = quantize_blocks(b.reshape(B, 16), 0, i, seed, QUANTIZER, ROWS, BF16)
-    store_blocks(q, s, 0, i, mask, codes_ptr, scale_ptr, decoded_ptr, 1.0)
+    store_blocks(q, s, 0, i, mask, codes_ptr, scale_ptr, decoded_ptr, 1.0, FP4)
     tl.atomic_max(top_ptr, tl.max(bits(s) & 0x7FFFFFFF), sem="relaxed")     # NaN is the largest; 0 outside
 
 @triton.jit
 def load_tile(x_ptr, scale_ptr, tensor_scale_ptr, m0, n0, M, N,
-              H: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+              H: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, SWIZZLED: tl.constexpr):
     """H rows from m0, WIDTH columns from n0 of x (M, N) -> (H, WIDTH) bf16, 0 outside; WHOLE: N % 128 is 0"""
     m, inside = tl.arange(0, H)[:, None], tl.arange(0, H)[:, None] < M - m0
     if scale_ptr is None:
@@ -290,10 +300,15 @@ def load_tile(x_ptr, scale_ptr, tensor_scale_ptr, m0, n0, M, N,
     else:
         k, b = tl.arange(0, WIDTH // 2)[None, :], tl.arange(0, WIDTH // 16)[None, :]
         x_ptr += m0.to(tl.int64) * (N // 2) + n0 // 2
-        scale_ptr += m0.to(tl.int64) * (N // 16) + n0 // 16
+        if SWIZZLED:
+            r, c = m0 % 128 + m, n0 // 16 + b
+            at = (m0 // 128).to(tl.int64) * (tl.cdiv(N, 64) * 512)
+            at += c // 4 * 512 + r % 32 * 16 + r // 32 * 4 + c % 4
+        else:
+            at = m0.to(tl.int64) * (N // 16) + n0 // 16 + (m * (N // 16) + b)
         byte = tl.load(x_ptr + (m * (N // 2) + k), inside & (k < (N - n0) // 2), 0).to(tl.int32)
         code = tl.join(byte & 15, byte >> 4).reshape(H, WIDTH // 16, 16)
-        scale = tl.load(scale_ptr + (m * (N // 16) + b), inside & (b < (N - n0) // 16), 0).to(tl.int32)
+        scale = tl.load(scale_ptr + at, inside & (b < (N - n0) // 16), 0).to(tl.int32)
         scale = power_of_two(scale << 20) * 1.329227995784916e+36 * tl.load(tensor_scale_ptr)       # 2^120
         q = power_of_two((code & 7) << 22 | (code & 8) << 28) * 8.507059173023462e+37               # 2^126
         x = (q * scale[:, :, None]).reshape(H, WIDTH).to(tl.bfloat16)                      # exact
@@ -308,14 +323,14 @@ def rotate_tile(x, R):
     return y.reshape(x.shape[0], 2, 8, 4, 2).permute(0, 1, 3, 2, 4).reshape(x.shape[0] * 8, 16)
 
 @triton.jit
-def tile_kernel(x_ptr, x_scale_ptr, x_tensor_scale_ptr, M, N,
-                row_R, row_seed, row_codes, row_scale, row_top, row_decoded, row_inverse_n,
-                col_R, col_seed, col_codes, col_scale, col_top, col_decoded, col_inverse_n,
-                ROW: tl.constexpr, COL: tl.constexpr, H: tl.constexpr):
+def tile_kernel(x_ptr, x_scale_ptr, tensor_scale_ptr, M, N, row_R, row_seed, row_codes, row_scale, row_top,
+                row_decoded, col_R, col_seed, col_codes, col_scale, col_top, col_decoded, inverse_n,
+                ROW: tl.constexpr, COL: tl.constexpr, SWIZZLED: tl.constexpr, FP4: tl.constexpr,
+                H: tl.constexpr):
     """Rotate and quantize a 128 x 128 tile of x (M, N) along N by ROW and along M by COL, H rows at a time.
 
-    x is bf16, or, with scales, NVFP4. ROW, COL: a quantizer or "". Rows of the second result are columns of
-    x; it is as long as whole tiles, and what x lacks is 0. A tile comes from memory once, then from a cache.
+    x is bf16, or NVFP4, its scales SWIZZLED or not. ROW, COL: a quantizer or "". Rows of the second result
+    are columns of x; it is as long as whole tiles, and what x lacks is 0. Memory is read once, then a cache.
     """
     m0, n0, r = tl.program_id(0) * 128, tl.program_id(1) * 128, tl.arange(0, 128)
     row, k = tl.arange(0, 8 * H)[:, None] >> 3, tl.arange(0, 8 * H)[:, None] & 7        # of a block
@@ -323,10 +338,10 @@ def tile_kernel(x_ptr, x_scale_ptr, x_tensor_scale_ptr, M, N,
         seed = tl.load(row_seed) if row_seed is not None else 0
         R = tl.load(row_R + r[:, None] * 128 + r[None, :])
         for h in tl.static_range(0, 128, H):
-            x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0 + h, n0, M, N, H, 128, True)
+            x = load_tile(x_ptr, x_scale_ptr, tensor_scale_ptr, m0 + h, n0, M, N, H, 128, True, SWIZZLED)
             first, i = (m0 + h).to(tl.int64) * (N // 16) + n0 // 16, row * (N // 16) + k
             q, s = quantize_blocks(rotate_tile(x, R), first, i, seed, ROW, 1, False)
-            store_blocks(q, s, first, i, row < M - m0 - h, row_codes, row_scale, row_decoded, row_inverse_n)
+            store_blocks(q, s, first, i, row < M - m0 - h, row_codes, row_scale, row_decoded, 1.0, FP4)
             top = tl.maximum(top, bits(s) & 0x7FFFFFFF) if h > 0 else bits(s) & 0x7FFFFFFF
         tl.atomic_max(row_top, tl.max(top), sem="relaxed")
     if COL != "":
@@ -334,32 +349,41 @@ def tile_kernel(x_ptr, x_scale_ptr, x_tensor_scale_ptr, M, N,
         R = tl.load(col_R + r[:, None] * 128 + r[None, :])
         columns = tl.num_programs(0) * 8
         for h in tl.static_range(0, 128, H):
-            x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0 + h, M, N, 128, H, ROW != "")
+            x = load_tile(x_ptr, x_scale_ptr, tensor_scale_ptr, m0, n0 + h, M, N, 128, H, ROW != "", SWIZZLED)
             first, i = (n0 + h).to(tl.int64) * columns + m0 // 16, row * columns + k
             q, s = quantize_blocks(rotate_tile(x.T, R), first, i, seed, COL, 1, False)
-            store_blocks(q, s, first, i, row < N - n0 - h, col_codes, col_scale, col_decoded, col_inverse_n)
+            store_blocks(q, s, first, i, row < N - n0 - h, col_codes, col_scale, col_decoded, inverse_n, FP4)
             top = tl.maximum(top, bits(s) & 0x7FFFFFFF) if h > 0 else bits(s) & 0x7FFFFFFF
         tl.atomic_max(col_top, tl.max(top), sem="relaxed")
 
 @triton.jit
-def encode_again(s, first, i, mask, tensor_scale, finite, seed_ptr, codes_ptr, decoded_ptr, count, inverse_n,
-                 AGAIN: tl.constexpr):
-    """Scales s (B, 1) of blocks first + i, some sub-normal in E4M3 -> rounded once more; rewrites their values.
+def block_at(i, columns, SWIZZLED: tl.constexpr):
+    """Place i (...) int64 of an encoded scale -> the number of its block, columns a row; whether there is one."""
+    inside = i >= 0
+    if SWIZZLED:                                                        # in the order of `swizzled`
+        tile, j, across = i // 512, (i % 512).to(tl.int32), (columns + 3) // 4
+        r, c = j // 4 % 4 * 32 + j // 16, (tile % across).to(tl.int32) * 4 + j % 4
+        i, inside = (tile // across * 128 + r) * columns + c, c < columns
+    return i, inside
 
-    The noise has numbers AGAIN a block further on (0: to nearest). If top is not finite: all is 0 or NaN.
+@triton.jit
+def encode_again(s, i, mask, tensor_scale, finite, seed_ptr, codes_ptr, decoded_ptr, count, inverse_n,
+                 AGAIN: tl.constexpr):
+    """Scales s (B, 1) of blocks i, some sub-normal in E4M3 -> rounded once more; their blocks decoded again.
+
+    The noise has numbers AGAIN a block further on (0: to nearest). Not finite: scales and codes 0, values NaN.
     """
     v = s * inverse(tensor_scale)
     if AGAIN == 0:
         magic = tl.maximum(power_of_two(bits(v) & EXPONENT), 0.015625) * 1572864.0
         v = v + magic - magic
     else:
-        word = random_word(tl.load(seed_ptr), 0, AGAIN * count.to(tl.int64) + first + i)
-        v = round_by(v, to_unit(word), 0.015625)
+        v = round_by(v, to_unit(random_word(tl.load(seed_ptr), 0, AGAIN * count.to(tl.int64) + i)), 0.015625)
     v = tl.where(finite, v, 0.0)
     if codes_ptr is not None:
-        tl.store(codes_ptr + 8 * first + (8 * i + tl.arange(0, 8)[None, :]), 0, mask & (not finite))
+        tl.store(codes_ptr + (8 * i + tl.arange(0, 8)[None, :]), 0, mask & (not finite))
     if decoded_ptr is not None:
-        value = decoded_ptr + 16 * first + (16 * i + tl.arange(0, 16)[None, :])
+        value = decoded_ptr + (16 * i + tl.arange(0, 16)[None, :])
         q = tl.div_rn(tl.load(value, mask, 0.0).to(tl.float32), tl.where(s > 0, s * inverse_n, 1.0))
         scale = tl.where(finite, v * tensor_scale * inverse_n, float("nan"))
         tl.store(value, (q * scale).to(tl.bfloat16), mask)
@@ -372,102 +396,155 @@ def e4m3_byte(v):
 
 @triton.jit
 def encode_kernel(scale_ptr, top_ptr, seed_ptr, e4m3_ptr, tensor_scale_ptr, codes_ptr, decoded_ptr, count,
-                  inverse_n, AGAIN: tl.constexpr, B: tl.constexpr):
-    """quartet.assemble's end: the tensor scale, and B scales of 4 bits as E4M3 bytes. Bitwise equal."""
-    first, i = tl.program_id(0).to(tl.int64) * B, tl.arange(0, B)
-    mask, top = i < (count - first).to(tl.int32), tl.load(top_ptr)
+                  columns, size, inverse_n, AGAIN: tl.constexpr, SWIZZLED: tl.constexpr, B: tl.constexpr):
+    """quartet.assemble's end: the tensor scale, and B scales of 4 bits as E4M3 bytes. Bitwise equal.
+
+    count blocks, columns a row -> size bytes; SWIZZLED: in the order of `swizzled`, 0 where there is no block.
+    """
+    place = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    i, inside = block_at(place, columns, SWIZZLED)
+    mask, top = (i < count) & inside, tl.load(top_ptr)
     finite, power = top < EXPONENT, power_of_two(top + 1048576 & EXPONENT)      # 1.875 * 2^8 would exceed 448
     tensor_scale = tl.where((top > 0) & finite, tl.maximum(power * 0.00390625, 9.4039548065783e-38), 1.0)
     if tl.program_id(0) == 0:
         tl.store(tensor_scale_ptr, tl.where(finite, tensor_scale * inverse_n, float("nan")))
-    v = tl.load(scale_ptr + first + i, mask, 0.0).to(tl.float32) * inverse(tensor_scale)
+    v = tl.load(scale_ptr + i, mask, 0.0).to(tl.float32) * inverse(tensor_scale)
     if tl.max(((v > 0) & (v < 0.015625)).to(tl.int32)) == 0 and finite:
-        tl.store(e4m3_ptr + first + i, e4m3_byte(v), mask)              # 4 bits are E4M3 already
+        tl.store(e4m3_ptr + place, e4m3_byte(v), place < size)          # 4 bits are E4M3 already
     else:                                                               # hardly ever
         for j in tl.range(0, B, 128):
-            k = j + tl.arange(0, 128)[:, None]
-            inside = k < (count - first).to(tl.int32)
-            s = tl.load(scale_ptr + first + k, inside, 0.0).to(tl.float32)
-            again = encode_again(s, first, k, inside, tensor_scale, finite, seed_ptr, codes_ptr, decoded_ptr,
-                                 count, inverse_n, AGAIN)
-            tl.store(e4m3_ptr + first + k, e4m3_byte(again), inside)
+            there = tl.program_id(0).to(tl.int64) * B + j + tl.arange(0, 128)[:, None]
+            k, within = block_at(there, columns, SWIZZLED)
+            within = (k < count) & within
+            s = tl.load(scale_ptr + k, within, 0.0).to(tl.float32)
+            again = encode_again(s, k, within, tensor_scale, finite, seed_ptr, codes_ptr, decoded_ptr, count,
+                                 inverse_n, AGAIN)
+            tl.store(e4m3_ptr + there, e4m3_byte(again), there < size)
+
+@triton.jit
+def scale_tile(ptr, row, k, rows, K, ROWS: tl.constexpr, BK: tl.constexpr):
+    """Swizzled scales of ROWS rows from row on, BK values from k on -> (ROWS, BK/16) E4M3, 0 outside."""
+    tile, byte = row // 128 + tl.arange(0, ROWS // 128)[:, None], tl.arange(0, BK * 8)[None, :] + k * 8
+    width = tl.cdiv(K, 64) * 512
+    scale = tl.load(ptr + tile * width + byte, (tile * 128 < rows) & (byte < width), 0.0)
+    return scale.reshape(ROWS // 128, BK // 64, 32, 4, 4).trans(0, 3, 2, 1, 4).reshape(ROWS, BK // 16)
+
+@triton.jit
+def gemm_kernel(a_ptr, a_scale_ptr, a_tensor_scale_ptr, b_ptr, b_scale_ptr, b_tensor_scale_ptr, y_ptr,
+                M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """A BM x BN tile of a b^T. Tiles go down 8 columns of tiles at a time: those share rows of a in L2."""
+    pid, tiles = tl.program_id(0), tl.cdiv(M, BM) * 8
+    first, pid = pid // tiles * 8, pid % tiles
+    width = tl.minimum(tl.cdiv(N, BN) - first, 8)
+    m0, n0 = pid // width * BM, (first + pid % width) * BN
+    m, n, k = m0 + tl.arange(0, BM)[:, None], n0 + tl.arange(0, BN)[None, :], tl.arange(0, BK // 2)
+    a_ptr += m.to(tl.int64) * (K // 2) + k[None, :]
+    b_ptr += n.to(tl.int64) * (K // 2) + k[:, None]
+    y = tl.zeros((BM, BN), tl.float32)
+    for k0 in tl.range(0, K, BK):
+        a = tl.load(a_ptr + k0 // 2, (m < M) & (k[None, :] < (K - k0) // 2), 0)
+        b = tl.load(b_ptr + k0 // 2, (n < N) & (k[:, None] < (K - k0) // 2), 0)
+        y = tl.dot_scaled(a, scale_tile(a_scale_ptr, m0, k0, M, K, BM, BK), "e2m1",
+                          b, scale_tile(b_scale_ptr, n0, k0, N, K, BN, BK), "e2m1", y)
+    y *= tl.load(a_tensor_scale_ptr) * tl.load(b_tensor_scale_ptr)
+    tl.store(y_ptr + m.to(tl.int64) * N + n, y.to(tl.bfloat16), (m < M) & (n < N))
 
 # ---- 5. The functions of quartet.py ------------------------------------------------------------------------
 LAUNCH = dict(enable_fp_fusion=False)           # a product and a sum are rounded apart, as in quartet.py
+GEMM_OPTIONS = {10: dict(BM=128, BN=256, BK=256, num_warps=4, num_stages=3),         # tcgen05
+                12: dict(BM=128, BN=128, BK=128, num_warps=8, num_stages=3)}         # mma.sync
+
+def major(device):
+    """Of the device's compute capability; 9 for a CPU, which interprets."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 def tile_options(major):
-    """H and launch options of tile_kernel by compute capability: the fewest instructions without spills."""
+    """FP4, H and launch options of tile_kernel by `major`: the fewest instructions without spills."""
     if major == 9:                                                      # wgmma; 128: two on a multiprocessor
-        return dict(H=64, num_warps=8, num_stages=1, maxnreg=128)
+        return dict(FP4=False, H=64, num_warps=8, num_stages=1, maxnreg=128)
     if major == 10:                                                     # tcgen05 leaves whole rows to threads
-        return dict(H=64, num_warps=4, num_stages=1)
-    return dict(H=128, num_warps=8, num_stages=1)                       # mma.sync
+        return dict(FP4=True, H=64, num_warps=4, num_stages=1)
+    return dict(FP4=major > 9, H=128, num_warps=8, num_stages=1)                     # mma.sync
 
-def outputs(rows, columns, device, codes, decoded):
-    """Buffers of one quantized (rows, columns): codes, scale, top, decoded; None for what is not wanted."""
-    empty = lambda n, dtype: torch.empty(rows, n, dtype=dtype, device=device)
-    return (empty(columns // 2, torch.uint8) if codes else None, empty(columns // BLOCK, torch.bfloat16),
-            torch.zeros((), dtype=torch.int32, device=device),
-            empty(columns, torch.bfloat16) if decoded else None)
+def swizzled(scale):
+    """Block scales (R, C), a byte each, in the order that FP4 tensor cores take; those in it, (n,): as is.
+
+    Tiles of 128 rows and 4 blocks, 512 bytes each, one after another, 0 where there is no block: (r, c) is
+    at (r // 128 * ceil(C / 4) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4.
+    """
+    if scale.dim() == 1:
+        return scale
+    tiles = F.pad(scale.view(torch.uint8), (0, -scale.shape[1] % 4, 0, -scale.shape[0] % 128))
+    return tiles.unflatten(1, (-1, 4)).unflatten(0, (-1, 4, 32)).permute(0, 3, 2, 1, 4).flatten()
+
+def outputs(rows, columns, device, codes, decoded, swizzled=False):
+    """Buffers of one quantized (rows, columns): codes, scale, top, decoded, e4m3 (uint8), tensor_scale.
+
+    None for codes or decoded if not wanted. e4m3: (rows, columns/16), or flat, in the order of `swizzled`.
+    """
+    empty = lambda dtype, *shape: torch.empty(shape, dtype=dtype, device=device)
+    order = (-(-rows // 128) * -(-columns // 64) * 512,) if swizzled else (rows, columns // BLOCK)
+    return (empty(torch.uint8, rows, columns // 2) if codes else None,
+            empty(torch.bfloat16, rows, columns // BLOCK), torch.zeros((), dtype=torch.int32, device=device),
+            empty(torch.bfloat16, rows, columns) if decoded else None,
+            empty(torch.uint8, *order), empty(torch.float32))
+
+def finished(out):
+    """`outputs` -> what GEMMs take: [codes, e4m3, tensor_scale, decoded], empty for None."""
+    return [out[4].new_empty(0) if out[i] is None else out[i] for i in (0, 4, 5, 3)]
 
 def encode(out, quantizer, seed, inverse_n=1.0):
-    """Finish outputs -> [codes, e4m3 (rows, columns/16) uint8, tensor_scale (), decoded]; empty for None."""
-    codes, scale, top, decoded = out
-    e4m3, tensor_scale = torch.empty_like(scale, dtype=torch.uint8), top.new_empty((), dtype=torch.float32)
-    grid = max(1, triton.cdiv(scale.numel(), 2048))
-    encode_kernel[(grid,)](scale, top, seed, e4m3, tensor_scale, codes, decoded, scale.numel(), inverse_n,
-                           STOCHASTIC.get(quantizer, 0), 2048, **LAUNCH)
-    return [e4m3.new_empty(0) if t is None else t for t in (codes, e4m3, tensor_scale, decoded)]
+    """Encode the scales of outputs, and a factor of the tensor's -> `finished`."""
+    codes, scale, top, decoded, e4m3, tensor_scale = out
+    grid = max(1, triton.cdiv(e4m3.numel(), 2048))
+    encode_kernel[(grid,)](scale, top, seed, e4m3, tensor_scale, codes, decoded, scale.numel(),
+                           scale.shape[1], e4m3.numel(), inverse_n, STOCHASTIC.get(quantizer, 0),
+                           e4m3.dim() == 1, 2048, **LAUNCH)
+    return finished(out)
 
 @torch.library.custom_op("quartet::quantize", mutates_args=())
 def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | None, codes: bool,
-             decoded: bool) -> list[torch.Tensor]:
-    """x (M, K) -> `encode`'s four; blocks of rows x 16."""
-    out, B = outputs(*x.shape, x.device, codes, decoded), 256
+             decoded: bool, swizzled: bool = False) -> list[torch.Tensor]:
+    """x (M, K) -> `finished`; blocks of rows x 16."""
+    out, B = outputs(*x.shape, x.device, codes, decoded, swizzled), 256
     if count := out[1].numel():                                         # bf16 is read by words of 4 bytes
         x = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 4 else x.contiguous()
-        quantize_kernel[(triton.cdiv(count, B),)](x, seed, *out, count, x.shape[1] // BLOCK,
-                                                  quantizer, rows, B, **LAUNCH)
+        quantize_kernel[(triton.cdiv(count, B),)](x, seed, *out[:4], count, x.shape[1] // BLOCK,
+                                                  quantizer, rows, major(x.device) >= 10, B, **LAUNCH)
     return encode(out, quantizer, seed)
 
 @torch.library.custom_op("quartet::rotate_quantize", mutates_args=())
 def rotate_quantize(
         x: list[torch.Tensor], row: str, row_R: torch.Tensor | None, row_seed: torch.Tensor | None,
         col: str, col_R: torch.Tensor | None, col_seed: torch.Tensor | None, inverse_n: float,
-        codes: bool, decoded: bool) -> list[torch.Tensor]:
-    """One read of x -> `encode`'s four of x row_R by quantizer row, then of x^T col_R by col; "" for none.
+        codes: bool, decoded: bool, swizzled: bool = False) -> list[torch.Tensor]:
+    """One read of x -> `finished` of x row_R by quantizer row, then of x^T col_R by col; "" for none.
 
-    x: [bf16 (M, N)], or `encode`'s codes, e4m3, tensor_scale of it. R (128, 128) bf16, `permuted`; seeds ()
+    x: [bf16 (M, N)], or `finished`'s codes, e4m3, tensor_scale. R (128, 128) bf16, `permuted`; seeds ()
     int64. x^T (N, M) gets zeros up to M % 128 == 0. inverse_n: 1 / n of the second, a factor of its scale.
     """
     (M, N), device = x[0].shape, x[0].device
     N = N if len(x) == 1 else 2 * N
     tiles = triton.cdiv(M, GROUP), triton.cdiv(N, GROUP)
-    first = outputs(M, N, device, codes, decoded) if row else (None,) * 4
-    second = outputs(N, tiles[0] * GROUP, device, codes, decoded) if col else (None,) * 4
+    first = outputs(M, N, device, codes, decoded, swizzled) if row else (None,) * 4
+    second = outputs(N, tiles[0] * GROUP, device, codes, decoded, swizzled) if col else (None,) * 4
     if M and N:
         source = [t.contiguous() for t in x] + [None] * (3 - len(x))
-        options = tile_options(torch.cuda.get_device_capability(device)[0] if x[0].is_cuda else 9)
-        tile_kernel[tiles](*source, M, N, row_R, row_seed, *first, 1.0, col_R, col_seed, *second, inverse_n,
-                           row, col, **options, **LAUNCH)
+        tile_kernel[tiles](*source, M, N, row_R, row_seed, *first[:4], col_R, col_seed, *second[:4],
+                           inverse_n, row, col, len(x) > 1 and x[1].dim() == 1,
+                           **tile_options(major(device)), **LAUNCH)
     return ((encode(first, row, row_seed) if row else [])
             + (encode(second, col, col_seed, inverse_n) if col else []))
 
-def shapes(x, rows, columns, codes, decoded):
-    """Fake outputs of `encode`, for torch.compile."""
-    new, byte = lambda dtype, *shape: x.new_empty(shape, dtype=dtype), torch.uint8
-    return [new(byte, rows, columns // 2) if codes else new(byte, 0), new(byte, rows, columns // BLOCK),
-            new(torch.float32), new(torch.bfloat16, rows, columns) if decoded else new(byte, 0)]
-
 @quantize.register_fake
-def _(x, quantizer, rows, seed, codes, decoded):
-    return shapes(x, *x.shape, codes, decoded)
+def _(x, quantizer, rows, seed, codes, decoded, swizzled=False):
+    return finished(outputs(*x.shape, x.device, codes, decoded, swizzled))
 
 @rotate_quantize.register_fake
-def _(x, row, row_R, row_seed, col, col_R, col_seed, inverse_n, codes, decoded):
-    (M, N), x = x[0].shape if len(x) == 1 else (x[0].shape[0], 2 * x[0].shape[1]), x[0]
-    return ((shapes(x, M, N, codes, decoded) if row else [])
-            + (shapes(x, N, (M + GROUP - 1) // GROUP * GROUP, codes, decoded) if col else []))
+def _(x, row, row_R, row_seed, col, col_R, col_seed, inverse_n, *form):
+    M, N, device = len(x[0]), x[0].shape[1] * (1 if len(x) == 1 else 2), x[0].device
+    return ((finished(outputs(M, N, device, *form)) if row else [])
+            + (finished(outputs(N, -(-M // GROUP) * GROUP, device, *form)) if col else []))
 
 def supports(row):
     """Whether the kernels have a mode for every quantizer of a row of RECIPES (None: bf16)."""
@@ -480,7 +557,7 @@ def permuted(R):
     return R.view(GROUP, 2, 4, 8, 2).transpose(2, 3).reshape(GROUP, GROUP).bfloat16()
 
 def nvfp4(x, q):
-    """The first three of `encode` -> NVFP4 of x's shape."""
+    """The first three of `finished` -> NVFP4 of x's shape."""
     shape = lambda k: (*x.shape[:-1], x.shape[-1] // k)
     return NVFP4(q[0].view(shape(2)), q[1].view(shape(BLOCK)).view(torch.float8_e4m3fn), q[2])
 
@@ -517,7 +594,42 @@ def ms_eden(x, R, seed):
     x = x.reshape(-1, x.shape[-1])
     return nvfp4(x, rotate_quantize([x], "ms_eden", permuted(R), seed, "", None, None, 1.0, True, False))
 
-# ---- 6. The linear layer -----------------------------------------------------------------------------------
+# ---- 6. The GEMM and the linear layer ----------------------------------------------------------------------
+@torch.library.custom_op("quartet::scaled_mm", mutates_args=())
+def scaled_mm(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
+    """a NVFP4 (M, K), b NVFP4 (N, K), scales `swizzled` or not -> a b^T (M, N) bf16, by cuBLASLt.
+
+    K % 32 == N % 16 == 0. Equal to quartet.matmul but for the order of float32 sums.
+    """
+    kinds = [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise]
+    order = [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE]
+    a_scales, b_scales = ([swizzled(t[1]).view(torch.float8_e4m3fn), t[2]] for t in (a, b))
+    a, b = (t[0].contiguous().view(torch.float4_e2m1fn_x2) for t in (a, b))
+    return F.scaled_mm(a, b.t(), a_scales, kinds, b_scales, kinds, order, order)
+scaled_mm.register_fake(lambda a, b: a[0].new_empty(len(a[0]), len(b[0]), dtype=torch.bfloat16))
+
+def gemm(a, b):
+    """`scaled_mm` in Triton. Compiled for sm_100a, sm_103a and sm_120a, but not yet run on hardware."""
+    M, N, K = len(a[0]), len(b[0]), 2 * a[0].shape[1]
+    y = a[0].new_empty(M, N, dtype=torch.bfloat16)
+    options = GEMM_OPTIONS.get(major(a[0].device), GEMM_OPTIONS[10])
+    operands = [v for codes, scale, tensor_scale in (a, b)
+                for v in (codes.contiguous(), swizzled(scale).view(torch.float8_e4m3fn), tensor_scale)]
+    grid = triton.cdiv(M, options["BM"]) * triton.cdiv(N, options["BN"])
+    gemm_kernel[(grid,)](*operands, y, M, N, K, **options)
+    return y
+
+def matmul(a, b):
+    """a (M, K), b (N, K or more), `finished` -> a b^T (M, N) bf16: of decoded values if any, else FP4."""
+    if a[3].dim() == 2:
+        return quartet.gemm(a[3], b[3][:, :a[3].shape[1]])
+    return scaled_mm(list(a[:3]), list(b[:3]))
+
+def native(x, w):
+    """Whether all GEMMs of x (M, K), w (N, K) go to FP4 tensor cores: K % 32 == N % 128 == 0, or decoded."""
+    fits = x.numel() > 0 and w.shape[1] % 32 == w.shape[0] % GROUP == 0
+    return fits and major(x.device) >= 10
+
 def rotation(name, words):
     """quartet.backward_matmul's R, permuted, and 1 / n, from words (4,) int64; of None: I, which is exact."""
     if name is None:
@@ -530,36 +642,38 @@ class QuantizedMatmul(torch.autograd.Function):
     """quartet.QuantizedMatmul: x (M, K), w (N, K) bf16 -> x w^T (M, N) bf16, all three GEMMs by a recipe."""
     @staticmethod
     def forward(ctx, x, w, recipe):
-        row = quartet.RECIPES[recipe]
-        (*xq, x_decoded), (*wq, w_decoded) = (
-            quantize(t, q.removesuffix("_16x16"), BLOCK if q.endswith("_16x16") else 1, None, True, True)
-            for t, q in ((x, row.x), (w, row.w)))
-        ctx.recipe = recipe
-        ctx.save_for_backward(*wq, *((x,) if row.original_x else xq))
-        return quartet.gemm(x_decoded, w_decoded)
+        row, ctx.recipe, ctx.native = quartet.RECIPES[recipe], recipe, native(x, w)
+        xq, wq = (quantize(t, q.removesuffix("_16x16"), BLOCK if q.endswith("_16x16") else 1, None, True,
+                           not ctx.native, ctx.native and swizzled)     # w to be transposed: plain
+                  for t, q, swizzled in ((x, row.x, True), (w, row.w, row.dx[2] is not None)))
+        ctx.save_for_backward(*wq[:3], *((x,) if row.original_x else xq[:3]))
+        return matmul(xq, wq)
 
     @staticmethod
     def backward(ctx, dy):
         row, dx, dw = quartet.RECIPES[ctx.recipe], None, None
         wq, xq = ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])
+        form = ctx.native, not ctx.native, ctx.native                           # codes, decoded, swizzled
         with torch.autocast(dy.device.type, enabled=False):
             words = quartet.draw(dy, 12)
             (R1, inverse1), (R2, inverse2) = rotation(row.dx[0], words[:4]), rotation(row.dw[0], words[6:10])
             rotated = row.dx[0] is not None
             first = row.dx[1] if ctx.needs_input_grad[0] and rotated else ""
             second = row.dw[1] if ctx.needs_input_grad[1] else ""
-            e = rotate_quantize([dy], first, R1, words[5], second, R2, words[11], 1.0, False, True)
+            e = rotate_quantize([dy], first, R1, words[5], second, R2, words[11], 1.0, *form)
             if ctx.needs_input_grad[0]:
-                e1 = e[3] if rotated else quantize(dy, row.dx[1], 1, words[5], False, True)[3]
+                e1 = e[:4] if rotated else quantize(dy, row.dx[1], 1, words[5], *form)
+                saved = NVFP4(wq[0], wq[1].view(torch.float8_e4m3fn), wq[2])
                 if row.dx[2]:
-                    w = rotate_quantize(wq, "", None, None, row.dx[2], R1, words[4], inverse1, False, True)[3]
-                    w = w[:, :dy.shape[1]]
+                    w = rotate_quantize(wq, "", None, None, row.dx[2], R1, words[4], inverse1, *form)
+                elif ctx.native:
+                    w = quartet.transpose(saved)
                 else:
-                    w = quartet.decode(NVFP4(wq[0], wq[1].view(torch.float8_e4m3fn), wq[2]), torch.bfloat16).T
-                dx = quartet.gemm(e1, w)
+                    w = [*saved, quartet.decode(saved, torch.bfloat16).T]
+                dx = matmul(e1, w)
             if ctx.needs_input_grad[1]:
-                x = rotate_quantize(xq, "", None, None, row.dw[2], R2, words[10], inverse2, False, True)[3]
-                dw = quartet.gemm(e[-1], x)
+                x = rotate_quantize(xq, "", None, None, row.dw[2], R2, words[10], inverse2, *form)
+                dw = matmul(e[-4:], x)
         return dx, dw, None
 
 # ---- 7. Compile for a GPU that is not here, and count ------------------------------------------------------
@@ -567,8 +681,9 @@ class QuantizedMatmul(torch.autograd.Function):
 TARGETS = dict(sm_90a=(90, 30e12, 3.35e12), sm_100a=(100, 35e12, 8e12), sm_103a=(103, 35e12, 8e12),
                sm_120a=(120, 52e12, 1.79e12))
 TYPES = dict(x="*bf16", R="*bf16", seed="*i64", codes="*u8", scale="*bf16", top="*i32", decoded="*bf16",
-             e4m3="*u8", tensor_scale="*fp32", x_tensor_scale="*fp32", n="fp32", count="i32", columns="i32",
-             M="i32", N="i32")                      # of an argument, by its name or the last word of it
+             e4m3="*u8", tensor_scale="*fp32", n="fp32", count="i32", columns="i32", size="i32",
+             M="i32", N="i32", K="i32", a="*u8", b="*u8", y="*bf16", a_scale="*fp8e4nv", b_scale="*fp8e4nv",
+             a_tensor_scale="*fp32", b_tensor_scale="*fp32")    # by an argument's name or the last word of it
 KINDS = dict(float="F(?!2|LO)|MUFU|HMMA|HGMMA", convert="F2|I2", memory="U?LD|U?ST|ATOM|RED|UBLK",
              control="B|EXIT|WARPSYNC|NOP|S2|CS2|DEPBAR|CALL|RET|ELECT|SYNCS", integer="")     # the first fit
 
@@ -576,18 +691,23 @@ def configurations(major):
     """What training launches: name, kernel, constants (None: absent), options, values and bytes a value."""
     native, options = major >= 10, tile_options(major)
     skip, out = ("decoded", 0.5) if native else ("codes", 2.0)          # what no GEMM takes; else bytes
-    flat = dict(ROWS=1, B=256, **({"decoded_ptr": None} if native else {}))
+    flat = dict(ROWS=1, FP4=native, B=256, **({"decoded_ptr": None} if native else {}))
     for q in ("rtn", "four_six", "sr"):             # bytes: 2 in, codes, decoded, and 1/8 of scales
         yield f"quantize {q}", quantize_kernel, dict(flat, QUANTIZER=q), {}, 4096, 2.625 + 2 * (not native)
-    tile = {f"row_{skip}": None, f"col_{skip}": None, "H": options.pop("H")}
-    bf16 = "x_scale_ptr", "x_tensor_scale_ptr"
+    tile = {f"row_{skip}": None, f"col_{skip}": None, "SWIZZLED": native,
+            **{name: options.pop(name) for name in ("FP4", "H")}}
+    bf16 = "x_scale_ptr", "tensor_scale_ptr"
     both = dict(tile, **dict.fromkeys(bf16), ROW="ms_eden", COL="ms_eden")
     yield "both ms_eden", tile_kernel, both, options, 16384, 2 + 2 * (out + 0.125)
     absent = [f"row_{name}" for name in ("R", "seed", "codes", "scale", "top", "decoded")]
     again = dict(tile, **dict.fromkeys(absent), ROW="", COL="ms_eden")
     yield "requantize ms_eden", tile_kernel, again, options, 16384, 0.5625 + out + 0.125
-    encode = dict(AGAIN=1, B=2048, **{"decoded_ptr" if native else "codes_ptr": None})
+    encode = dict(AGAIN=1, SWIZZLED=native, B=2048, **{"decoded_ptr" if native else "codes_ptr": None})
     yield "encode ms_eden", encode_kernel, encode, {}, 32768, 0.1875
+    if native:                                      # values of y; bytes: of y alone
+        options = dict(GEMM_OPTIONS[major])
+        tile = {name: options.pop(name) for name in ("BM", "BN", "BK")}
+        yield "gemm", gemm_kernel, tile, options, tile["BM"] * tile["BN"], 2.0
 
 def disassemble(cubin):
     """cubin bytes -> its SASS, registers and bytes of stack, by the tools in triton's own package."""
@@ -639,6 +759,8 @@ def compile_for(target, dump=None):
         kinds = [next(kind for kind, pattern in KINDS.items() if re.match(pattern, c)) for c in codes]
         spills = sum(c in ("LDL", "STL") for c in codes)
         good = good and not spills and not stack
+        if kernel is gemm_kernel and "kind::mxf4nvf4" not in compiled.asm["ptx"]:
+            good = print("gemm: no FP4 instruction")
         by_bytes, by_issue = size / bandwidth * 1e15, len(codes) * share / issue * 1e15
         print(f"{name:20}{registers:10}{compiled.metadata.shared:8}{spills:7}"
               + "".join(f"{kinds.count(kind) * share:9.1f}" for kind in KINDS)
