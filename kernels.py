@@ -54,12 +54,12 @@ def e2m1(v):
     return v + magic - magic
 
 @triton.jit
-def e2m1_by(v, u):
-    """quartet.e2m1, stochastic, for |v| <= 6; u of v's shape. Bitwise equal."""
-    power = power_of_two(tl.maximum(bits(v) & EXPONENT, 0x3F800000))
-    n = v * power_of_two(0x7F800000 - bits(power))                      # times 2 / power
+def round_by(v, u, ULP: tl.constexpr, MIN: tl.constexpr):
+    """quartet.round_fp by u (...) for v (...) within range: ULP of 1, least power of two by its bits MIN."""
+    ulp = ULP * power_of_two(tl.maximum(bits(v) & EXPONENT, MIN))
+    n = v * inverse(ulp)
     down = tl.floor(n)
-    return (down + (u < n - down).to(tl.float32)) * (0.5 * power)
+    return (down + (u < n - down).to(tl.float32)) * ulp
 
 @triton.jit
 def round_scale(s):
@@ -76,14 +76,6 @@ def round_scale_by(s, word):
     return power_of_two(bits(s) + (0xFFFFF - (word >> 12).to(tl.int32)) & -0x100000)
 
 @triton.jit
-def round_by(s, u, MIN: tl.constexpr):
-    """s (...) >= 0 -> 4 significant bits, stochastically by u; a uniform grid below MIN, a power of two."""
-    power = tl.maximum(power_of_two(bits(s) & EXPONENT), MIN)
-    n = s * (8.0 * inverse(power))
-    down = tl.floor(n)
-    return (down + (u < n - down).to(tl.float32)) * (0.125 * power)
-
-@triton.jit
 def halves(t):
     """t (B, 2 n) -> its first and its last n columns."""
     return tl.split(t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1))
@@ -91,23 +83,19 @@ def halves(t):
 @triton.jit
 def block_sum(t):
     """t (B, 16) -> (B, 1), added in quartet.block_sum's order. Bitwise equal."""
-    low, high = halves(t)
-    for _ in tl.static_range(3):
-        low, high = halves(low + high)
-    return low + high
-
-@triton.jit
-def larger(a, b):
-    """The larger of a and b; NaN if one is."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    for _ in tl.static_range(4):
+        low, high = halves(t)
+        t = low + high
+    return t
 
 @triton.jit
 def block_amax(b):
     """b (B, 16) -> (B, 1): largest magnitude; NaN wins."""
-    low, high = halves(tl.abs(b))
-    for _ in tl.static_range(3):
-        low, high = halves(larger(low, high))
-    return larger(low, high)
+    amax = tl.abs(b)
+    for _ in tl.static_range(4):
+        low, high = halves(amax)
+        amax = tl.maximum(low, high, propagate_nan=tl.PropagateNan.ALL)
+    return amax
 
 @triton.jit
 def over(a, C: tl.constexpr):
@@ -233,7 +221,7 @@ def quantize_blocks(b, first, i, seed, QUANTIZER: tl.constexpr, ROWS: tl.constex
         q, s = tl.where(error4 < error, q4, q), tl.where(error4 < error, s4, s)
     elif QUANTIZER == "sr":
         s = round_scale(over(amax, SR_MAX))
-        q = e2m1_by(ratio(b, s, False), uniform_blocks(seed, first, i))
+        q = round_by(ratio(b, s, False), uniform_blocks(seed, first, i), 0.5, 0x3F800000)
     else:                                                               # ms_eden
         s = over(amax, EDEN_MAX)
         r = tl.div_rn(1.0, tl.where(s > 0, s, 1.0) if INTERPRET else s)
@@ -362,7 +350,7 @@ def encode_kernel(scale_ptr, top_ptr, seed_ptr, e4m3_ptr, tensor_scale_ptr, code
             v = v + magic - magic
         else:
             word = random_word(tl.load(seed_ptr), 0, AGAIN * count.to(tl.int64) + first + i)
-            v = round_by(v, to_unit(word), 0.015625)
+            v = round_by(v, to_unit(word), 0.125, 0x3C800000)           # 2^-6
     finite = top < EXPONENT
     v, tensor_scale = tl.where(finite, v, 0.0), tl.where(finite, tensor_scale * inverse_n, float("nan"))
     byte = bits(v * 7.52316384526264e-37) >> 20                         # 2^-120 moves exponents to E4M3's
@@ -390,119 +378,113 @@ def tile_options(major):
         return dict(H=64, num_warps=4, num_stages=1)
     return dict(H=128, num_warps=8, num_stages=1)                       # mma.sync
 
-def outputs(rows, columns, device, codes, decoded):
-    """Buffers of one quantized (rows, columns): codes, scale, top, decoded; None for what is not wanted."""
-    empty = lambda n, dtype: torch.empty(rows, n, dtype=dtype, device=device)
-    return (empty(columns // 2, torch.uint8) if codes else None, empty(columns // BLOCK, torch.bfloat16),
-            torch.zeros((), dtype=torch.int32, device=device),
-            empty(columns, torch.bfloat16) if decoded else None)
+def results(like, rows, columns, codes, decoded):
+    """New codes, block_scale (uint8), tensor_scale, decoded for (rows, columns). Not wanted: no columns."""
+    new = lambda dtype, *shape: like.new_empty(shape, dtype=dtype)
+    return [new(torch.uint8, rows, columns // 2 if codes else 0), new(torch.uint8, rows, columns // BLOCK),
+            new(torch.float32), new(torch.bfloat16, rows, columns if decoded else 0)]
 
-def encode(out, quantizer, seed, inverse_n=1.0):
-    """Finish outputs -> [codes, e4m3 (rows, columns/16) uint8, tensor_scale (), decoded]; empty for None."""
-    codes, scale, top, decoded = out
-    e4m3, tensor_scale = torch.empty_like(scale, dtype=torch.uint8), top.new_empty((), dtype=torch.float32)
+def first_pass(out):
+    """out of `results` -> what a kernel writes first: codes, scale (bf16), top, decoded. Not wanted: None."""
+    codes, e4m3, tensor_scale, decoded = out
+    return (codes if codes.numel() else None, torch.empty_like(e4m3, dtype=torch.bfloat16),
+            torch.zeros_like(tensor_scale, dtype=torch.int32), decoded if decoded.numel() else None)
+
+def encode(out, written, quantizer, seed, inverse_n=1.0):
+    """Finish out, `results` whose `first_pass` is written: block_scale and tensor_scale. -> out"""
+    codes, scale, top, decoded = written
     grid = max(1, triton.cdiv(scale.numel(), 256))
-    encode_kernel[(grid,)](scale, top, seed, e4m3, tensor_scale, codes, decoded, scale.numel(), inverse_n,
+    encode_kernel[(grid,)](scale, top, seed, out[1], out[2], codes, decoded, scale.numel(), inverse_n,
                            STOCHASTIC.get(quantizer, 0), 256, **LAUNCH)
-    return [e4m3.new_empty(0) if t is None else t for t in (codes, e4m3, tensor_scale, decoded)]
+    return out
 
 @torch.library.custom_op("quartet::quantize", mutates_args=())
 def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | None, codes: bool,
              decoded: bool) -> list[torch.Tensor]:
-    """x (M, K) -> `encode`'s four; blocks of rows x 16."""
-    out, B = outputs(*x.shape, x.device, codes, decoded), 128
+    """x (M, K) -> `results`; blocks of rows x 16."""
+    out, B = results(x, *x.shape, codes, decoded), 128
+    written = first_pass(out)
     if count := out[1].numel():                                         # bf16 is read by words of 4 bytes
         x = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 4 else x.contiguous()
-        quantize_kernel[(triton.cdiv(count, B),)](x, seed, *out, count, x.shape[1] // BLOCK,
+        quantize_kernel[(triton.cdiv(count, B),)](x, seed, *written, count, x.shape[1] // BLOCK,
                                                   quantizer, rows, B, **LAUNCH)
-    return encode(out, quantizer, seed)
+    return encode(out, written, quantizer, seed)
+
+@quantize.register_fake
+def _(x, quantizer, rows, seed, codes, decoded):
+    return results(x, *x.shape, codes, decoded)
+
+def both_results(x, row, col, codes, decoded):
+    """M, N of rotate_quantize's x, and `results` along each axis, the second of whole groups; [] for none."""
+    M, N = x[0].shape[0], x[0].shape[1] * min(2, len(x))                # a byte holds two codes
+    return (M, N, results(x[0], M, N, codes, decoded) if row else [],
+            results(x[0], N, (M + GROUP - 1) // GROUP * GROUP, codes, decoded) if col else [])
 
 @torch.library.custom_op("quartet::rotate_quantize", mutates_args=())
 def rotate_quantize(
         x: list[torch.Tensor], row: str, row_R: torch.Tensor | None, row_seed: torch.Tensor | None,
         col: str, col_R: torch.Tensor | None, col_seed: torch.Tensor | None, inverse_n: float,
         codes: bool, decoded: bool) -> list[torch.Tensor]:
-    """One read of x -> `encode`'s four of x row_R by quantizer row, then of x^T col_R by col; "" for none.
+    """One read of x -> `results` of x row_R by quantizer row, then of x^T col_R by col; "" for none.
 
-    x: [bf16 (M, N)], or `encode`'s codes, e4m3, tensor_scale of it. R (128, 128) bf16, `permuted`; seeds ()
-    int64. x^T (N, M) gets zeros up to M % 128 == 0. inverse_n: 1 / n of the second, a factor of its scale.
+    x: [bf16 (M, N)], or the first three `results` of it. R (128, 128) bf16, `permuted`; seeds () int64.
+    x^T (N, M) gets zeros up to M % 128 == 0. inverse_n: 1 / n of the second, a factor of its tensor scale.
     """
-    (M, N), device = x[0].shape, x[0].device
-    N = N if len(x) == 1 else 2 * N
-    tiles = triton.cdiv(M, GROUP), triton.cdiv(N, GROUP)
-    first = outputs(M, N, device, codes, decoded) if row else (None,) * 4
-    second = outputs(N, tiles[0] * GROUP, device, codes, decoded) if col else (None,) * 4
+    M, N, *outs = both_results(x, row, col, codes, decoded)
+    first, second = (first_pass(out) if out else [None] * 4 for out in outs)
     if M and N:
         source = [t.contiguous() for t in x] + [None] * (3 - len(x))
-        options = tile_options(torch.cuda.get_device_capability(device)[0] if x[0].is_cuda else 9)
-        tile_kernel[tiles](*source, M, N, row_R, row_seed, *first, 1.0, col_R, col_seed, *second, inverse_n,
-                           row, col, **options, **LAUNCH)
-    return ((encode(first, row, row_seed) if row else [])
-            + (encode(second, col, col_seed, inverse_n) if col else []))
-
-def shapes(x, rows, columns, codes, decoded):
-    """Fake outputs of `encode`, for torch.compile."""
-    new, byte = lambda dtype, *shape: x.new_empty(shape, dtype=dtype), torch.uint8
-    return [new(byte, rows, columns // 2) if codes else new(byte, 0), new(byte, rows, columns // BLOCK),
-            new(torch.float32), new(torch.bfloat16, rows, columns) if decoded else new(byte, 0)]
-
-@quantize.register_fake
-def _(x, quantizer, rows, seed, codes, decoded):
-    return shapes(x, *x.shape, codes, decoded)
+        options = tile_options(torch.cuda.get_device_capability(x[0].device)[0] if x[0].is_cuda else 9)
+        tile_kernel[triton.cdiv(M, GROUP), triton.cdiv(N, GROUP)](
+            *source, M, N, row_R, row_seed, *first, 1.0, col_R, col_seed, *second, inverse_n, row, col,
+            **options, **LAUNCH)
+    return ((encode(outs[0], first, row, row_seed) if row else [])
+            + (encode(outs[1], second, col, col_seed, inverse_n) if col else []))
 
 @rotate_quantize.register_fake
 def _(x, row, row_R, row_seed, col, col_R, col_seed, inverse_n, codes, decoded):
-    (M, N), x = x[0].shape if len(x) == 1 else (x[0].shape[0], 2 * x[0].shape[1]), x[0]
-    return ((shapes(x, M, N, codes, decoded) if row else [])
-            + (shapes(x, N, (M + GROUP - 1) // GROUP * GROUP, codes, decoded) if col else []))
+    return sum(both_results(x, row, col, codes, decoded)[2:], [])
 
 def supports(row):
     """Whether the kernels have a mode for every quantizer of a row of RECIPES (None: bf16)."""
-    modes = ("rtn", "four_six", "sr", "ms_eden", None)
-    return row is None or (row.x.removesuffix("_16x16") in modes and row.w.removesuffix("_16x16") in modes
-                           and all(q in modes for q in row.dx[1:] + row.dw[1:]))
+    return row is None or {"rtn", "four_six", "sr", "ms_eden", None}.issuperset(
+        (row.x.removesuffix("_16x16"), row.w.removesuffix("_16x16"), *row.dx[1:], *row.dw[1:]))
 
 def permuted(R):
     """R (128, 128) -> bf16, with column 64 g + 16 t + 2 i + j at 64 g + 8 i + 2 t + j: see rotate_tile."""
     return R.view(GROUP, 2, 4, 8, 2).transpose(2, 3).reshape(GROUP, GROUP).bfloat16()
 
-def nvfp4(x, q):
-    """The first three of `encode` -> NVFP4 of x's shape."""
-    shape = lambda k: (*x.shape[:-1], x.shape[-1] // k)
-    return NVFP4(q[0].view(shape(2)), q[1].view(shape(BLOCK)).view(torch.float8_e4m3fn), q[2])
-
-def flat(x, quantizer, seed=None, block=(1, BLOCK)):
-    """x (..., K) on a GPU -> NVFP4. ValueError for what quartet.blocks refuses."""
+def of(x, quantizer, seed=0, block=(1, BLOCK), R=None):
+    """x (..., K) on a GPU -> NVFP4 of x or x R by a quantizer. ValueError for what quartet.blocks refuses."""
     quartet.blocks(torch.empty(x.shape, dtype=x.dtype, device="meta"), block)
-    seed = torch.as_tensor(0 if seed is None else seed, dtype=torch.int64, device=x.device)
-    x = x if x.dtype == torch.bfloat16 else x.float()
-    return nvfp4(x, quantize(x.reshape(-1, x.shape[-1]), quantizer, block[0], seed, True, False))
+    seed, flat = torch.as_tensor(seed, dtype=torch.int64, device=x.device), x.reshape(-1, x.shape[-1])
+    if R is None:
+        flat = flat if x.dtype == torch.bfloat16 else flat.float()
+        codes, scale, tensor_scale, _ = quantize(flat, quantizer, block[0], seed, True, False)
+    else:
+        codes, scale, tensor_scale, _ = rotate_quantize(
+            [flat], quantizer, permuted(R), seed, "", None, None, 1.0, True, False)
+    shape = lambda k: (*x.shape[:-1], x.shape[-1] // k)
+    return NVFP4(codes.view(shape(2)), scale.view(shape(BLOCK)).view(torch.float8_e4m3fn), tensor_scale)
 
 def rtn(x, block=(1, BLOCK)):
     """quartet.rtn. Bitwise equal."""
-    return flat(x, "rtn", block=block)
-
+    return of(x, "rtn", block=block)
 def four_six(x, block=(1, BLOCK)):
     """quartet.four_six. Bitwise equal."""
-    return flat(x, "four_six", block=block)
-
+    return of(x, "four_six", block=block)
 def sr(x, seed):
     """quartet.sr. Bitwise equal."""
-    return flat(x, "sr", seed)
-
+    return of(x, "sr", seed)
 def ms_eden(x, R, seed):
     """quartet.ms_eden, for x in bf16, or rotated already if R is None: then bitwise equal.
 
     The sums of x R are float32 in the order of the tensor cores: their last bits may differ. ValueError for
     x of another dtype, or whose last dimension has no whole groups of 128.
     """
-    if R is None:
-        return flat(x, "ms_eden", seed)
-    if x.dtype != torch.bfloat16 or x.shape[-1] % GROUP:
+    if R is not None and (x.dtype != torch.bfloat16 or x.shape[-1] % GROUP):
         raise ValueError(f"{x.dtype} {tuple(x.shape)}: rotate bfloat16 with a last dimension % {GROUP} == 0")
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
-    x = x.reshape(-1, x.shape[-1])
-    return nvfp4(x, rotate_quantize([x], "ms_eden", permuted(R), seed, "", None, None, 1.0, True, False))
+    return of(x, "ms_eden", seed, R=R)
 
 # ---- 6. The linear layer -----------------------------------------------------------------------------------
 def rotation(name, words):
