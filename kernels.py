@@ -1,5 +1,6 @@
 """quartet.py in Triton: the same quantizers, to the bit, with one look at each value.
 
+    python kernels.py                                   check against quartet.py, and time, on this GPU
     python kernels.py --target=sm_100a [--dump=DIR]     compile for a GPU that need not be here; count
 
 A block of 16 values is final after one look at it, scale included, because the tensor scale is a power of two
@@ -17,6 +18,7 @@ import argparse, os, re, subprocess, sys, tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -28,6 +30,7 @@ from quartet import BLOCK, GROUP, NVFP4
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")     # kernels run in Python, on a CPU
 EXPONENT, SR_MAX, EDEN_MAX, ROUNDS, TINY = map(tl.constexpr, (
     quartet.EXPONENT, quartet.SR_MAX, quartet.EDEN_MAX, quartet.PHILOX_ROUNDS, 2.0**-120))
+MODES = "rtn", "four_six", "sr", "ms_eden"      # quantizers
 STOCHASTIC = {"sr": BLOCK, "ms_eden": 1}        # quantizers that draw: numbers a block before assemble's u
 
 # ---- 1. Small floats. Blocks in registers: b is (B, 16) float32, one block a row, one thread a row ---------
@@ -447,7 +450,7 @@ def _(x, row, row_R, row_seed, col, col_R, col_seed, inverse_n, codes, decoded):
 
 def supports(row):
     """Whether the kernels have a mode for every quantizer of a row of RECIPES (None: bf16)."""
-    return row is None or {"rtn", "four_six", "sr", "ms_eden", None}.issuperset(
+    return row is None or {*MODES, None}.issuperset(
         (row.x.removesuffix("_16x16"), row.w.removesuffix("_16x16"), *row.dx[1:], *row.dw[1:]))
 
 def permuted(R):
@@ -532,14 +535,21 @@ class QuantizedMatmul(torch.autograd.Function):
         return dx, dw, None
 
 # ---- 7. Compile for a GPU that is not here, and count ------------------------------------------------------
-# capability, lane-instructions/s (multiprocessors x 128 x clock), bytes/s: H100, B200, B300, RTX 5090
-TARGETS = dict(sm_90a=(90, 30e12, 3.35e12), sm_100a=(100, 35e12, 8e12), sm_103a=(103, 35e12, 8e12),
-               sm_120a=(120, 52e12, 1.79e12))
+# capability, lane-instructions/s (multiprocessors x 128 x clock), bytes/s, dense FLOP/s in bf16 and in FP4
+TARGETS = dict(sm_90a=(90, 30e12, 3.35e12), sm_100a=(100, 35e12, 8e12, 2.25e15, 9e15),        # H100, B200
+               sm_103a=(103, 35e12, 8e12, 2.25e15, 13.1e15),                                  # B300
+               sm_120a=(120, 52e12, 1.79e12, 0.2095e15, 1.676e15))                            # RTX 5090
 TYPES = dict(x="*bf16", R="*bf16", seed="*i64", codes="*u8", scale="*bf16", top="*i32", decoded="*bf16",
-             e4m3="*u8", tensor_scale="*fp32", x_tensor_scale="*fp32", n="fp32", count="i32", columns="i32",
-             M="i32", N="i32")                      # of an argument, by its name or the last word of it
+             e4m3="*u8", x_scale_ptr="*u8", tensor_scale_ptr="*fp32", x_tensor_scale_ptr="*fp32", n="fp32",
+             count="i32", columns="i32", M="i32", N="i32")      # of an argument: by its name or last word
 KINDS = dict(float="F(?!2|LO)|MUFU|HMMA|HGMMA", convert="F2|I2", memory="U?LD|U?ST|ATOM|RED|UBLK",
              control="B|EXIT|WARPSYNC|NOP|S2|CS2|DEPBAR|CALL|RET|ELECT|SYNCS", integer="")     # the first fit
+# (in, out) features of the four linears of a layer; arXiv:2601.22813's speed-up over bf16 on an RTX 5090
+PAPER = {"800M": (((2048, 6144), (2048, 2048), (2048, 11264), (5632, 2048)), 3.12),
+         "3B": (((3072, 9216), (3072, 3072), (3072, 16384), (8192, 3072)), 3.64),
+         "7B": (((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)), 3.89),
+         "22B": (((6144, 18432), (6144, 6144), (6144, 32768), (16384, 6144)), 4.19)}
+TOKENS = 16384
 
 def configurations(major):
     """What training launches: name, kernel, constants (None: absent), options, values and bytes a value."""
@@ -548,27 +558,22 @@ def configurations(major):
     flat = dict(ROWS=1, B=128, **({"decoded_ptr": None} if native else {}))
     for q in ("rtn", "four_six", "sr"):             # bytes: 2 in, codes, decoded, and 1/8 of scales
         yield f"quantize {q}", quantize_kernel, dict(flat, QUANTIZER=q), {}, 2048, 2.625 + 2 * (not native)
-    tile = {f"row_{skip}": None, f"col_{skip}": None, "H": options.pop("H")}
-    bf16 = "x_scale_ptr", "x_tensor_scale_ptr"
-    both = dict(tile, **dict.fromkeys(bf16), ROW="ms_eden", COL="ms_eden")
+    tile = {f"row_{skip}": None, f"col_{skip}": None, "H": options.pop("H"), "COL": "ms_eden"}
+    both = dict(tile, ROW="ms_eden", x_scale_ptr=None, x_tensor_scale_ptr=None)
     yield "both ms_eden", tile_kernel, both, options, 16384, 2 + 2 * (out + 0.125)
-    absent = [f"row_{name}" for name in ("R", "seed", "codes", "scale", "top", "decoded")]
-    again = dict(tile, **dict.fromkeys(absent), ROW="", COL="ms_eden")
-    yield "requantize ms_eden", tile_kernel, again, options, 16384, 0.5625 + out + 0.125
+    absent = dict.fromkeys(["row_R", "row_seed", "row_codes", "row_scale", "row_top", "row_decoded"])
+    yield ("requantize ms_eden", tile_kernel, dict(tile, ROW="", **absent), options, 16384,
+           0.5625 + out + 0.125)
     encode = dict(AGAIN=1, B=256, **{"decoded_ptr" if native else "codes_ptr": None})
     yield "encode ms_eden", encode_kernel, encode, {}, 4096, 0.1875
 
 def disassemble(cubin):
-    """cubin bytes -> its SASS, registers and bytes of stack, by the tools in triton's own package."""
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(cubin)
-        f.flush()
-        run = lambda *words: subprocess.run([os.path.join(tools, words[0]), *words[1:], f.name], text=True,
-                                            capture_output=True, check=True).stdout
-        usage = run("cuobjdump", "-res-usage")
-        registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-        return run("nvdisasm"), registers, stack
+    """cubin bytes -> its use of registers and stack, and its SASS, by a tool in triton's own package."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "cubin")
+        file.write_bytes(cubin)
+        return subprocess.check_output([tool, "-res-usage", "-sass", file], text=True)
 
 def compile_for(target, dump=None):
     """Compile every kernel for a target, print what it costs there -> whether none fails or spills.
@@ -576,22 +581,18 @@ def compile_for(target, dump=None):
     Instructions are static: a thread's, of all paths (encode's include the rare ones), times threads by
     values; loops are unrolled. The bound is bytes or instructions over what the GPU can do, the larger.
     """
-    capability, issue, bandwidth = TARGETS[target]
+    capability, issue, bandwidth, *flops = TARGETS[target]
     print(f"{target}: per value, and ns per million values")
     print(f"{'kernel':20}{'registers':>10}{'shared':>8}{'spills':>7}",
           *(f"{kind:>8}" for kind in KINDS), f"{'bytes':>6}{'bound':>7}  by")
-    good = True
+    good, bounds = True, {}
     for name, kernel, constants, options, values, size in configurations(capability // 10):
-        constants = {n: None if n + "_ptr" in constants else c for n, c in constants.items()}
-        signature = {}
-        for n in kernel.arg_names:
-            short = n.removesuffix("_ptr")
-            kind = TYPES.get(short) or TYPES.get(short.split("_")[-1])
-            signature[n] = "constexpr" if n in constants else kind
+        signature = {n: "constexpr" if n in constants else
+                     TYPES.get(n) or TYPES[n.removesuffix("_ptr").split("_")[-1]] for n in kernel.arg_names}
         if name.startswith("requantize"):
-            signature.update(x_ptr="*u8", x_scale_ptr="*u8")
-        attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
-                      if signature[n][0] == "*" or signature[n] == "i32"}
+            signature["x_ptr"] = "*u8"
+        attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values())
+                      if kind[0] == "*" or kind == "i32"}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
         try:
             compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options | LAUNCH)
@@ -599,25 +600,133 @@ def compile_for(target, dump=None):
             print(f"{name:20} does not compile: {type(e).__name__} {e}")
             good = False
             continue
-        sass, registers, stack = disassemble(compiled.asm["cubin"])
-        if dump:
-            for suffix, text in (("ptx", compiled.asm["ptx"]), ("sass", sass)):
-                Path(dump, f"{target} {name}.{suffix}".replace(" ", "-")).write_text(text)
-        codes = re.findall(r"^\s+(?:/\*\w+\*/)?\s+(?:@!?U?P\d+ )?([A-Z]\w*)", sass, re.M)
-        share = options.get("num_warps", 4) * 32 / values
+        sass = disassemble(compiled.asm["cubin"])
+        for suffix, text in (("ptx", compiled.asm["ptx"]), ("sass", sass)) if dump else ():
+            Path(dump, f"{target} {name}.{suffix}".replace(" ", "-")).write_text(text)
+        registers, stack = (int(re.search(rf"{word}:(\d+)", sass)[1]) for word in ("REG", "STACK"))
+        codes = re.findall(r"^\s+/\*\w{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", sass, re.M)
         kinds = [next(kind for kind, pattern in KINDS.items() if re.match(pattern, c)) for c in codes]
-        spills = sum(c in ("LDL", "STL") for c in codes)
+        share, spills = options.get("num_warps", 4) * 32 / values, sum(c in ("LDL", "STL") for c in codes)
         good = good and not spills and not stack
         by_bytes, by_issue = size / bandwidth * 1e15, len(codes) * share / issue * 1e15
+        bounds[name] = by_bytes if kernel is encode_kernel else max(by_bytes, by_issue)     # no rare paths
         print(f"{name:20}{registers:10}{compiled.metadata.shared:8}{spills:7}"
               + "".join(f"{kinds.count(kind) * share:9.1f}" for kind in KINDS)
               + f"{size:7.2f}{max(by_bytes, by_issue):7.0f}  " + ("bytes" if by_bytes > by_issue else
               f"instructions, {by_issue / by_bytes:.1f} times bytes"))
+    if good and flops:
+        predict(bounds, *flops)
     return good
+
+def predict(bounds, bf16, fp4):
+    """Print how fast PAPER's layers could be, by bounds in ns per million values and GEMMs in FLOP/s."""
+    print(f"PREDICTED, from these bounds (encode: bytes) and published peaks of {bf16 / 1e12:g} and "
+          f"{fp4 / 1e12:g} TFLOP/s; nothing was run:\nforward + backward over bf16, {TOKENS} tokens; in "
+          "brackets what the paper measured on an RTX 5090")
+    x_w, dy, encode = (1e-15 * sum(bounds[name] for name in names) for names in (
+        ("quantize four_six", "requantize ms_eden"), ("both ms_eden",), ("encode ms_eden",) * 2))
+    for model, (layers, paper) in PAPER.items():
+        gemms = sum(6 * TOKENS * K * N for K, N in layers)
+        x_w_values, dy_values = sum((TOKENS + N) * K for K, N in layers), sum(TOKENS * N for _, N in layers)
+        time = gemms / fp4 + x_w_values * (x_w + encode) + dy_values * (dy + encode)
+        print(f"{model:>5}: {gemms / bf16 / time:.2f} ({paper})")
+
+# ---- 8. Check and time on the GPU that is here -------------------------------------------------------------
+def cases(x, flat, rotated):
+    """Yield ops on x (M, K) by quantizers: a name, the inputs, ours and quartet.py's.
+
+    ours(decoded) -> `results`, one or two, with decoded values or, rotated, instead of codes; theirs() ->
+    NVFP4 of each.
+    """
+    R, n = quartet.rotation("rht128x2", torch.Generator(x.device))
+    t, P, (seed, again) = quartet.rtn(x), permuted(R), torch.tensor([5, 2**40 + 1], device=x.device)
+    packed = [t.codes, t.block_scale.view(torch.uint8), t.tensor_scale]
+    turned = lambda x: F.pad(x, (0, 0, 0, -len(x) % GROUP)).T
+    for name in flat:
+        q, rows, f = name.removesuffix("_16x16"), 16 if "16x16" in name else 1, quartet.QUANTIZERS[name]
+        if len(x) % rows == 0:
+            yield (name, [x], lambda decoded: quantize(x, q, rows, seed, True, decoded),
+                   lambda: [f(x, None, seed)])
+    for q in rotated:
+        f, col = quartet.QUANTIZERS[q], (q, P, again, 1.0)
+        yield (f"{q}, both ways", [x],
+               lambda decoded: rotate_quantize([x], q, P, seed, *col, not decoded, decoded),
+               lambda: [f(x, R, seed), f(turned(x), R, again)])
+        yield (f"{q}, requantized", packed,
+               lambda decoded: rotate_quantize(packed, "", None, None, *col, not decoded, decoded),
+               lambda: [f(turned(quartet.decode(t, torch.bfloat16)), R, again)])
+
+def check(device, shapes):
+    """Compare the ops with quartet.py, bit for bit, on x (M, K) of shapes; print -> whether all agree.
+
+    x is integers, every other 128 rows times 2^-16: sums of x R are exact, some scales sub-normal.
+    """
+    good, known = True, [name for name in quartet.QUANTIZERS if name.removesuffix("_16x16") in MODES]
+    for M, K in shapes:
+        x = torch.randint(-9, 10, (M, K), device=device).bfloat16()
+        x *= 2.0 ** (-16 * (torch.arange(M, device=device)[:, None] // GROUP % 2))
+        for name, _, ours, theirs in cases(x, known, ("rtn", "sr", "ms_eden")):
+            expected = [part for t in theirs() for part in (
+                t.codes, t.block_scale.view(torch.uint8), t.tensor_scale, quartet.decode(t, torch.bfloat16))]
+            for decoded in (False, True):
+                parts = zip((*NVFP4._fields, "decoded") * 2, ours(decoded), expected)
+                if wrong := [part for part, a, b in parts if a.numel() and not torch.equal(a, b)]:
+                    print(f"{M} x {K}, {name}: {', '.join(wrong)} not as quartet.py's")
+                    good = False
+    print("every op gives quartet.py's bits:", good)
+    return good
+
+def time_quantizers(x, native):
+    """Print the time of ops on x, all launches, beside that of quartet.py's functions under torch.compile."""
+    seconds = lambda f: triton.testing.do_bench_cudagraph(f, return_mode="median") * 1e-3
+    source, copy = torch.empty(2, 2**30, dtype=torch.uint8, device=x.device)
+    peak = 2 * copy.nbytes / seconds(lambda: copy.copy_(source))
+    title = f"{len(x)} x {x.shape[1]}; a copy: {peak / 1e12:.2f} TB/s"
+    print(f"\n{title:34}{'B/value':>8}{'us':>8}{'TB/s':>6}{'of copy':>8}{'compiled':>10}{'ratio':>6}")
+    for name, inputs, ours, theirs in cases(x, ("rtn", "four_six", "sr"), ("ms_eden",)):
+        for decoded in (False,) if native else (False, True):
+            torch.compiler.reset()                  # else it gives up after some compilations of a function
+            finish = lambda t: quartet.decode(t, torch.bfloat16) if decoded else t
+            rival = torch.compile(lambda: list(map(finish, theirs())))
+            out = ours(decoded)                     # scales go through memory as bf16, there and back, too
+            size = sum(t.nbytes for t in inputs + out) + 4 * sum(scale.numel() for scale in out[1::4])
+            time, other = seconds(lambda: ours(decoded)), seconds(rival)
+            print(f"{name + ', decoded' * decoded:34}{size / x.numel():8.2f}{time * 1e6:8.1f}"
+                  f"{size / time / 1e12:6.2f}{size / time / peak:8.0%}{other * 1e6:10.1f}{other / time:6.1f}")
+
+def benchmark(device, native):
+    """Print the time of quantizers, and of linear layers forward and backward by every recipe."""
+    torch.set_float32_matmul_precision("high")      # TF32 for the rival's x R: exact if x is bf16
+    for shape in (TOKENS, 4096), (2 * TOKENS, 3072):
+        time_quantizers(torch.randn(shape, device=device).bfloat16(), native)
+    def ms(recipe, layers):                         # weights in bf16
+        total = 0.0
+        for K, N in layers:
+            layer = quartet.Linear(K, N, recipe=recipe, backend="triton", device=device, dtype=torch.bfloat16)
+            x, dy = (torch.randn(TOKENS, n, device=device).bfloat16() for n in (K, N))
+            step = lambda: torch.autograd.grad(layer(x.requires_grad_()), (x, layer.weight), dy)
+            total += triton.testing.do_bench(step, return_mode="median")
+        return total
+    print(f"\nlinear layer, {TOKENS} x 4096 x 4096, forward + backward: ms, speed over bf16, time over bf16")
+    bf16 = ms("bf16", [(4096, 4096)])
+    for recipe in filter(lambda recipe: supports(quartet.RECIPES[recipe]), quartet.RECIPES):
+        time = ms(recipe, [(4096, 4096)])
+        print(f"{recipe:12}{time:8.3f}{bf16 / time:7.2f}{time / bf16 - 1:+8.0%}")
+    for model, (layers, paper) in PAPER.items() if native else ():
+        bf16, time = ms("bf16", layers), ms("quartet2", layers)
+        print(f"{model:>5}: quartet2 {bf16 / time:.2f} times as fast as bf16 (paper, RTX 5090: {paper})")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--target", choices=TARGETS, required=True, help="compile for this GPU, here or not")
+    parser.add_argument("--target", choices=TARGETS, help="compile for this GPU, here or not, and count")
     parser.add_argument("--dump", metavar="DIR", help="with --target: keep PTX and SASS there")
     arguments = parser.parse_args()
-    sys.exit(not compile_for(arguments.target, arguments.dump))
+    if arguments.target:
+        sys.exit(not compile_for(arguments.target, arguments.dump))
+    if not torch.cuda.is_available():
+        sys.exit("to check and time the kernels, python kernels.py needs a GPU; --target works anywhere")
+    quartet.kernels = sys.modules["kernels"] = sys.modules[__name__]        # what quartet.py imports is this
+    good = check("cuda", [(1, 128), (140, 256), (16, 4096), (4112, 1536)])
+    print(torch.cuda.get_device_name())
+    benchmark("cuda", torch.cuda.get_device_capability() >= (10, 0))
+    sys.exit(not good)
