@@ -38,12 +38,10 @@ STOCHASTIC = {"sr": BLOCK, "ms_eden": 1}        # quantizers that draw: numbers 
 def bits(v):
     """v (...) float32 -> its bits, int32."""
     return v.to(tl.int32, bitcast=True)
-
 @triton.jit
 def power_of_two(b):
     """Bits b (...) int32 of a power of two -> float32."""
     return b.to(tl.float32, bitcast=True)
-
 @triton.jit
 def inverse(p):
     """1 / p of p (...) float32, powers of two in [2^-126, 2^126]: exact."""
@@ -103,12 +101,8 @@ def block_amax(b):
 @triton.jit
 def over(a, C: tl.constexpr):
     """quartet.over: a / C for a constant, correctly rounded, by Markstein's division: C^-1 is."""
-    if INTERPRET:                         # numpy has no fused multiply-add
-        v = tl.div_rn(a, C)
-    else:
-        v = a * (1.0 / C)
-        v = tl.fma(tl.fma(-v, C, a), 1.0 / C, v)
-    return v
+    v = a * (1.0 / C)                     # numpy has no fused multiply-add
+    return tl.div_rn(a, C) if INTERPRET else tl.fma(tl.fma(-v, C, a), 1.0 / C, v)
 
 @triton.jit
 def ratio(b, s, BF16: tl.constexpr):
@@ -184,10 +178,7 @@ def over_rows(t, ROWS: tl.constexpr, MAX: tl.constexpr):
     """t (B, 1) of rows of blocks -> the sum (in block_sum's order) or the maximum over each ROWS of them."""
     if ROWS > 1:
         rows = t.reshape(t.shape[0] // ROWS, ROWS)
-        if MAX:
-            row = tl.max(rows, 1, keep_dims=True)
-        else:
-            row = block_sum(rows)
+        row = tl.max(rows, 1, keep_dims=True) if MAX else block_sum(rows)
         t = tl.broadcast_to(row, rows.shape).reshape(t.shape)
     return t
 
@@ -544,11 +535,10 @@ TYPES = dict(x="*bf16", R="*bf16", seed="*i64", codes="*u8", scale="*bf16", top=
              count="i32", columns="i32", M="i32", N="i32")      # of an argument: by its name or last word
 KINDS = dict(float="F(?!2|LO)|MUFU|HMMA|HGMMA", convert="F2|I2", memory="U?LD|U?ST|ATOM|RED|UBLK",
              control="B|EXIT|WARPSYNC|NOP|S2|CS2|DEPBAR|CALL|RET|ELECT|SYNCS", integer="")     # the first fit
-# (in, out) features of the four linears of a layer; arXiv:2601.22813's speed-up over bf16 on an RTX 5090
-PAPER = {"800M": (((2048, 6144), (2048, 2048), (2048, 11264), (5632, 2048)), 3.12),
-         "3B": (((3072, 9216), (3072, 3072), (3072, 16384), (8192, 3072)), 3.64),
-         "7B": (((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)), 3.89),
-         "22B": (((6144, 18432), (6144, 6144), (6144, 32768), (16384, 6144)), 4.19)}
+# A layer's width h, its MLP's f, its speed-up over bf16, measured in arXiv:2601.22813 on an RTX 5090: forward
+# and backward of linears of (in, out) = (h, 3h) (h, h) (h, 2f) (f, h)
+PAPER = {"800M": (2048, 5632, 3.12), "3B": (3072, 8192, 3.64), "7B": (4096, 11008, 3.89),
+         "22B": (6144, 16384, 4.19)}
 TOKENS = 16384
 
 def configurations(major):
@@ -562,26 +552,20 @@ def configurations(major):
     both = dict(tile, ROW="ms_eden", x_scale_ptr=None, x_tensor_scale_ptr=None)
     yield "both ms_eden", tile_kernel, both, options, 16384, 2 + 2 * (out + 0.125)
     absent = dict.fromkeys(["row_R", "row_seed", "row_codes", "row_scale", "row_top", "row_decoded"])
-    yield ("requantize ms_eden", tile_kernel, dict(tile, ROW="", **absent), options, 16384,
-           0.5625 + out + 0.125)
+    again = dict(tile, ROW="", **absent)
+    yield "requantize ms_eden", tile_kernel, again, options, 16384, 0.5625 + out + 0.125
     encode = dict(AGAIN=1, B=256, **{"decoded_ptr" if native else "codes_ptr": None})
     yield "encode ms_eden", encode_kernel, encode, {}, 4096, 0.1875
 
-def disassemble(cubin):
-    """cubin bytes -> its use of registers and stack, and its SASS, by a tool in triton's own package."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory, "cubin")
-        file.write_bytes(cubin)
-        return subprocess.check_output([tool, "-res-usage", "-sass", file], text=True)
-
-def compile_for(target, dump=None):
+def compile_for(target, dump):
     """Compile every kernel for a target, print what it costs there -> whether none fails or spills.
 
     Instructions are static: a thread's, of all paths (encode's include the rare ones), times threads by
     values; loops are unrolled. The bound is bytes or instructions over what the GPU can do, the larger.
+    dump: a directory for cubins, PTX and SASS.
     """
     capability, issue, bandwidth, *flops = TARGETS[target]
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     print(f"{target}: per value, and ns per million values")
     print(f"{'kernel':20}{'registers':>10}{'shared':>8}{'spills':>7}",
           *(f"{kind:>8}" for kind in KINDS), f"{'bytes':>6}{'bound':>7}  by")
@@ -600,9 +584,11 @@ def compile_for(target, dump=None):
             print(f"{name:20} does not compile: {type(e).__name__} {e}")
             good = False
             continue
-        sass = disassemble(compiled.asm["cubin"])
-        for suffix, text in (("ptx", compiled.asm["ptx"]), ("sass", sass)) if dump else ():
-            Path(dump, f"{target} {name}.{suffix}".replace(" ", "-")).write_text(text)
+        file = str(Path(dump, f"{target}-{name}".replace(" ", "-")))
+        Path(file + ".cubin").write_bytes(compiled.asm["cubin"])
+        sass = subprocess.check_output([cuobjdump, "-res-usage", "-sass", file + ".cubin"], text=True)
+        for suffix, text in ("ptx", compiled.asm["ptx"]), ("sass", sass):
+            Path(f"{file}.{suffix}").write_text(text)
         registers, stack = (int(re.search(rf"{word}:(\d+)", sass)[1]) for word in ("REG", "STACK"))
         codes = re.findall(r"^\s+/\*\w{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", sass, re.M)
         kinds = [next(kind for kind, pattern in KINDS.items() if re.match(pattern, c)) for c in codes]
@@ -623,30 +609,28 @@ def predict(bounds, bf16, fp4):
     print(f"PREDICTED, from these bounds (encode: bytes) and published peaks of {bf16 / 1e12:g} and "
           f"{fp4 / 1e12:g} TFLOP/s; nothing was run:\nforward + backward over bf16, {TOKENS} tokens; in "
           "brackets what the paper measured on an RTX 5090")
-    x_w, dy, encode = (1e-15 * sum(bounds[name] for name in names) for names in (
+    x_w, dy_both, encode = (1e-15 * sum(bounds[name] for name in names) for names in (
         ("quantize four_six", "requantize ms_eden"), ("both ms_eden",), ("encode ms_eden",) * 2))
-    for model, (layers, paper) in PAPER.items():
-        gemms = sum(6 * TOKENS * K * N for K, N in layers)
-        x_w_values, dy_values = sum((TOKENS + N) * K for K, N in layers), sum(TOKENS * N for _, N in layers)
-        time = gemms / fp4 + x_w_values * (x_w + encode) + dy_values * (dy + encode)
-        print(f"{model:>5}: {gemms / bf16 / time:.2f} ({paper})")
+    for model, (h, f, paper) in PAPER.items():
+        x, w, dy = TOKENS * (3 * h + f), 4 * h * h + 3 * h * f, TOKENS * (5 * h + 2 * f)       # values
+        time = 6 * TOKENS * w / fp4 + (x + w) * (x_w + encode) + dy * (dy_both + encode)
+        print(f"{model:>5}: {6 * TOKENS * w / bf16 / time:.2f} ({paper})")
 
 # ---- 8. Check and time on the GPU that is here -------------------------------------------------------------
 def cases(x, flat, rotated):
-    """Yield ops on x (M, K) by quantizers: a name, the inputs, ours and quartet.py's.
+    """Yield ops on x (M, K): name, inputs, ours(decoded) -> all `results`, theirs() -> NVFP4 of each.
 
-    ours(decoded) -> `results`, one or two, with decoded values or, rotated, instead of codes; theirs() ->
-    NVFP4 of each.
+    decoded: values too, or, rotated, instead of codes, as a GEMM in bf16 takes them.
     """
-    R, n = quartet.rotation("rht128x2", torch.Generator(x.device))
+    R, _ = quartet.rotation("rht128x2", torch.Generator(x.device))
     t, P, (seed, again) = quartet.rtn(x), permuted(R), torch.tensor([5, 2**40 + 1], device=x.device)
     packed = [t.codes, t.block_scale.view(torch.uint8), t.tensor_scale]
     turned = lambda x: F.pad(x, (0, 0, 0, -len(x) % GROUP)).T
     for name in flat:
         q, rows, f = name.removesuffix("_16x16"), 16 if "16x16" in name else 1, quartet.QUANTIZERS[name]
         if len(x) % rows == 0:
-            yield (name, [x], lambda decoded: quantize(x, q, rows, seed, True, decoded),
-                   lambda: [f(x, None, seed)])
+            ours = lambda decoded: quantize(x, q, rows, seed, True, decoded)
+            yield name, [x], ours, lambda: [f(x, None, seed)]
     for q in rotated:
         f, col = quartet.QUANTIZERS[q], (q, P, again, 1.0)
         yield (f"{q}, both ways", [x],
@@ -686,8 +670,8 @@ def time_quantizers(x, native):
     for name, inputs, ours, theirs in cases(x, ("rtn", "four_six", "sr"), ("ms_eden",)):
         for decoded in (False,) if native else (False, True):
             torch.compiler.reset()                  # else it gives up after some compilations of a function
-            finish = lambda t: quartet.decode(t, torch.bfloat16) if decoded else t
-            rival = torch.compile(lambda: list(map(finish, theirs())))
+            rival = torch.compile(lambda: [quartet.decode(t, torch.bfloat16) if decoded else t
+                                           for t in theirs()])
             out = ours(decoded)                     # scales go through memory as bf16, there and back, too
             size = sum(t.nbytes for t in inputs + out) + 4 * sum(scale.numel() for scale in out[1::4])
             time, other = seconds(lambda: ours(decoded)), seconds(rival)
@@ -699,30 +683,28 @@ def benchmark(device, native):
     torch.set_float32_matmul_precision("high")      # TF32 for the rival's x R: exact if x is bf16
     for shape in (TOKENS, 4096), (2 * TOKENS, 3072):
         time_quantizers(torch.randn(shape, device=device).bfloat16(), native)
-    def ms(recipe, layers):                         # weights in bf16
-        total = 0.0
-        for K, N in layers:
-            layer = quartet.Linear(K, N, recipe=recipe, backend="triton", device=device, dtype=torch.bfloat16)
-            x, dy = (torch.randn(TOKENS, n, device=device).bfloat16() for n in (K, N))
-            step = lambda: torch.autograd.grad(layer(x.requires_grad_()), (x, layer.weight), dy)
-            total += triton.testing.do_bench(step, return_mode="median")
-        return total
+    def ms(recipe, K, N):
+        layer = quartet.Linear(K, N, recipe=recipe, backend="triton", device=device, dtype=torch.bfloat16)
+        x, dy = (torch.randn(TOKENS, n, device=device).bfloat16() for n in (K, N))
+        step = lambda: torch.autograd.grad(layer(x.requires_grad_()), (x, layer.weight), dy)
+        return triton.testing.do_bench(step, return_mode="median")
     print(f"\nlinear layer, {TOKENS} x 4096 x 4096, forward + backward: ms, speed over bf16, time over bf16")
-    bf16 = ms("bf16", [(4096, 4096)])
-    for recipe in filter(lambda recipe: supports(quartet.RECIPES[recipe]), quartet.RECIPES):
-        time = ms(recipe, [(4096, 4096)])
+    for recipe in (recipe for recipe, row in quartet.RECIPES.items() if supports(row)):
+        bf16, time = (ms(r, 4096, 4096) for r in ("bf16", recipe))
         print(f"{recipe:12}{time:8.3f}{bf16 / time:7.2f}{time / bf16 - 1:+8.0%}")
-    for model, (layers, paper) in PAPER.items() if native else ():
-        bf16, time = ms("bf16", layers), ms("quartet2", layers)
+    for model, (h, f, paper) in PAPER.items() if native else ():
+        layers = (h, 3 * h), (h, h), (h, 2 * f), (f, h)
+        bf16, time = (sum(ms(recipe, *layer) for layer in layers) for recipe in ("bf16", "quartet2"))
         print(f"{model:>5}: quartet2 {bf16 / time:.2f} times as fast as bf16 (paper, RTX 5090: {paper})")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, help="compile for this GPU, here or not, and count")
-    parser.add_argument("--dump", metavar="DIR", help="with --target: keep PTX and SASS there")
+    parser.add_argument("--dump", metavar="DIR", help="with --target: keep cubins, PTX, SASS there")
     arguments = parser.parse_args()
     if arguments.target:
-        sys.exit(not compile_for(arguments.target, arguments.dump))
+        with tempfile.TemporaryDirectory() as directory:
+            sys.exit(not compile_for(arguments.target, arguments.dump or directory))
     if not torch.cuda.is_available():
         sys.exit("to check and time the kernels, python kernels.py needs a GPU; --target works anywhere")
     quartet.kernels = sys.modules["kernels"] = sys.modules[__name__]        # what quartet.py imports is this
