@@ -1,5 +1,6 @@
 """quartet.py in Triton: the same quantizers, to the bit, with one look at each value.
 
+    python kernels.py                                   check against quartet.py, and time, on this GPU
     python kernels.py --target=sm_100a [--dump=DIR]     compile for a GPU that need not be here; count
 
 A block of 16 values is final after one look at it, scale included, because the tensor scale is a power of two
@@ -13,15 +14,13 @@ Layout is most of the speed. A thread owns whole blocks, so that sums of 16 stay
 on tensor cores leaves each row spread over 4 threads, 2 columns at a time: R comes with its columns permuted
 such that what a thread holds of x R are whole blocks.
 """
-import argparse, os, re, subprocess, sys, tempfile
+import os, sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 import quartet
 from quartet import BLOCK, GROUP, NVFP4
@@ -32,6 +31,7 @@ EXPONENT, SR_MAX, EDEN_MAX, ROUNDS, TINY = map(tl.constexpr, (
 TO_E2M1 = tl.constexpr("{ .reg .b8 a, b, c, d; " + "".join(             # PTX: codes of eight floats
     f"cvt.rn.satfinite.e2m1x2.f32 {byte}, ${high}, ${high - 1}; " for byte, high in zip("abcd", (2, 4, 6, 8)))
     + "mov.b32 $0, {a, b, c, d}; }")
+MODES = "rtn", "four_six", "sr", "ms_eden"      # quantizers
 STOCHASTIC = {"sr": BLOCK, "ms_eden": 1}        # quantizers that draw: numbers a block before assemble's u
 
 # ---- 1. Small floats. Blocks in registers: b is (B, 16) float32, one block a row, one thread a row ---------
@@ -39,12 +39,10 @@ STOCHASTIC = {"sr": BLOCK, "ms_eden": 1}        # quantizers that draw: numbers 
 def bits(v):
     """v (...) float32 -> its bits, int32."""
     return v.to(tl.int32, bitcast=True)
-
 @triton.jit
 def power_of_two(b):
     """Bits b (...) int32 of a power of two -> float32."""
     return b.to(tl.float32, bitcast=True)
-
 @triton.jit
 def inverse(p):
     """1 / p of p (...) float32, powers of two in [2^-126, 2^126]: exact."""
@@ -57,12 +55,12 @@ def e2m1(v):
     return v + power_of_two(magic) - power_of_two(magic)                # half the power below v, at least 0.5
 
 @triton.jit
-def e2m1_by(v, u):
-    """quartet.e2m1, stochastic, for |v| <= 6; u of v's shape. Bitwise equal."""
-    power = power_of_two(tl.maximum(bits(v) & EXPONENT, 0x3F800000))
-    n = v * power_of_two(0x7F800000 - bits(power))                      # times 2 / power
+def round_by(v, u, ULP: tl.constexpr, MIN: tl.constexpr):
+    """quartet.round_fp by u (...) for v (...) within range: ULP of 1, least power of two by its bits MIN."""
+    ulp = ULP * power_of_two(tl.maximum(bits(v) & EXPONENT, MIN))
+    n = v * inverse(ulp)
     down = tl.floor(n)
-    return (down + (u < n - down).to(tl.float32)) * (0.5 * power)
+    return (down + (u < n - down).to(tl.float32)) * ulp
 
 @triton.jit
 def round_scale(s):
@@ -79,14 +77,6 @@ def round_scale_by(s, word):
     return power_of_two(bits(s) + (0xFFFFF - (word >> 12).to(tl.int32)) & -0x100000)
 
 @triton.jit
-def round_by(s, u, MIN: tl.constexpr):
-    """s (...) >= 0 -> 4 significant bits, stochastically by u; a uniform grid below MIN, a power of two."""
-    power = tl.maximum(power_of_two(bits(s) & EXPONENT), MIN)
-    n = s * (8.0 * inverse(power))
-    down = tl.floor(n)
-    return (down + (u < n - down).to(tl.float32)) * (0.125 * power)
-
-@triton.jit
 def halves(t):
     """t (B, 2 n) -> its first and its last n columns."""
     return tl.split(t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1))
@@ -94,33 +84,25 @@ def halves(t):
 @triton.jit
 def block_sum(t):
     """t (B, 16) -> (B, 1), added in quartet.block_sum's order. Bitwise equal."""
-    low, high = halves(t)
-    for _ in tl.static_range(3):
-        low, high = halves(low + high)
-    return low + high
-
-@triton.jit
-def larger(a, b):
-    """The larger of a and b; NaN if one is."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    for _ in tl.static_range(4):
+        low, high = halves(t)
+        t = low + high
+    return t
 
 @triton.jit
 def block_amax(b):
     """b (B, 16) -> (B, 1): largest magnitude; NaN wins."""
-    low, high = halves(tl.abs(b))
-    for _ in tl.static_range(3):
-        low, high = halves(larger(low, high))
-    return larger(low, high)
+    amax = tl.abs(b)
+    for _ in tl.static_range(4):
+        low, high = halves(amax)
+        amax = tl.maximum(low, high, propagate_nan=tl.PropagateNan.ALL)
+    return amax
 
 @triton.jit
 def over(a, C: tl.constexpr):
     """quartet.over: a / C for a constant, correctly rounded, by Markstein's division: C^-1 is."""
-    if INTERPRET:                         # numpy has no fused multiply-add
-        v = tl.div_rn(a, C)
-    else:
-        v = a * (1.0 / C)
-        v = tl.fma(tl.fma(-v, C, a), 1.0 / C, v)
-    return v
+    v = a * (1.0 / C)                     # numpy has no fused multiply-add
+    return tl.div_rn(a, C) if INTERPRET else tl.fma(tl.fma(-v, C, a), 1.0 / C, v)
 
 @triton.jit
 def ratio(b, s, BF16: tl.constexpr):
@@ -202,10 +184,7 @@ def over_rows(t, ROWS: tl.constexpr, MAX: tl.constexpr):
     """t (B, 1) of rows of blocks -> the sum (in block_sum's order) or the maximum over each ROWS of them."""
     if ROWS > 1:
         rows = t.reshape(t.shape[0] // ROWS, ROWS)
-        if MAX:
-            row = tl.max(rows, 1, keep_dims=True)
-        else:
-            row = block_sum(rows)
+        row = tl.max(rows, 1, keep_dims=True) if MAX else block_sum(rows)
         t = tl.broadcast_to(row, rows.shape).reshape(t.shape)
     return t
 
@@ -242,7 +221,7 @@ def quantize_blocks(b, first, i, seed, QUANTIZER: tl.constexpr, ROWS: tl.constex
         q, s = tl.where(error4 < error, q4, q), tl.where(error4 < error, s4, s)
     elif QUANTIZER == "sr":
         s = round_scale(over(amax, SR_MAX))
-        q = e2m1_by(ratio(b, s, False), uniform_blocks(seed, first, i))
+        q = round_by(ratio(b, s, False), uniform_blocks(seed, first, i), 0.5, 0x3F800000)
     else:                                                               # ms_eden
         s = over(amax, EDEN_MAX)
         r = tl.div_rn(1.0, tl.where(s > 0, s, 1.0) if INTERPRET else s)
@@ -358,7 +337,7 @@ def tile_kernel(x_ptr, x_scale_ptr, tensor_scale_ptr, M, N, row_R, row_seed, row
 
 @triton.jit
 def block_at(i, columns, SWIZZLED: tl.constexpr):
-    """Place i (...) int64 of an encoded scale -> the number of its block, columns a row; whether there is one."""
+    """Place i (...) int64 of an encoded scale -> its block's number, columns a row; whether there is one."""
     inside = i >= 0
     if SWIZZLED:                                                        # in the order of `swizzled`
         tile, j, across = i // 512, (i % 512).to(tl.int32), (columns + 3) // 4
@@ -371,14 +350,15 @@ def encode_again(s, i, mask, tensor_scale, finite, seed_ptr, codes_ptr, decoded_
                  AGAIN: tl.constexpr):
     """Scales s (B, 1) of blocks i, some sub-normal in E4M3 -> rounded once more; their blocks decoded again.
 
-    The noise has numbers AGAIN a block further on (0: to nearest). Not finite: scales and codes 0, values NaN.
+    The noise has numbers AGAIN a block further on (0: nearest). Not finite: scales, codes 0, values NaN.
     """
     v = s * inverse(tensor_scale)
     if AGAIN == 0:
         magic = tl.maximum(power_of_two(bits(v) & EXPONENT), 0.015625) * 1572864.0
         v = v + magic - magic
     else:
-        v = round_by(v, to_unit(random_word(tl.load(seed_ptr), 0, AGAIN * count.to(tl.int64) + i)), 0.015625)
+        word = random_word(tl.load(seed_ptr), 0, AGAIN * count.to(tl.int64) + i)
+        v = round_by(v, to_unit(word), 0.125, 0x3C800000)               # 2^-6
     v = tl.where(finite, v, 0.0)
     if codes_ptr is not None:
         tl.store(codes_ptr + (8 * i + tl.arange(0, 8)[None, :]), 0, mask & (not finite))
@@ -399,7 +379,7 @@ def encode_kernel(scale_ptr, top_ptr, seed_ptr, e4m3_ptr, tensor_scale_ptr, code
                   columns, size, inverse_n, AGAIN: tl.constexpr, SWIZZLED: tl.constexpr, B: tl.constexpr):
     """quartet.assemble's end: the tensor scale, and B scales of 4 bits as E4M3 bytes. Bitwise equal.
 
-    count blocks, columns a row -> size bytes; SWIZZLED: in the order of `swizzled`, 0 where there is no block.
+    count blocks, columns a row -> size bytes. SWIZZLED: in the order of `swizzled`, 0 for no block.
     """
     place = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     i, inside = block_at(place, columns, SWIZZLED)
@@ -548,51 +528,44 @@ def _(x, row, row_R, row_seed, col, col_R, col_seed, inverse_n, *form):
 
 def supports(row):
     """Whether the kernels have a mode for every quantizer of a row of RECIPES (None: bf16)."""
-    modes = ("rtn", "four_six", "sr", "ms_eden", None)
-    return row is None or (row.x.removesuffix("_16x16") in modes and row.w.removesuffix("_16x16") in modes
-                           and all(q in modes for q in row.dx[1:] + row.dw[1:]))
+    return row is None or {*MODES, None}.issuperset(
+        (row.x.removesuffix("_16x16"), row.w.removesuffix("_16x16"), *row.dx[1:], *row.dw[1:]))
 
 def permuted(R):
     """R (128, 128) -> bf16, with column 64 g + 16 t + 2 i + j at 64 g + 8 i + 2 t + j: see rotate_tile."""
     return R.view(GROUP, 2, 4, 8, 2).transpose(2, 3).reshape(GROUP, GROUP).bfloat16()
 
-def nvfp4(x, q):
-    """The first three of `finished` -> NVFP4 of x's shape."""
-    shape = lambda k: (*x.shape[:-1], x.shape[-1] // k)
-    return NVFP4(q[0].view(shape(2)), q[1].view(shape(BLOCK)).view(torch.float8_e4m3fn), q[2])
-
-def flat(x, quantizer, seed=None, block=(1, BLOCK)):
-    """x (..., K) on a GPU -> NVFP4. ValueError for what quartet.blocks refuses."""
+def of(x, quantizer, seed=0, block=(1, BLOCK), R=None):
+    """x (..., K) on a GPU -> NVFP4 of x or x R by a quantizer. ValueError for what quartet.blocks refuses."""
     quartet.blocks(torch.empty(x.shape, dtype=x.dtype, device="meta"), block)
-    seed = torch.as_tensor(0 if seed is None else seed, dtype=torch.int64, device=x.device)
-    x = x if x.dtype == torch.bfloat16 else x.float()
-    return nvfp4(x, quantize(x.reshape(-1, x.shape[-1]), quantizer, block[0], seed, True, False))
+    seed, flat = torch.as_tensor(seed, dtype=torch.int64, device=x.device), x.reshape(-1, x.shape[-1])
+    if R is None:
+        flat = flat if x.dtype == torch.bfloat16 else flat.float()
+        codes, scale, tensor_scale, _ = quantize(flat, quantizer, block[0], seed, True, False)
+    else:
+        codes, scale, tensor_scale, _ = rotate_quantize(
+            [flat], quantizer, permuted(R), seed, "", None, None, 1.0, True, False)
+    shape = lambda k: (*x.shape[:-1], x.shape[-1] // k)
+    return NVFP4(codes.view(shape(2)), scale.view(shape(BLOCK)).view(torch.float8_e4m3fn), tensor_scale)
 
 def rtn(x, block=(1, BLOCK)):
     """quartet.rtn. Bitwise equal."""
-    return flat(x, "rtn", block=block)
-
+    return of(x, "rtn", block=block)
 def four_six(x, block=(1, BLOCK)):
     """quartet.four_six. Bitwise equal."""
-    return flat(x, "four_six", block=block)
-
+    return of(x, "four_six", block=block)
 def sr(x, seed):
     """quartet.sr. Bitwise equal."""
-    return flat(x, "sr", seed)
-
+    return of(x, "sr", seed)
 def ms_eden(x, R, seed):
     """quartet.ms_eden, for x in bf16, or rotated already if R is None: then bitwise equal.
 
     The sums of x R are float32 in the order of the tensor cores: their last bits may differ. ValueError for
     x of another dtype, or whose last dimension has no whole groups of 128.
     """
-    if R is None:
-        return flat(x, "ms_eden", seed)
-    if x.dtype != torch.bfloat16 or x.shape[-1] % GROUP:
+    if R is not None and (x.dtype != torch.bfloat16 or x.shape[-1] % GROUP):
         raise ValueError(f"{x.dtype} {tuple(x.shape)}: rotate bfloat16 with a last dimension % {GROUP} == 0")
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
-    x = x.reshape(-1, x.shape[-1])
-    return nvfp4(x, rotate_quantize([x], "ms_eden", permuted(R), seed, "", None, None, 1.0, True, False))
+    return of(x, "ms_eden", seed, R=R)
 
 # ---- 6. The GEMM and the linear layer ----------------------------------------------------------------------
 @torch.library.custom_op("quartet::scaled_mm", mutates_args=())
@@ -676,101 +649,8 @@ class QuantizedMatmul(torch.autograd.Function):
                 dw = matmul(e[-4:], x)
         return dx, dw, None
 
-# ---- 7. Compile for a GPU that is not here, and count ------------------------------------------------------
-# capability, lane-instructions/s (multiprocessors x 128 x clock), bytes/s: H100, B200, B300, RTX 5090
-TARGETS = dict(sm_90a=(90, 30e12, 3.35e12), sm_100a=(100, 35e12, 8e12), sm_103a=(103, 35e12, 8e12),
-               sm_120a=(120, 52e12, 1.79e12))
-TYPES = dict(x="*bf16", R="*bf16", seed="*i64", codes="*u8", scale="*bf16", top="*i32", decoded="*bf16",
-             e4m3="*u8", tensor_scale="*fp32", n="fp32", count="i32", columns="i32", size="i32",
-             M="i32", N="i32", K="i32", a="*u8", b="*u8", y="*bf16", a_scale="*fp8e4nv", b_scale="*fp8e4nv",
-             a_tensor_scale="*fp32", b_tensor_scale="*fp32")    # by an argument's name or the last word of it
-KINDS = dict(float="F(?!2|LO)|MUFU|HMMA|HGMMA", convert="F2|I2", memory="U?LD|U?ST|ATOM|RED|UBLK",
-             control="B|EXIT|WARPSYNC|NOP|S2|CS2|DEPBAR|CALL|RET|ELECT|SYNCS", integer="")     # the first fit
-
-def configurations(major):
-    """What training launches: name, kernel, constants (None: absent), options, values and bytes a value."""
-    native, options = major >= 10, tile_options(major)
-    skip, out = ("decoded", 0.5) if native else ("codes", 2.0)          # what no GEMM takes; else bytes
-    flat = dict(ROWS=1, FP4=native, B=256, **({"decoded_ptr": None} if native else {}))
-    for q in ("rtn", "four_six", "sr"):             # bytes: 2 in, codes, decoded, and 1/8 of scales
-        yield f"quantize {q}", quantize_kernel, dict(flat, QUANTIZER=q), {}, 4096, 2.625 + 2 * (not native)
-    tile = {f"row_{skip}": None, f"col_{skip}": None, "SWIZZLED": native,
-            **{name: options.pop(name) for name in ("FP4", "H")}}
-    bf16 = "x_scale_ptr", "tensor_scale_ptr"
-    both = dict(tile, **dict.fromkeys(bf16), ROW="ms_eden", COL="ms_eden")
-    yield "both ms_eden", tile_kernel, both, options, 16384, 2 + 2 * (out + 0.125)
-    absent = [f"row_{name}" for name in ("R", "seed", "codes", "scale", "top", "decoded")]
-    again = dict(tile, **dict.fromkeys(absent), ROW="", COL="ms_eden")
-    yield "requantize ms_eden", tile_kernel, again, options, 16384, 0.5625 + out + 0.125
-    encode = dict(AGAIN=1, SWIZZLED=native, B=2048, **{"decoded_ptr" if native else "codes_ptr": None})
-    yield "encode ms_eden", encode_kernel, encode, {}, 32768, 0.1875
-    if native:                                      # values of y; bytes: of y alone
-        options = dict(GEMM_OPTIONS[major])
-        tile = {name: options.pop(name) for name in ("BM", "BN", "BK")}
-        yield "gemm", gemm_kernel, tile, options, tile["BM"] * tile["BN"], 2.0
-
-def disassemble(cubin):
-    """cubin bytes -> its SASS, registers and bytes of stack, by the tools in triton's own package."""
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(cubin)
-        f.flush()
-        run = lambda *words: subprocess.run([os.path.join(tools, words[0]), *words[1:], f.name], text=True,
-                                            capture_output=True, check=True).stdout
-        usage = run("cuobjdump", "-res-usage")
-        registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-        return run("nvdisasm"), registers, stack
-
-def compile_for(target, dump=None):
-    """Compile every kernel for a target, print what it costs there -> whether none fails or spills.
-
-    Instructions are static: a thread's, of all paths (encode's include the rare ones), times threads by
-    values; loops are unrolled. The bound is bytes or instructions over what the GPU can do, the larger.
-    """
-    capability, issue, bandwidth = TARGETS[target]
-    print(f"{target}: per value, and ns per million values")
-    print(f"{'kernel':20}{'registers':>10}{'shared':>8}{'spills':>7}",
-          *(f"{kind:>8}" for kind in KINDS), f"{'bytes':>6}{'bound':>7}  by")
-    good = True
-    for name, kernel, constants, options, values, size in configurations(capability // 10):
-        constants = {n: None if n + "_ptr" in constants else c for n, c in constants.items()}
-        signature = {}
-        for n in kernel.arg_names:
-            short = n.removesuffix("_ptr")
-            kind = TYPES.get(short) or TYPES.get(short.split("_")[-1])
-            signature[n] = "constexpr" if n in constants else kind
-        if name.startswith("requantize"):
-            signature.update(x_ptr="*u8", x_scale_ptr="*u8")
-        attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
-                      if signature[n][0] == "*" or signature[n] == "i32"}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        try:
-            compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options | LAUNCH)
-        except Exception as e:                      # Triton has no common class for what a compiler may raise
-            print(f"{name:20} does not compile: {type(e).__name__} {e}")
-            good = False
-            continue
-        sass, registers, stack = disassemble(compiled.asm["cubin"])
-        if dump:
-            for suffix, text in (("ptx", compiled.asm["ptx"]), ("sass", sass)):
-                Path(dump, f"{target} {name}.{suffix}".replace(" ", "-")).write_text(text)
-        codes = re.findall(r"^\s+(?:/\*\w+\*/)?\s+(?:@!?U?P\d+ )?([A-Z]\w*)", sass, re.M)
-        share = options.get("num_warps", 4) * 32 / values
-        kinds = [next(kind for kind, pattern in KINDS.items() if re.match(pattern, c)) for c in codes]
-        spills = sum(c in ("LDL", "STL") for c in codes)
-        good = good and not spills and not stack
-        if kernel is gemm_kernel and "kind::mxf4nvf4" not in compiled.asm["ptx"]:
-            good = print("gemm: no FP4 instruction")
-        by_bytes, by_issue = size / bandwidth * 1e15, len(codes) * share / issue * 1e15
-        print(f"{name:20}{registers:10}{compiled.metadata.shared:8}{spills:7}"
-              + "".join(f"{kinds.count(kind) * share:9.1f}" for kind in KINDS)
-              + f"{size:7.2f}{max(by_bytes, by_issue):7.0f}  " + ("bytes" if by_bytes > by_issue else
-              f"instructions, {by_issue / by_bytes:.1f} times bytes"))
-    return good
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--target", choices=TARGETS, required=True, help="compile for this GPU, here or not")
-    parser.add_argument("--dump", metavar="DIR", help="with --target: keep PTX and SASS there")
-    arguments = parser.parse_args()
-    sys.exit(not compile_for(arguments.target, arguments.dump))
+if __name__ == "__main__":                          # check, time, or compile for another GPU: data/bench.py
+    sys.modules["kernels"] = sys.modules[__name__]                      # what it imports is this module
+    sys.path.append(str(Path(__file__).with_name("data")))
+    import bench
+    sys.exit(bench.main())

@@ -213,7 +213,7 @@ def rotation_from(name, signs):
     size, rounds = ROTATIONS[name]
     i = torch.arange(GROUP, device=signs.device)[:, None]
     ones = i & i.T
-    for half in 4, 2, 1: ones = ones ^ ones >> half                     # last bit: parity of the ones in i & j
+    for half in 4, 2, 1: ones = ones ^ ones >> half                 # last bit: their parity
     H = (1.0 - 2.0 * (ones & 1)) * (i // size == i.T // size)           # Sylvester's, in blocks size x size
     R = signs[0, :, None] * H                       # D H, D the diagonal matrix of signs
     for d in signs[1:rounds]:

@@ -16,6 +16,7 @@ import kernels, quartet, train_gpt
 from quartet import (NVFP4, RECIPES, ROTATIONS, Linear, decode, e2m1, e4m3, four_six, ms_eden, pack, philox,
                      quantize_model, rotate, rotation, round_scale, rtn, sr, transpose, uniform, unpack)
 from train_gpt import prepare
+import bench  # data/bench.py
 
 HERE = Path(__file__).parent
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])                            # by code, 0 to 7
@@ -612,12 +613,17 @@ def test_a_recipe_without_kernels_takes_the_reference(monkeypatch):
     for *case, backend in ("cuda", "rtn", "triton"), ("cuda", "mine", "torch"), ("cpu", "rtn", "torch"):
         assert quartet.resolve("auto", *case) == backend
 
+def test_the_check_of_kernels_passes_and_sees_a_wrong_bit(monkeypatch, capsys):
+    assert bench.check(DEVICE, [(140, 128)])
+    monkeypatch.setitem(quartet.QUANTIZERS, "rtn", quartet.QUANTIZERS["four_six"])
+    assert not bench.check(DEVICE, [(16, 128)]) and "16 x 128, rtn: codes" in capsys.readouterr().out
+
 @pytest.mark.parametrize("target", ["sm_90a", "sm_100a", "sm_120a"])
 def test_kernels_compile_for_every_target_without_spills(target, tmp_path):
     command = [sys.executable, HERE / "kernels.py", f"--target={target}", f"--dump={tmp_path}"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    lines = done.stdout.count("\n")
-    assert done.returncode == 0 and lines == 8 + ("sm_90a" != target), done.stdout + done.stderr
+    lines = 8 if target == "sm_90a" else 15                              # and a prediction, with FP4
+    assert done.returncode == 0 and done.stdout.count("\n") == lines, done.stdout + done.stderr
     assert f".target {target}" in (tmp_path / f"{target}-both-ms_eden.ptx").read_text()
 
 # ---- data/prepare.py ---------------------------------------------------------------------------------------

@@ -341,8 +341,8 @@ def pick_device(c):
 def as_graph(f, *args):
     """f(*args) of CUDA tensors, recorded -> a function of such args that replays it as one launch.
 
-    A step is hundreds of short kernels, and Python launches them more slowly than a GPU runs them. The default
-    generator is left as it was; what it gives to a replay is what it would give to f.
+    A step is hundreds of short kernels, and Python launches them more slowly than a GPU runs them. The
+    default generator is left as it was, and gives to a replay what it would give to f.
     """
     state, args, side = torch.cuda.get_rng_state(), [a.clone() for a in args], torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -403,7 +403,7 @@ def train(c, data, directory, stop, checkpoint=None):
         optimizer.zero_grad(set_to_none=run is micro_step)
         stopping, evaluating = bool(stop) and not last, last or step % c.eval_every == 0
         saving = stopping or last or step % c.save_every == 0
-        log.step(step, begin, total.clone(), norm, lr, flush=evaluating or saving)  # raises before a NaN is saved
+        log.step(step, begin, total.clone(), norm, lr, flush=evaluating or saving)  # raises, saving no NaN
         if evaluating:
             loss = evaluate(model, data[1], c, device)
             log.write(step=step, val_loss=loss)
