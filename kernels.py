@@ -574,6 +574,8 @@ def scaled_mm(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
 
     K % 32 == N % 16 == 0. Equal to quartet.matmul but for the order of float32 sums.
     """
+    if not a[0].numel():
+        return a[0].new_zeros(len(a[0]), len(b[0]), dtype=torch.bfloat16)
     kinds = [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise]
     order = [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE]
     a_scales, b_scales = ([swizzled(t[1]).view(torch.float8_e4m3fn), t[2]] for t in (a, b))
@@ -598,10 +600,19 @@ def matmul(a, b):
         return quartet.gemm(a[3], b[3][:, :a[3].shape[1]])
     return scaled_mm(list(a[:3]), list(b[:3]))
 
-def native(x, w):
-    """Whether all GEMMs of x (M, K), w (N, K) go to FP4 tensor cores: K % 32 == N % 128 == 0, or decoded."""
-    fits = x.numel() > 0 and w.shape[1] % 32 == w.shape[0] % GROUP == 0
-    return fits and major(x.device) >= 10
+def native(w):
+    """Whether all GEMMs with w (N, K) go to FP4 tensor cores: K % 32 == N % 128 == 0. Else to bf16 ones."""
+    return w.shape[1] % 32 == w.shape[0] % GROUP == 0 and major(w.device) >= 10
+
+def operand(t, quantizer, decoded, swizzled):
+    """t (M, K) bf16 -> `finished`, with codes, for a forward GEMM. quantizer: also of 16x16 blocks."""
+    rows = BLOCK if quantizer.endswith("_16x16") else 1
+    return quantize(t, quantizer.removesuffix("_16x16"), rows, None, True, decoded, swizzled)
+
+def quantized(w, recipe):
+    """quartet.quantized; scales `swizzled` where they go to FP4 tensor cores, but not w to be transposed."""
+    row = quartet.RECIPES[recipe]
+    return tuple(operand(w, row.w, False, native(w) and row.dx[2] is not None)[:3])
 
 def rotation(name, words):
     """quartet.backward_matmul's R, permuted, and 1 / n, from words (4,) int64; of None: I, which is exact."""
@@ -614,11 +625,14 @@ def rotation(name, words):
 class QuantizedMatmul(torch.autograd.Function):
     """quartet.QuantizedMatmul: x (M, K), w (N, K) bf16 -> x w^T (M, N) bf16, all three GEMMs by a recipe."""
     @staticmethod
-    def forward(ctx, x, w, recipe):
-        row, ctx.recipe, ctx.native = quartet.RECIPES[recipe], recipe, native(x, w)
-        xq, wq = (quantize(t, q.removesuffix("_16x16"), BLOCK if q.endswith("_16x16") else 1, None, True,
-                           not ctx.native, ctx.native and swizzled)     # w to be transposed: plain
-                  for t, q, swizzled in ((x, row.x, True), (w, row.w, row.dx[2] is not None)))
+    def forward(ctx, x, w, recipe, *wq):
+        row, ctx.recipe, ctx.native = quartet.RECIPES[recipe], recipe, native(w)
+        xq = operand(x, row.x, not ctx.native, ctx.native)
+        if wq[0] is not None:
+            t = NVFP4(wq[0], wq[1].view(torch.float8_e4m3fn), wq[2])
+            wq = *wq, wq[0].new_empty(0) if ctx.native else quartet.decode(t, torch.bfloat16)
+        else:
+            wq = operand(w, row.w, not ctx.native, ctx.native and row.dx[2] is not None)
         ctx.save_for_backward(*wq[:3], *((x,) if row.original_x else xq[:3]))
         return matmul(xq, wq)
 
@@ -647,7 +661,7 @@ class QuantizedMatmul(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 x = rotate_quantize(xq, "", None, None, row.dw[2], R2, words[10], inverse2, *form)
                 dw = matmul(e[-4:], x)
-        return dx, dw, None
+        return dx, dw, None, None, None, None
 
 if __name__ == "__main__":                          # check, time, or compile for another GPU: data/bench.py
     sys.modules["kernels"] = sys.modules[__name__]                      # what it imports is this module

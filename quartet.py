@@ -14,7 +14,7 @@ at most 2 + 4 significant bits, of value and scale, and bfloat16 holds 8: a bf16
 an FP4 GEMM does, and only the order of its float32 sums differs. Whatever decides something (which scale errs
 less, which way a value goes) is specified to the bit: float32, true division, a fixed order of sums.
 """
-import math, os, shutil, warnings
+import contextlib, math, os, shutil, warnings
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -337,15 +337,21 @@ def backward_matmul(row, e, other, words):
         other = QUANTIZERS[row[2]](F.pad(other, (0, e.shape[1] - other.shape[1])), R, words[4])
     return matmul(QUANTIZERS[row[1]](e, R, words[5]), other._replace(tensor_scale=other.tensor_scale / n))
 
+def quantized(w, recipe):
+    """w (N, K) bf16 -> codes, block_scale, tensor_scale of what y multiplies x by."""
+    return tuple(QUANTIZERS[RECIPES[recipe].w](w, None, None))
+
 class QuantizedMatmul(torch.autograd.Function):
-    """x (M, K), w (N, K) bf16 -> x w^T (M, N) bf16, all three GEMMs by a recipe. Gradients are bf16 too."""
+    """x (M, K), w (N, K) bf16 -> x w^T (M, N) bf16, all three GEMMs by a recipe. Gradients are bf16 too.
+
+    codes, block_scale, tensor_scale: `quantized` w, or None.
+    """
     @staticmethod
-    def forward(ctx, x, w, recipe):
-        row = RECIPES[recipe]
-        xq, wq = QUANTIZERS[row.x](x, None, None), QUANTIZERS[row.w](w, None, None)
-        ctx.recipe = recipe
+    def forward(ctx, x, w, recipe, *wq):
+        row, ctx.recipe = RECIPES[recipe], recipe
+        xq, wq = QUANTIZERS[row.x](x, None, None), quantized(w, recipe) if wq[0] is None else wq
         ctx.save_for_backward(*wq, *((x,) if row.original_x else xq))
-        return matmul(xq, wq)
+        return matmul(xq, NVFP4(*wq))
 
     @staticmethod
     def backward(ctx, dy):
@@ -360,7 +366,7 @@ class QuantizedMatmul(torch.autograd.Function):
                 x = x[0] if row.original_x else decode(NVFP4(*x), torch.bfloat16)
                 e = F.pad(dy, (0, 0, 0, -len(dy) % GROUP)).T    # tokens of zeros, up to whole groups
                 dw = backward_matmul(row.dw, e, x.T, words[6:])
-        return dx, dw, None
+        return dx, dw, None, None, None, None
 
 class Linear(torch.nn.Linear):
     """nn.Linear with its three GEMMs by a recipe. Same parameters, init and state dict; any leading shape.
@@ -369,6 +375,8 @@ class Linear(torch.nn.Linear):
     in NVFP4, 0.56 bytes a value (x in bf16 if the recipe has original_x), and draws from the device's default
     generator. ValueError unless in_features % 16 == 0 and out_features % 16 == 0, % 128 where dx is rotated.
     """
+    weight_nvfp4, once = None, False            # of `quantized_weights`
+
     def __init__(self, in_features, out_features, bias=False, recipe="quartet2", backend="auto",
                  device=None, dtype=None):
         check(recipe, backend, in_features, out_features)
@@ -386,7 +394,8 @@ class Linear(torch.nn.Linear):
             x16, w16 = x.reshape(-1, self.in_features).bfloat16(), self.weight.bfloat16()
             fast = resolve(self.backend, kind, self.recipe) == "triton"
             matmul = (kernels.QuantizedMatmul if fast else QuantizedMatmul).apply
-            y = matmul(x16, w16, self.recipe).to(dtype).view(*x.shape[:-1], self.out_features)
+            y = matmul(x16, w16, self.recipe, *(self.weight_nvfp4 if self.once else (None, None, None)))
+            y = y.to(dtype).view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(dtype)
 
     def extra_repr(self):
@@ -443,6 +452,28 @@ def quantize_model(model, recipe, skip=(), backend="auto"):
     for m in linears.values():
         m.__class__, m.recipe, m.backend = Linear, recipe, backend
     return list(linears)
+
+@contextlib.contextmanager
+def quantized_weights(model):
+    """Within it, each Linear of a model takes its weight as quantized at the start: for accumulation, evaluation.
+
+    The NVFP4 has a fixed place in memory, as CUDA graphs need. RuntimeError at the end if a weight changed.
+    """
+    layers = [m for m in model.modules() if isinstance(m, Linear) and RECIPES[m.recipe]]
+    kind = lambda tensors: [(t.shape, t.dtype, t.device) for t in tensors or ()]
+    for m in layers:
+        fast = resolve(m.backend, m.weight.device.type, m.recipe) == "triton"
+        new = (kernels.quantized if fast else quantized)(m.weight.detach().bfloat16(), m.recipe)
+        if kind(m.weight_nvfp4) != kind(new): m.weight_nvfp4 = new
+        for old, t in zip(m.weight_nvfp4, new): old.copy_(t)
+        m.once = True
+    versions = [m.weight._version for m in layers]
+    try:
+        yield
+    finally:
+        for m in layers: m.once = False
+    if versions != [m.weight._version for m in layers]:
+        raise RuntimeError("a weight changed within quantized_weights: step the optimizer after it")
 
 # ---- 10. The demonstration ---------------------------------------------------------------------------------
 def demonstrate():

@@ -235,7 +235,8 @@ class Shards:
 @torch.no_grad()
 def evaluate(model, data, c, device):
     """Mean cross-entropy in nats of the validation split, with the forward pass as trained: quantized."""
-    sums = [(model(x, y).double() * y.numel(), y.numel()) for x, y in data.in_order(c, device)]
+    with quartet.quantized_weights(model):
+        sums = [(model(x, y).double() * y.numel(), y.numel()) for x, y in data.in_order(c, device)]
     loss, tokens = map(sum, zip(*sums))
     return loss.item() / tokens
 
@@ -392,12 +393,14 @@ def train(c, data, directory, stop, checkpoint=None):
             quartet.quantize_model(model.blocks[:model.nvfp4], recipe, backend=c.backend)
             run = micro_step
             if compiled and device == "cuda":
-                run = as_graph(micro_step, *data[0].random(c, step, 0, device))
+                with quartet.quantized_weights(model):
+                    run = as_graph(micro_step, *data[0].random(c, step, 0, device))
                 optimizer.zero_grad(set_to_none=False)  # its gradients stay where they are
         lr = learning_rate(c, step - 1)
         for group in optimizer.param_groups: group["lr"] = lr
         total.zero_()
-        for micro in range(accumulate): run(*data[0].random(c, step, micro, device))
+        with quartet.quantized_weights(model):  # once a step; each micro-batch and the gradients use them
+            for micro in range(accumulate): run(*data[0].random(c, step, micro, device))
         norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=run is micro_step)
