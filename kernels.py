@@ -487,11 +487,12 @@ def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | No
              decoded: bool, swizzled: bool = False) -> list[torch.Tensor]:
     """x (M, K) -> `finished`; blocks of rows x 16."""
     out, B = outputs(*x.shape, x.device, codes, decoded, swizzled), 256
-    if count := out[1].numel():                                         # bf16 is read by words of 4 bytes
-        x = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 4 else x.contiguous()
-        quantize_kernel[(triton.cdiv(count, B),)](x, seed, *out[:4], count, x.shape[1] // BLOCK,
-                                                  quantizer, rows, major(x.device) >= 10, B, **LAUNCH)
-    return encode(out, quantizer, seed)
+    with torch.cuda.device_of(x):                                       # Triton launches on the current GPU
+        if count := out[1].numel():                                     # bf16 is read by words of 4 bytes
+            x = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 4 else x.contiguous()
+            quantize_kernel[(triton.cdiv(count, B),)](x, seed, *out[:4], count, x.shape[1] // BLOCK,
+                                                      quantizer, rows, major(x.device) >= 10, B, **LAUNCH)
+        return encode(out, quantizer, seed)
 
 @torch.library.custom_op("quartet::rotate_quantize", mutates_args=())
 def rotate_quantize(
@@ -508,13 +509,14 @@ def rotate_quantize(
     tiles = triton.cdiv(M, GROUP), triton.cdiv(N, GROUP)
     first = outputs(M, N, device, codes, decoded, swizzled) if row else (None,) * 4
     second = outputs(N, tiles[0] * GROUP, device, codes, decoded, swizzled) if col else (None,) * 4
-    if M and N:
-        source = [t.contiguous() for t in x] + [None] * (3 - len(x))
-        tile_kernel[tiles](*source, M, N, row_R, row_seed, *first[:4], col_R, col_seed, *second[:4],
-                           inverse_n, row, col, len(x) > 1 and x[1].dim() == 1,
-                           **tile_options(major(device)), **LAUNCH)
-    return ((encode(first, row, row_seed) if row else [])
-            + (encode(second, col, col_seed, inverse_n) if col else []))
+    with torch.cuda.device_of(x[0]):
+        if M and N:
+            source = [t.contiguous() for t in x] + [None] * (3 - len(x))
+            tile_kernel[tiles](*source, M, N, row_R, row_seed, *first[:4], col_R, col_seed, *second[:4],
+                               inverse_n, row, col, len(x) > 1 and x[1].dim() == 1,
+                               **tile_options(major(device)), **LAUNCH)
+        return ((encode(first, row, row_seed) if row else [])
+                + (encode(second, col, col_seed, inverse_n) if col else []))
 
 @quantize.register_fake
 def _(x, quantizer, rows, seed, codes, decoded, swizzled=False):
@@ -591,7 +593,8 @@ def gemm(a, b):
     operands = [v for codes, scale, tensor_scale in (a, b)
                 for v in (codes.contiguous(), swizzled(scale).view(torch.float8_e4m3fn), tensor_scale)]
     grid = triton.cdiv(M, options["BM"]) * triton.cdiv(N, options["BN"])
-    gemm_kernel[(grid,)](*operands, y, M, N, K, **options)
+    with torch.cuda.device_of(y):
+        gemm_kernel[(grid,)](*operands, y, M, N, K, **options)
     return y
 
 def matmul(a, b):

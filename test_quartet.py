@@ -603,6 +603,77 @@ def test_gemm_multiplies_what_it_is_given(monkeypatch):                         
     a, b = (rtn(normal(*s).to(DEVICE)) for s in ((140, 288), (1200, 288)))
     torch.testing.assert_close(kernels.gemm(a, b), quartet.matmul(a, b), rtol=2**-7, atol=1e-3)
 
+@every_4bit_recipe
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_weights_quantized_once_change_nothing_and_must_not_change(recipe, backend):
+    x, dy, linear = normal(140, 160).to(DEVICE), normal(140, 128).to(DEVICE), Linear(
+        160, 128, recipe=recipe, backend=backend, device=DEVICE)
+    for factor in 1, 2:
+        linear.weight.data *= factor
+        expected = step(linear, x.requires_grad_(), dy)
+        with quartet.quantized_weights(linear):
+            before, linear.weight.data = linear.weight.data, torch.full_like(linear.weight, math.nan)
+            assert same(expected, step(linear, x, dy))                   # of the weight as it was
+            linear.weight.data = before
+            places = [t.data_ptr() for t in linear.weight_nvfp4]
+        assert factor == 1 or places == first
+        first = places
+    with pytest.raises(RuntimeError, match="a weight changed"), quartet.quantized_weights(linear):
+        with torch.no_grad(): linear.weight.mul_(2)
+
+needs_gpu = pytest.mark.skipif(not GPU, reason="PyTorch sees no GPU here")
+
+@needs_gpu
+@every_4bit_recipe
+def test_a_step_runs_on_any_stream_and_gpu_and_as_a_cuda_graph_without_synchronisation(recipe):
+    x, dy = (normal(*s).to(DEVICE).requires_grad_() for s in ((256, 384), (256, 128)))
+    linear, results = Linear(384, 128, recipe=recipe, backend="triton", device=DEVICE), []
+    def run(x, dy): results.append((y := linear(x), *torch.autograd.grad(y, (x, linear.weight), dy)))
+    expected, stream = step(linear, x, dy), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream): there = step(linear, x, dy)
+        replay = train_gpt.as_graph(run, x.detach().requires_grad_(), dy)
+    finally: torch.cuda.set_sync_debug_mode("default")
+    torch.manual_seed(0)
+    replay(x, dy)
+    assert same(there, expected) and same(results[-1], expected)
+    if torch.cuda.device_count() > 1:                                    # but for the numbers drawn
+        x, dy, w = (t.detach().to("cuda:1") for t in (x, dy, linear.weight))
+        q = kernels.quantize(x.bfloat16(), "four_six", 1, None, True, True)
+        assert same(q, kernels.quantize(x.bfloat16().to("cuda:0"), "four_six", 1, None, True, True))
+        assert linear.to("cuda:1")(x).device == x.device
+
+@needs_gpu
+def test_offsets_beyond_2_31_and_long_rows():
+    x = torch.randn(2**17 + 128, 16384, dtype=torch.bfloat16, device="cuda")
+    R, seed = kernels.permuted(rotation("rht128")[0]).cuda(), torch.tensor(0, device="cuda")
+    last = x[-128:].contiguous()
+    assert torch.equal(kernels.rtn(x).codes[-128:], kernels.rtn(last).codes)
+    a, b = (kernels.rotate_quantize([t], "rtn", R, seed, "rtn", R, seed, 1.0, True, True) for t in (x, last))
+    assert torch.equal(a[0][-128:], b[0]) and torch.equal(a[3][-128:], b[3])
+    assert torch.equal(a[4][:, -64:], b[4]) and torch.equal(a[7][:, -128:], b[7])
+
+@needs_gpu
+@every_4bit_recipe
+def test_both_backends_train_alike(recipe):
+    c, losses = train_gpt.Config(recipe=recipe, batch=8, tokens_per_step=4096, steps=50), {}
+    data = train_gpt.Shards(c, "train")
+    for backend in "torch", "triton":
+        torch.manual_seed(0)
+        model = train_gpt.GPT(c, functools.partial(Linear, recipe=recipe, backend=backend)).cuda()
+        optimizer, losses[backend] = train_gpt.make_optimizer(model, c, "cuda"), []
+        for i in range(c.steps):
+            loss = model(*data.random(c, i, 0, "cuda"))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[backend].append(loss.item())
+    a, b = map(np.array, losses.values())
+    print(recipe, "largest difference of losses", abs(a - b).max())
+    assert abs(a - b).max() < 0.02 and a[-1] < a[0] - 1
+
 def test_a_recipe_without_kernels_takes_the_reference(monkeypatch):
     monkeypatch.setitem(quartet.QUANTIZERS, "mine", lambda x, R, seed: rtn(x))
     monkeypatch.setitem(RECIPES, "mine", RECIPES["quartet2"]._replace(x="mine"))
