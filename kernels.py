@@ -443,7 +443,7 @@ def tile_options(major):
     if major == 9:                                                      # wgmma; 128: two on a multiprocessor
         return dict(FP4=False, H=64, num_warps=8, num_stages=1, maxnreg=128)
     if major == 10:                                                     # tcgen05 leaves whole rows to threads
-        return dict(FP4=True, H=64, num_warps=4, num_stages=1)
+        return dict(FP4=True, H=64, num_warps=4, num_stages=1, maxnreg=224)
     return dict(FP4=major > 9, H=128, num_warps=8, num_stages=1)                     # mma.sync
 
 def swizzled(scale):

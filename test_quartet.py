@@ -626,24 +626,27 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="PyTorch sees no GPU here")
 @needs_gpu
 @every_4bit_recipe
 def test_a_step_runs_on_any_stream_and_gpu_and_as_a_cuda_graph_without_synchronisation(recipe):
-    x, dy = (normal(*s).to(DEVICE).requires_grad_() for s in ((256, 384), (256, 128)))
-    linear, results = Linear(384, 128, recipe=recipe, backend="triton", device=DEVICE), []
-    def run(x, dy): results.append((y := linear(x), *torch.autograd.grad(y, (x, linear.weight), dy)))
-    expected, stream = step(linear, x, dy), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    linear = functools.partial(Linear, recipe=recipe, backend="triton", device="cuda")
+    model, stream = torch.nn.Sequential(linear(384, 256), linear(256, 128)), torch.cuda.Stream()
+    x, dy = normal(256, 384).cuda(), normal(256, 128).cuda()
+    def run(x, dy): model(x).backward(dy)
+    def gradients(run):
+        for p in model.parameters(): p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+        torch.manual_seed(0)
+        run(x, dy)
+        torch.cuda.synchronize()
+        return [p.grad.clone() for p in model.parameters()]
+    expected = gradients(run)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.cuda.stream(stream): there = step(linear, x, dy)
-        replay = train_gpt.as_graph(run, x.detach().requires_grad_(), dy)
+        with torch.cuda.stream(stream): there = gradients(run)
+        graph = train_gpt.as_graph(run, x, dy)
     finally: torch.cuda.set_sync_debug_mode("default")
-    torch.manual_seed(0)
-    replay(x, dy)
-    assert same(there, expected) and same(results[-1], expected)
-    if torch.cuda.device_count() > 1:                                    # but for the numbers drawn
-        x, dy, w = (t.detach().to("cuda:1") for t in (x, dy, linear.weight))
-        q = kernels.quantize(x.bfloat16(), "four_six", 1, None, True, True)
-        assert same(q, kernels.quantize(x.bfloat16().to("cuda:0"), "four_six", 1, None, True, True))
-        assert linear.to("cuda:1")(x).device == x.device
+    assert same(there, expected) and same(gradients(graph), expected)
+    if torch.cuda.device_count() > 1:
+        q = (kernels.quantize(t.bfloat16(), "four_six", 1, None, True, True) for t in (x, x.to("cuda:1")))
+        assert same(*q)
+        run(model.to("cuda:1")[0].weight.new_ones(256, 384), dy.to("cuda:1"))
 
 @needs_gpu
 def test_offsets_beyond_2_31_and_long_rows():
@@ -657,22 +660,29 @@ def test_offsets_beyond_2_31_and_long_rows():
 
 @needs_gpu
 @every_4bit_recipe
-def test_both_backends_train_alike(recipe):
-    c, losses = train_gpt.Config(recipe=recipe, batch=8, tokens_per_step=4096, steps=50), {}
-    data = train_gpt.Shards(c, "train")
-    for backend in "torch", "triton":
+def test_the_backends_train_as_much_alike_as_sums_in_another_order(recipe, monkeypatch):
+    c = train_gpt.Config(recipe=recipe, batch=8, tokens_per_step=4096, steps=50)        # of the 30m preset
+    data, losses = train_gpt.Shards(c, "train"), []
+    for backend in "torch", "triton", "other":
+        if backend == "other":
+            monkeypatch.setattr(quartet, "rotate", lambda x, R: x if R is None else (
+                rotate(x * (torch.arange(x.shape[-1], device=x.device) % 2), R)
+                + rotate(x * (torch.arange(1, x.shape[-1] + 1, device=x.device) % 2), R)))
         torch.manual_seed(0)
-        model = train_gpt.GPT(c, functools.partial(Linear, recipe=recipe, backend=backend)).cuda()
-        optimizer, losses[backend] = train_gpt.make_optimizer(model, c, "cuda"), []
+        linear = functools.partial(Linear, recipe=recipe, backend="triton" if backend == "triton" else "torch")
+        model = train_gpt.GPT(c, linear).cuda()
+        optimizer = train_gpt.make_optimizer(model, c, "cuda")
         for i in range(c.steps):
-            loss = model(*data.random(c, i, 0, "cuda"))
-            loss.backward()
+            for group in optimizer.param_groups: group["lr"] = train_gpt.learning_rate(c, i)
+            losses.append(model(*data.random(c, i, 0, "cuda")))
+            losses[-1].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
             optimizer.step()
             optimizer.zero_grad()
-            losses[backend].append(loss.item())
-    a, b = map(np.array, losses.values())
-    print(recipe, "largest difference of losses", abs(a - b).max())
-    assert abs(a - b).max() < 0.02 and a[-1] < a[0] - 1
+    reference, ours, other = torch.stack(losses).detach().view(3, c.steps)
+    ours, other = ((t - reference).abs().mean().item() for t in (ours, other))
+    print(f"{recipe}: mean difference of losses {ours:.2e}, {other:.2e} with sums in another order")
+    assert ours <= 4 * other
 
 def test_a_recipe_without_kernels_takes_the_reference(monkeypatch):
     monkeypatch.setitem(quartet.QUANTIZERS, "mine", lambda x, R, seed: rtn(x))

@@ -345,7 +345,7 @@ def as_graph(f, *args):
     A step is hundreds of short kernels, and Python launches them more slowly than a GPU runs them. The
     default generator is left as it was, and gives to a replay what it would give to f.
     """
-    state, args, side = torch.cuda.get_rng_state(), [a.clone() for a in args], torch.cuda.Stream()
+    state, args, side = torch.cuda.get_rng_state(), [a.detach().clone() for a in args], torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2): f(*args)  # compile, and initialise libraries
