@@ -14,7 +14,7 @@ at most 2 + 4 significant bits, of value and scale, and bfloat16 holds 8: a bf16
 an FP4 GEMM does, and only the order of its float32 sums differs. Whatever decides something (which scale errs
 less, which way a value goes) is specified to the bit: float32, true division, a fixed order of sums.
 """
-import contextlib, math, os, shutil, warnings
+import contextlib, math, os, shutil, sys, warnings
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,6 @@ def pack(q):
     h = (q * 2.0**-14).half().view(torch.int16)  # q's bits: magnitude in 9 to 11; 0.5 is sub-normal in both
     code = ((h >> 9 & 7) | (h >> 12 & 8)).to(torch.uint8)
     return code[..., 0::2] | code[..., 1::2] << 4
-
 def unpack(codes, dtype=torch.float32):
     """codes (..., K/2) uint8 -> (..., K) in dtype, E2M1 values: the exact inverse of pack, by a table."""
     code = torch.arange(256, device=codes.device)[:, None] >> torch.arange(0, 8, 4, device=codes.device)
@@ -74,7 +73,6 @@ def decode(t, dtype=torch.float32):
     """t NVFP4 of (..., K) -> (..., K): q * block_scale * tensor_scale, exact in float32 and bfloat16."""
     scale = (t.block_scale.float() * t.tensor_scale).to(dtype)
     return (unpack(t.codes, dtype).unflatten(-1, (-1, BLOCK)) * scale[..., None]).flatten(-2)
-
 def transpose(t):
     """t NVFP4 (N, K) of 16x16 blocks -> its transpose, NVFP4 (K, N): codes repacked, nothing rounded."""
     scale = t.block_scale.view(torch.uint8)[::BLOCK].T.repeat_interleave(BLOCK, 0)
@@ -106,7 +104,6 @@ def over(a, c):
 def ratio(b, s):
     """b / s, or 0 where s is 0 (a block of zeros) or NaN (a block that holds NaN or infinity)."""
     return b / torch.where(s > 0, s, math.inf)
-
 def block_sum(t):
     """t (., rows, ., 16) -> (., 1, ., 1): block sums as a tree, i with i+8, then +4, +2, +1; rows alike."""
     for dim in (3, 1):
@@ -177,7 +174,6 @@ def philox(seed, counter):
         c0, c2 = (b >> 32 ^ c1 ^ k0 + i * 0x9E3779B9) & M32, (a >> 32 ^ c3 ^ k1 + i * 0xBB67AE85) & M32
         c1, c3 = b, a                               # the low halves of these count
     return torch.stack([c0, c1 & M32, c2, c3 & M32], -1)
-
 def uniform(seed, *likes):
     """For each of likes, numbered as one tensor, u of its shape: float32 in [0, 1), multiples of 2^-24."""
     sizes = [t.numel() for t in likes]
@@ -219,14 +215,12 @@ def rotation_from(name, signs):
     for d in signs[1:rounds]:
         R = (R * d) @ H                             # D1 H D2 H
     return R, size**rounds
-
 def rotation(name, generator=None):
     """`rotation_from` new random signs, on the generator's device. ValueError for an unknown name."""
     if name not in ROTATIONS:
         raise ValueError(f"unknown rotation {name!r}: choose one of {', '.join(ROTATIONS)}")
     signs = torch.randint(0, 2, (2, GROUP), generator=generator, device=generator and generator.device)
     return rotation_from(name, signs * 2.0 - 1.0)
-
 def rotate(x, R):
     """x (..., K), K % 128 == 0 -> x R (..., K) float32, group by group, not normalised. R None: x."""
     if R is None:
@@ -323,12 +317,10 @@ def gemm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     finally:
         cublas.allow_bf16_reduced_precision_reduction = before
 gemm.register_fake(lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16))
-
 def matmul(a, b):
     """a NVFP4 (M, K), b NVFP4 (N, K) -> a b^T (M, N) bf16: as FP4 tensor cores, but for the order of sums."""
     slow = a.codes.device.type == "cpu" and not NATIVE_BF16     # float32 is as exact, and faster there
     return gemm(*(decode(t, torch.float32 if slow else torch.bfloat16) for t in (a, b)))
-
 def backward_matmul(row, e, other, words):
     """One backward GEMM: e (I, L), other (J, L) or shorter, NVFP4 if row quantizes it not -> (I, J) bf16."""
     bits = words[:4, None] >> torch.arange(64, device=words.device) & 1                # then two seeds
@@ -342,10 +334,7 @@ def quantized(w, recipe):
     return tuple(QUANTIZERS[RECIPES[recipe].w](w, None, None))
 
 class QuantizedMatmul(torch.autograd.Function):
-    """x (M, K), w (N, K) bf16 -> x w^T (M, N) bf16, all three GEMMs by a recipe. Gradients are bf16 too.
-
-    codes, block_scale, tensor_scale: `quantized` w, or None.
-    """
+    """x (M, K), w (N, K) bf16; wq: `quantized` w, or Nones -> x w^T (M, N) bf16, as are the gradients."""
     @staticmethod
     def forward(ctx, x, w, recipe, *wq):
         row, ctx.recipe = RECIPES[recipe], recipe
@@ -375,7 +364,7 @@ class Linear(torch.nn.Linear):
     in NVFP4, 0.56 bytes a value (x in bf16 if the recipe has original_x), and draws from the device's default
     generator. ValueError unless in_features % 16 == 0 and out_features % 16 == 0, % 128 where dx is rotated.
     """
-    weight_nvfp4, once = None, False            # of `quantized_weights`
+    weight_nvfp4, once = (), False              # of `quantized_weights`
 
     def __init__(self, in_features, out_features, bias=False, recipe="quartet2", backend="auto",
                  device=None, dtype=None):
@@ -392,12 +381,10 @@ class Linear(torch.nn.Linear):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):       # it would change the dtype of the sums in rotations
             x16, w16 = x.reshape(-1, self.in_features).bfloat16(), self.weight.bfloat16()
-            fast = resolve(self.backend, kind, self.recipe) == "triton"
-            matmul = (kernels.QuantizedMatmul if fast else QuantizedMatmul).apply
-            y = matmul(x16, w16, self.recipe, *(self.weight_nvfp4 if self.once else (None, None, None)))
+            matmul = module(self, kind).QuantizedMatmul.apply
+            y = matmul(x16, w16, self.recipe, *(self.weight_nvfp4 if self.once else [None] * 3))
             y = y.to(dtype).view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(dtype)
-
     def extra_repr(self):
         return f"{super().extra_repr()}, recipe={self.recipe!r}"
 
@@ -417,6 +404,9 @@ def resolve(backend, kind, recipe):
     """The backend that "auto" means on a device of a kind, "cuda" or "cpu"; else backend."""
     fast = kernels is not None and kind == "cuda" and kernels.supports(RECIPES[recipe])
     return backend if backend != "auto" else "triton" if fast else "torch"
+def module(linear, kind):
+    """kernels.py or this file, whichever computes a Linear on a device of a kind."""
+    return kernels if resolve(linear.backend, kind, linear.recipe) == "triton" else sys.modules[__name__]
 
 def check(recipe, backend, in_features=0, out_features=0, name=""):
     """Raise ValueError for an unknown recipe or backend, or a shape that the recipe cannot take."""
@@ -455,21 +445,18 @@ def quantize_model(model, recipe, skip=(), backend="auto"):
 
 @contextlib.contextmanager
 def quantized_weights(model):
-    """Within it, each Linear of a model takes its weight as quantized at the start: for accumulation, evaluation.
+    """Within it, each Linear takes its weight as quantized at the start: to accumulate, or evaluate.
 
     The NVFP4 has a fixed place in memory, as CUDA graphs need. RuntimeError at the end if a weight changed.
     """
     layers = [m for m in model.modules() if isinstance(m, Linear) and RECIPES[m.recipe]]
-    kind = lambda tensors: [(t.shape, t.dtype, t.device) for t in tensors or ()]
+    versions, kind = [m.weight._version for m in layers], lambda q: [(t.shape, t.dtype, t.device) for t in q]
     for m in layers:
-        fast = resolve(m.backend, m.weight.device.type, m.recipe) == "triton"
-        new = (kernels.quantized if fast else quantized)(m.weight.detach().bfloat16(), m.recipe)
+        new = module(m, m.weight.device.type).quantized(m.weight.detach().bfloat16(), m.recipe)
         if kind(m.weight_nvfp4) != kind(new): m.weight_nvfp4 = new
         for old, t in zip(m.weight_nvfp4, new): old.copy_(t)
         m.once = True
-    versions = [m.weight._version for m in layers]
-    try:
-        yield
+    try: yield
     finally:
         for m in layers: m.once = False
     if versions != [m.weight._version for m in layers]:
