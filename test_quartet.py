@@ -173,19 +173,14 @@ def test_what_cannot_be_done_is_an_error_that_names_the_way_out(call, error):
 # ---- 3, 4. RTN and Four Over Six ---------------------------------------------------------------------------
 def test_blocks_by_hand():
     x = torch.tensor([[6, -6, 5, 3.5, 2.5, 1.75, 1.25, 0.75, 0.25, -0.25, -0.3, 0, -0.0, 4.9, 1e-9, -3]])
-    q = torch.tensor([[6, -6, 4, 4.0, 2.0, 2.00, 1.00, 1.00, 0.00, 0.000, -0.5, 0, 0.00, 4.0, 0.00, -3]])
     t = rtn(x)                                                           # scale 1 = 256 (byte 0x78) * 2^-8
     assert t.codes.tolist() == [[0xF7, 0x66, 0x44, 0x22, 0x00, 0x09, 0x60, 0xD0]]
     assert t.block_scale.view(torch.uint8).tolist() == [[0x78]] and t.tensor_scale == 2.0**-8
-    assert torch.equal(decode(t), q) and torch.equal(decode(rtn(3 * x)), 3 * q)
     for eighths in range(8, 16):                                         # block scale 1 to 1.875, the largest
         t = rtn(torch.full((1, 16), 6 * eighths / 8))                    # 1.875 * 256 > 448
         expected = (1 / 256, 32 * eighths) if eighths < 15 else (1 / 128, 240)
         assert (t.tensor_scale.item(), t.block_scale.float().item()) == expected
     assert four_six(torch.tensor([6.0, 3.0] * 8)).codes.tolist() == [0x57] * 8  # exact onto 6 and 4: a tie
-    # 6 5 -5: scale 1 makes it 6 4 -4, error 2; scale 1.5, onto 4 3 -3, makes it 6 4.5 -4.5, error 0.5
-    t = four_six(torch.tensor([6.0, 5, -5] + [0] * 13))
-    assert decode(t)[:3].tolist() == [6, 4.5, -4.5] and t.codes[:2].tolist() == [0x56, 0x0D]
     # one value a group is +-6 all over after one round; its MS-EDEN scale 6 / 6.07 times S = 6.07 / 6 is 1
     R, n = rotation("rht128", generator())
     x = F.one_hot(torch.tensor([5, 77]), 128) * torch.tensor([[6.0], [-1.5]])
@@ -335,15 +330,6 @@ def test_no_quantizer_needs_many_copies_of_its_input():
         peak = np.cumsum([e.nbytes() for e in events if e.name() == "[memory]"]).max()
         assert 1 < peak / x.nbytes < most
 
-@every_quantizer
-def test_quantizers_give_the_same_bits_on_every_device(name, device):
-    x, seed = wide(20), 2**40 + 3
-    t, expected = quantize(name, x.to(device), torch.tensor(seed, device=device)), quantize(name, x, seed)
-    assert t.codes.device.type == device and same(t, expected)      # with the seed as a tensor, too
-    assert torch.equal(decode(t, torch.bfloat16).cpu(), decode(expected, torch.bfloat16))
-    x, (R, n) = (normal(64, 256) * 9).round(), rotation("rht128x2", generator())  # x R: exact integers
-    assert same(ms_eden(x.to(device), R.to(device), seed), ms_eden(x, R, seed))
-
 # ---- 8, 9. Recipes and the linear layer --------------------------------------------------------------------
 FORWARD = dict(rtn=("rtn", "rtn"), nvidia=("rtn", "rtn_16x16"), four_six=("four_six", "four_six_16x16"),
                tetrajet2=("rtn", "rtn"), quartet2=("four_six", "four_six"))  # quantizers of x, w
@@ -359,8 +345,6 @@ def step(linear, x, dy):                # y, dx, dw (and the bias's gradient)
     torch.manual_seed(0)
     y = linear(x)
     return y.detach(), *torch.autograd.grad(y, (x, *linear.parameters()), dy)
-def decoded_operands(recipe, *operands):
-    return (decode(quantize(q, t.detach())) for q, t in zip(FORWARD[recipe], operands))
 
 def test_linear_is_nn_linear_but_for_its_recipe():
     torch.manual_seed(0)
@@ -374,31 +358,24 @@ def test_linear_is_nn_linear_but_for_its_recipe():
     assert "recipe='quartet2'" in repr(again) and same(step(again, x, dy), step(linear, x, dy))
 
 @every_4bit_recipe
-def test_y_is_the_product_of_the_decoded_operands_and_backward_keeps_those_or_x_in_bf16(recipe, device):
-    (linear, x, _), kept = layer(recipe, 50, 128, device=device), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
-        y = linear(x)
-    a, b = (t.double() for t in decoded_operands(recipe, x, linear.weight))
-    # bf16 rounds by 2^-8; 128 float32 additions by 128 * 2^-24 of the sum of magnitudes
-    assert ((y - a @ b.T).abs() <= 2.0**-8 * (a @ b.T).abs() + 2.0**-17 * (a.abs() @ b.abs().T)).all()
-    nvfp4 = lambda t: t.numel() * 4.5 / 8 + 4
-    assert sum(kept) == nvfp4(linear.weight) + (x.numel() * 2 if recipe in ORIGINAL_X else nvfp4(x))
-
-@every_4bit_recipe
-def test_gradients_average_to_what_the_recipe_promises_without_synchronisation(recipe, device, monkeypatch):
-    (linear, x, dy), B = layer(recipe, 128, 128, device=device), 64
-    a, b = decoded_operands(recipe, x, linear.weight)
-    dx, dw = dy @ b, dy.T @ a                                            # those of the quantized forward
-    if recipe in ORIGINAL_X:                                             # x is rotated and rounded to nearest
-        R, n = rotation("rht16", torch.Generator(device).manual_seed(0))
-        monkeypatch.setattr(quartet, "rotation_from", lambda name, signs: (R, n))
-        dw = (dy.T @ R) @ decode(rtn(x.detach().T @ R)).T / n
+def test_y_and_mean_gradients_are_those_of_what_is_kept_without_synchronisation(recipe, device, monkeypatch):
+    (linear, x, dy), kept, B = layer(recipe, 128, 128, device=device), [], 64
+    R, n = rotation("rht16", torch.Generator(device).manual_seed(0))
+    if recipe in ORIGINAL_X: monkeypatch.setattr(quartet, "rotation_from", lambda name, signs: (R, n))
     step(linear, x, dy)                                                  # cuBLAS sets itself up
     if device == "cuda": torch.cuda.set_sync_debug_mode("error")
-    y = linear(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        y = linear(x)
     draws = [torch.autograd.grad(y, (x, linear.weight), dy, retain_graph=True) for _ in range(B)]
     if device == "cuda": torch.cuda.set_sync_debug_mode("default")
-    for i, target in enumerate((dx, dw)):
+    nvfp4 = lambda t: t.numel() * 4.5 / 8 + 4
+    assert sum(kept) == nvfp4(linear.weight) + (x.numel() * 2 if recipe in ORIGINAL_X else nvfp4(x))
+    a, b = (decode(quantize(q, t.detach())) for q, t in zip(FORWARD[recipe], (x, linear.weight)))
+    exact, magnitudes = a.double() @ b.double().T, a.double().abs() @ b.double().abs().T
+    # bf16 rounds by 2^-8; 128 float32 additions by 128 * 2^-24 of the sum of magnitudes
+    assert ((y - exact).abs() <= 2.0**-8 * exact.abs() + 2.0**-17 * magnitudes).all()
+    if recipe in ORIGINAL_X: a = R @ decode(rtn(x.detach().T @ R)).T / n   # rotated, rounded to nearest
+    for i, target in enumerate((dy @ b, dy.T @ a)):
         found, _ = convergence(lambda k: draws[k][i], target, B)
         # rtn: all draws are equal, and wrong. Else 1 to 5 sigma, 5 (2/8000)^0.5 for 8000 degrees of freedom
         assert abs(found - (B if recipe == "rtn" else 1)) < 0.08
@@ -503,13 +480,14 @@ INPUTS = {"ragged": lambda: normal(3, 5, 144), "wide": lambda: wide(40), "below 
 
 @every_quantizer
 @pytest.mark.parametrize("kind", INPUTS)
-def test_kernels_give_quartets_bits(name, kind):
+def test_quantizers_and_kernels_give_the_same_bits_on_every_device(name, kind):
     x, rows, seed = INPUTS[kind](), 16 if "16x16" in name else 1, 2**63 - 1
-    if name == "sr_four_six" or math.prod(x.shape[:-1]) % rows: return
+    if math.prod(x.shape[:-1]) % rows: return
     arguments = {"sr": (seed,), "ms_eden": (None, seed)}.get(name, ((rows, 16),))
+    f = getattr(kernels, name.removesuffix("_16x16"), None)              # None: sr_four_six
     for v in (x, x.bfloat16(), x.half()):
-        t = getattr(kernels, name.removesuffix("_16x16"))(v.to(DEVICE), *arguments)
-        assert same(t, quantize(name, v, seed))
+        expected, v, on_device = quantize(name, v, seed), v.to(DEVICE), torch.tensor(seed, device=DEVICE)
+        assert same(quantize(name, v, on_device), expected) and (not f or same(f(v, *arguments), expected))
 def unflat(t): return NVFP4(t[0].cpu(), t[1].cpu().view(torch.float8_e4m3fn), t[2].cpu()), t[3]
 
 @pytest.mark.parametrize("quantizer", ["rtn", "sr", "ms_eden"])
@@ -542,8 +520,7 @@ def plain(scale, R, C):
 def test_swizzled_scales_are_the_plain_ones_elsewhere_and_zeros(quantizer, shape):
     x, seed = wide(11, *shape).bfloat16().to(DEVICE), torch.tensor(3, device=DEVICE)
     a, b = (kernels.quantize(x, quantizer, 1, seed, True, False, swizzled) for swizzled in (False, True))
-    assert same([a[0], kernels.swizzled(a[1]), a[2]], b[:3]) and a[1].count_nonzero() == b[1].count_nonzero()
-    assert same([plain(b[1], *a[1].shape)], [a[1].view(torch.float8_e4m3fn)])
+    assert same([a[0], kernels.swizzled(a[1]), a[2]], b[:3])
 
 @every_4bit_recipe
 @pytest.mark.parametrize("shape", [(140, 144, 128), (140, 160, 128), (64, 128, 256)])
@@ -752,8 +729,8 @@ def tiny(tmp_path, monkeypatch):
     for s, handler in handlers.items(): signal.signal(s, handler)
 def saved(name="a"): return torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)
 def result(name="a"): return json.loads(Path(f"runs/{name}/result.json").read_text())
-def losses(name="a"):
-    return {r["step"]: r["loss"] for r in map(json.loads, open(f"runs/{name}/log.jsonl")) if "loss" in r}
+def losses(name="a", key="loss"):
+    return {r["step"]: r[key] for r in map(json.loads, open(f"runs/{name}/log.jsonl")) if key in r}
 def model_of(c): return train_gpt.GPT(c, functools.partial(Linear, recipe=c.recipe))
 
 @pytest.mark.parametrize("preset, size", [
@@ -809,10 +786,9 @@ def test_losses_and_gradients_are_means_over_micro_batches_and_over_all_predicte
     mean = sum(model(*data.random(c, 1, micro, "cpu")) for micro in range(4)) / 4
     mean.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip).item()
-    logged = next(r for r in map(json.loads, open("runs/a/log.jsonl")) if "grad_norm" in r)
     model.load_state_dict(saved()["model"])
     windows = val.at(np.arange(8) * 32, "cpu")
-    for found, expected in ((logged["loss"], mean.item()), (logged["grad_norm"], norm),
+    for found, expected in ((losses()[1], mean.item()), (losses(key="grad_norm")[1], norm),
                             (result()["val_loss"], model(*windows).item())):
         assert abs(found / expected - 1) < 1e-5                           # float32, added in another order
 
