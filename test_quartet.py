@@ -123,8 +123,7 @@ def test_quantizers_return_what_nvfp4_promises_exact_in_bf16(name):
 @every_quantizer
 def test_powers_of_two_move_the_tensor_scale_only(name):
     # decisions are made in a block's own unit: no square overflows at 2^100 or vanishes at 2^-100
-    x = normal(64, 512, seed=1)
-    expected = quantize(name, x)
+    expected = quantize(name, x := normal(64, 512, seed=1))
     for power in (100, -100, -119):                                      # -119 meets the least tensor scale
         t = quantize(name, x * 2.0**power)
         assert same(t[:1], expected[:1]) and torch.equal(decode(t) * 2.0**-power, decode(expected))
@@ -213,11 +212,14 @@ def test_codes_and_scales_equal_the_peers_formula(f, most, k):
 @pytest.mark.parametrize("name, nmse, bias", [                           # times 1e-3
     ("rtn", 9.0, -4.5), ("rtn_16x16", 12.4, -9.1), ("four_six", 7.6, -3.4), ("four_six_16x16", 12.4, -9.0),
     ("sr", 23.5, 0), ("ms_eden", 9.3, 0), ("sr_four_six", 17.5, 7.3)])
-def test_nmse_and_bias_on_normal_values(name, nmse, bias):
+def test_nmse_and_bias_on_normal_values(name, nmse, bias, monkeypatch):
     x = normal(1024, 1024, seed=3)
     error = decode(quantize(name, x, 1)) - x
     for (found, sigma), expected in ((relative(error.square(), x), nmse), (relative(error * x, x), bias)):
         assert abs(found - expected * 1e-3) < 0.05e-3 + 5 * sigma        # half the last digit, and 5 sigma
+    for c in (0.90, 0.96) if name == "ms_eden" else ():                  # EDEN_MAX, with 0.93, errs least
+        monkeypatch.setattr(quartet, "EDEN_MAX", quartet.SR_MAX / c)
+        assert F.mse_loss(decode(quantize(name, x, 1)), x) > error.square().mean()
 
 # ---- 5. Stochastic rounding --------------------------------------------------------------------------------
 def test_philox_known_answers_and_all_64_bits_of_seed_and_counter():
@@ -302,13 +304,6 @@ def test_eden_factor_is_per_block(monkeypatch):
     found, sigma = relative((ms_eden(x, None, 1) - x) * x, x)
     assert abs(found + 9e-4) < 0.5e-4 + 5 * sigma < 3e-4
 
-def test_eden_max_has_the_least_error(monkeypatch):
-    x, shipped, errors = normal(1024, 1024), quartet.EDEN_MAX, []
-    for c in (0.90, 0.93, 0.96):                                         # NMSE 9.47, 9.32, 9.58 (e-3)
-        monkeypatch.setattr(quartet, "EDEN_MAX", shipped * 0.93 / c)
-        errors.append(F.mse_loss(decode(ms_eden(x, None, 0)), x).item())
-    assert errors[1] < errors[0] < errors[2]
-
 @pytest.mark.parametrize("name", ["rht128", "rht128x2"])
 @pytest.mark.parametrize("kind", ["normal", "with a mean", "with outliers"])
 def test_ms_eden_averages_to_x(name, kind):
@@ -347,9 +342,7 @@ def step(linear, x, dy):                # y, dx, dw (and the bias's gradient)
     return y.detach(), *torch.autograd.grad(y, (x, *linear.parameters()), dy)
 
 def test_linear_is_nn_linear_but_for_its_recipe():
-    torch.manual_seed(0)
-    plain = torch.nn.Linear(128, 128)
-    torch.manual_seed(0)
+    with torch.random.fork_rng(): plain = torch.nn.Linear(128, 128)      # leaves the same state to Linear
     linear, (_, x, dy) = Linear(128, 128, bias=True, recipe="bf16"), layer("bf16", 50, 128)
     assert same(linear.parameters(), plain.parameters()) and same(step(linear, x, dy), step(plain, x, dy))
     linear.recipe = "quartet2"
@@ -751,11 +744,9 @@ def test_twenty_steps_lower_the_loss_also_from_output_projections_of_zeros(tiny,
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, monkeypatch, capsys, signum, code):
-    def in_the_middle_of_step_4(c, i, rate=train_gpt.learning_rate):
-        if i == 3: signal.raise_signal(signum)
-        return rate(c, i)
     tiny("--steps=8", "--name=straight")
-    monkeypatch.setattr(train_gpt, "learning_rate", in_the_middle_of_step_4)
+    rate, interrupt = train_gpt.learning_rate, lambda i: i == 3 and signal.raise_signal(signum)  # in step 4
+    monkeypatch.setattr(train_gpt, "learning_rate", lambda c, i: interrupt(i) or rate(c, i))
     with pytest.raises(SystemExit) as stop: tiny("--steps=8")
     assert stop.value.code == code and saved()["step"] == 4
     assert "python train_gpt.py resume runs/a" in capsys.readouterr().out
@@ -795,9 +786,7 @@ def test_losses_and_gradients_are_means_over_micro_batches_and_over_all_predicte
 def test_the_model_is_causal_and_starts_as_the_paper_says():
     c = train_gpt.Config(layers=2, width=256, heads=2, hidden=256, sequence=32)
     model, tokens = train_gpt.GPT(c), torch.randint(0, 256, (1, 32), generator=generator())
-    changed = tokens.clone()
-    changed[0, 20] ^= 1
-    same_until = (model(tokens) == model(changed)).all(-1)[0]
+    same_until = (model(tokens) == model(tokens ^ (torch.arange(32) == 20))).all(-1)[0]
     assert same_until[:20].all() and not same_until[20:].any()
     block = model.blocks[1]
     for w, std in ((model.head.weight, 0.02), (block.down.weight, 0.01), (block.up.weight, 0.02)):
@@ -825,9 +814,8 @@ def test_compare_trains_on_equal_terms_and_eval_prints_each_forward(tiny, capsys
     assert max(first) - min(first) < 0.02                                      # same weights, same data
     train_gpt.main(["resume", "a"])                                            # nothing is trained again
     assert os.stat("runs/a/bf16/result.json").st_mtime_ns == stamp
-    capsys.readouterr()
     train_gpt.main(["eval", "a/bf16", "--recipe=bf16,rtn,four_six"])
-    rows = [line.replace(",", " ").split() for line in capsys.readouterr().out.splitlines()[1:]]
+    rows = [line.replace(",", " ").split() for line in capsys.readouterr().out.splitlines()[-3:]]
     assert [r[0] for r in rows] == ["bf16", "rtn", "four_six"] and rows[0][2] == "0.0000"
     assert abs(float(rows[0][1]) - result("a/bf16")["val_loss"]) < 1e-4
     assert all(abs(math.exp(float(r[1])) / float(r[3]) - 1) < 1e-3 for r in rows)
@@ -838,11 +826,6 @@ def test_knobs_keep_blocks_and_the_last_steps_in_bf16(tiny, monkeypatch):
     monkeypatch.setattr(train_gpt.GPT, "forward", lambda m, *a: seen.append(recipes(m)) or forward(m, *a))
     tiny("--layers=2", "--bf16_blocks=1", "--bf16_end=0.5", "--steps=4", "--eval_every=9")
     assert seen[:4] == [["quartet2", "bf16"]] * 2 + [["bf16", "bf16"]] * 2
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny):
-    with pytest.raises(train_gpt.UserError, match="step 2: loss .* norm nan.*--lr"):
-        tiny("--lr=1e25", "--steps=9", "--save_every=1")
-    assert saved()["step"] == 1 and all(w.isfinite().all() for w in saved()["model"].values())
 
 @pytest.mark.parametrize("args, message", [
     ("--recipe=quartet", "unknown recipe 'quartet'.*did you mean 'quartet2'"), ("--steps", "needs a value"),
@@ -860,10 +843,12 @@ def test_mistakes_get_one_line_that_names_the_value_and_the_way_out(tiny, args, 
         train_gpt.main([*TINY, *args.split()])
     assert "\n" not in str(error.value) and [*Path("runs").rglob("*")] == [Path("runs/taken")]
 
-def test_bad_checkpoints_are_named_and_never_executed(tiny, tmp_path):
+def test_a_loss_that_is_not_finite_leaves_a_good_checkpoint_and_bad_ones_are_never_executed(tiny, tmp_path):
     class Evil:
         def __reduce__(self): return os.mkdir, (str(tmp_path / "hacked"),)
-    tiny("--steps=1")
+    with pytest.raises(train_gpt.UserError, match="step 2: loss .* norm nan.*--lr"):
+        tiny("--lr=1e25", "--steps=9", "--save_every=1")
+    assert saved()["step"] == 1 and all(w.isfinite().all() for w in saved()["model"].values())
     whole = (path := Path("runs/a/checkpoint.pt")).read_bytes()
     torch.save({"model": {}}, "other.pt")
     for content, args, message in (
