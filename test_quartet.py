@@ -186,22 +186,20 @@ def test_blocks_by_hand():
     t = ms_eden(x, R, 1)
     assert torch.equal(decode(t) @ R.T / n, x) and (unpack(t.codes).abs() == 6).all()
 
-def peers(x, top, tensor_scale):
-    """Scales E4M3(amax / top / tensor scale), values nearest onto them; errors; where scales are normal."""
-    x = x.view(len(x), -1, 16)
-    raw = x.abs().amax(-1) / top / tensor_scale                          # float32, the rest float64
-    s = nearest(raw, E4M3).double()
-    q = nearest(x / (s * tensor_scale).clamp(min=1e-99)[..., None], E2M1).double()
-    return q, s, (q * s[..., None] * tensor_scale - x).square().sum(-1), raw >= 2.0**-6
-
 @pytest.mark.parametrize("k", [-20, 0, 9])
 @pytest.mark.parametrize("f, most", [(rtn, 448), (four_six, 256)])
 def test_codes_and_scales_equal_the_peers_formula(f, most, k):
+    def peers(top):                     # E4M3(amax / top / tensor scale); nearest values; where s is normal
+        raw = b.abs().amax(-1) / top / 2.0**k                            # float32, the rest float64
+        s = nearest(raw, E4M3).double()
+        q = nearest(b / (s * 2.0**k).clamp(min=1e-99)[..., None], E2M1).double()
+        return q, s, (q * s[..., None] * 2.0**k - b).square().sum(-1), raw >= 2.0**-6
     x = wide(7) * 2.0 ** (k + 1)                                         # block scales also below 2^-6
     x[0, 0] = 6 * most * 2.0**k
-    t, (q, s, error, sure) = f(x), peers(x, 6.0, 2.0**k)
+    t, b = f(x), x.view(len(x), -1, 16)
+    q, s, error, sure = peers(6.0)
     if f is four_six:
-        q4, s4, error4, _ = peers(x, 4.0, 2.0**k)
+        q4, s4, error4, _ = peers(4.0)
         # float32 errors are off by 7 * 2^-24 of them (difference twice, square, 4 sums): within 14, a tie
         pick, sure = error4 < error, sure & ((error4 / error - 1).abs() > 14 * 2.0**-24)
         q, s = torch.where(pick[..., None], q4, q), torch.where(pick, s4, s)
@@ -724,7 +722,6 @@ def saved(name="a"): return torch.load(f"runs/{name}/checkpoint.pt", weights_onl
 def result(name="a"): return json.loads(Path(f"runs/{name}/result.json").read_text())
 def losses(name="a", key="loss"):
     return {r["step"]: r[key] for r in map(json.loads, open(f"runs/{name}/log.jsonl")) if key in r}
-def model_of(c): return train_gpt.GPT(c, functools.partial(Linear, recipe=c.recipe))
 
 @pytest.mark.parametrize("preset, size", [
     ("30m", 30_482_560), ("50m", 49_556_736), ("100m", 102_777_856), ("200m", 203_188_480),     # the C4 runs'
@@ -773,7 +770,7 @@ def test_losses_and_gradients_are_means_over_micro_batches_and_over_all_predicte
     tiny("--steps=1", "--tokens_per_step=512", "--recipe=bf16")           # validates 2 batches of 4
     c = train_gpt.Config(**saved()["config"])
     torch.manual_seed(c.seed)
-    model, data, val = model_of(c), train_gpt.Shards(c, "train"), train_gpt.Shards(c, "val")
+    model, data, val = train_gpt.GPT(c), train_gpt.Shards(c, "train"), train_gpt.Shards(c, "val")
     mean = sum(model(*data.random(c, 1, micro, "cpu")) for micro in range(4)) / 4
     mean.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip).item()
