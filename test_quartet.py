@@ -41,6 +41,7 @@ def normal(*shape, seed=0): return torch.randn(*shape, generator=generator(seed)
 def wide(octaves, rows=64, K=256):
     """N(0, 1) with rows times powers of two of 2^-octaves .. 2^octaves: block scales of all kinds."""
     return normal(rows, K) * 2.0 ** torch.linspace(-octaves, octaves, rows).round()[:, None]
+def with_value(x, value): return x.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(value))
 def nearest(v, grid):
     """The oracle: the value of an ascending grid nearest to |v|, with v's sign; ties: even index."""
     a, middle = v.abs().double().numpy(), (grid[1:] + grid[:-1]) / 2
@@ -102,13 +103,13 @@ def test_every_byte_with_every_scale_decodes_exactly_in_float32_and_bf16_and_pac
 
 @every_quantizer
 def test_quantizers_return_what_nvfp4_promises_exact_in_bf16(name):
-    huge = normal(32, 128).index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(-1e30))     # one value
+    huge = with_value(normal(32, 128), -1e30)
     for x in (wide(40), huge, normal(2, 16, 128) * 1e-30, wide(15) * 2.0**-119, torch.full((16, 128), 1e-42)):
         codes, scale, tensor_scale = t = quantize(name, x)
         assert codes.dtype == torch.uint8 and codes.shape == (*x.shape[:-1], x.shape[-1] // 2)
         assert scale.dtype == torch.float8_e4m3fn and scale.shape == (*x.shape[:-1], x.shape[-1] // 16)
-        assert tensor_scale.dtype == torch.float32 and tensor_scale.shape == () and tensor_scale >= 2.0**-123
-        assert math.frexp(tensor_scale.item())[0] == 0.5                 # a power of two
+        assert tensor_scale.dtype == torch.float32 and tensor_scale.shape == ()
+        assert tensor_scale >= 2.0**-123 and math.frexp(tensor_scale)[0] == 0.5     # a power of two
         assert not (codes & 15 == 8).any() and not (codes >> 4 == 8).any()  # no -0.0
         assert (scale.float() >= 0).all() and (x.abs().max() < 2.0**-112 or 240 <= scale.float().max() <= 448)
         assert torch.equal(decode(t, torch.bfloat16).float(), decode(t)) and decode(t).isfinite().all()
@@ -122,8 +123,7 @@ def test_quantizers_return_what_nvfp4_promises_exact_in_bf16(name):
 @every_quantizer
 def test_powers_of_two_move_the_tensor_scale_only(name):
     # decisions are made in a block's own unit: no square overflows at 2^100 or vanishes at 2^-100
-    x = normal(64, 512, seed=1)
-    expected = quantize(name, x)
+    expected = quantize(name, x := normal(64, 512, seed=1))
     for power in (100, -100, -119):                                      # -119 meets the least tensor scale
         t = quantize(name, x * 2.0**power)
         assert same(t[:1], expected[:1]) and torch.equal(decode(t) * 2.0**-power, decode(expected))
@@ -132,12 +132,10 @@ def test_powers_of_two_move_the_tensor_scale_only(name):
 @every_quantizer
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_value_that_is_not_finite_makes_all_decode_to_nan(name, value):
-    x = normal(32, 256)
-    x[17, 130] = value
-    t = quantize(name, x)
-    assert decode(t).isnan().all() and decode(t, torch.bfloat16).isnan().all()
-    assert not t.codes.any() and not t.block_scale.view(torch.uint8).any()
-    assert decode(ms_eden(x, rotation("rht128", generator())[0], 0)).isnan().all()
+    x = with_value(normal(32, 256), value)
+    for t in quantize(name, x), ms_eden(x, rotation("rht128", generator())[0], 0):
+        assert decode(t).isnan().all() and decode(t, torch.bfloat16).isnan().all()
+        assert not t.codes.any() and not t.block_scale.view(torch.uint8).any()
 
 @pytest.mark.parametrize("f", [rtn, four_six])
 def test_16x16_blocks_have_the_same_codes_transposed(f):                 # 4/6: but for ties to the last bit
@@ -165,9 +163,6 @@ def test_sums_and_quotients_are_rounded_as_stated(device):
     (lambda: ms_eden(torch.ones(4, 64), rotation("rht128")[0], 0), r"\(4, 64\).*pad.*128"),
     (lambda: rotation("rht64"), "rht64.*rht16, rht32, rht128"),
     (lambda: Linear(100, 128), r"\(100, 128\).*quartet2.*in_features % 16.*bf16.*skip"),
-    (lambda: Linear(128, 192), r"\(128, 192\).*out_features % 128"),
-    (lambda: Linear(128, 24, recipe="nvidia"), r"\(128, 24\).*out_features % 16"),
-    (lambda: Linear(128, 128, recipe="fp4"), "fp4.*bf16, rtn, nvidia, four_six, tetrajet2, quartet2"),
     (lambda: Linear(128, 128, backend="cuda"), "cuda.*auto, torch, triton"),
     (lambda: Linear(128, 128)(torch.ones(4, 64)), r"128.*\(4, 64\)"),
     (lambda: Linear(128, 128)(torch.ones(4, 128, dtype=torch.int64)), "int64")])
@@ -175,48 +170,36 @@ def test_what_cannot_be_done_is_an_error_that_names_the_way_out(call, error):
     with pytest.raises(ValueError, match=error): call()
 
 # ---- 3, 4. RTN and Four Over Six ---------------------------------------------------------------------------
-def block_of(*values): return torch.tensor([[*values, *[0.0] * (16 - len(values))]])
-
 def test_blocks_by_hand():
-    x = block_of(6, -6, 5, 3.5, 2.5, 1.75, 1.25, 0.75, 0.25, -0.25, -0.3, 0, -0.0, 4.9, 1e-9, -3)
-    q = block_of(6, -6, 4, 4.0, 2.0, 2.00, 1.00, 1.00, 0.00, 0.000, -0.5, 0, 0.00, 4.0, 0.00, -3)
+    x = torch.tensor([[6, -6, 5, 3.5, 2.5, 1.75, 1.25, 0.75, 0.25, -0.25, -0.3, 0, -0.0, 4.9, 1e-9, -3]])
     t = rtn(x)                                                           # scale 1 = 256 (byte 0x78) * 2^-8
     assert t.codes.tolist() == [[0xF7, 0x66, 0x44, 0x22, 0x00, 0x09, 0x60, 0xD0]]
     assert t.block_scale.view(torch.uint8).tolist() == [[0x78]] and t.tensor_scale == 2.0**-8
-    assert torch.equal(decode(t), q) and torch.equal(decode(rtn(3 * x)), 3 * q)
     for eighths in range(8, 16):                                         # block scale 1 to 1.875, the largest
         t = rtn(torch.full((1, 16), 6 * eighths / 8))                    # 1.875 * 256 > 448
         expected = (1 / 256, 32 * eighths) if eighths < 15 else (1 / 128, 240)
         assert (t.tensor_scale.item(), t.block_scale.float().item()) == expected
     assert four_six(torch.tensor([6.0, 3.0] * 8)).codes.tolist() == [0x57] * 8  # exact onto 6 and 4: a tie
-    # 6 5 -5: scale 1 makes it 6 4 -4, error 2; scale 1.5, onto 4 3 -3, makes it 6 4.5 -4.5, error 0.5
-    t = four_six(block_of(6, 5, -5))
-    assert decode(t)[0, :3].tolist() == [6, 4.5, -4.5] and t.codes[0, :2].tolist() == [0x56, 0x0D]
-    # 4 3 2: exact onto 4; onto 6 the scale 2/3 becomes 11/16, and 4 becomes 4.125
-    assert torch.equal(decode(four_six(block_of(4, 3, 2))), block_of(4, 3, 2))
-    assert decode(rtn(block_of(4, 3, 2)))[0, 0] == 4.125
     # one value a group is +-6 all over after one round; its MS-EDEN scale 6 / 6.07 times S = 6.07 / 6 is 1
     R, n = rotation("rht128", generator())
     x = F.one_hot(torch.tensor([5, 77]), 128) * torch.tensor([[6.0], [-1.5]])
     t = ms_eden(x, R, 1)
     assert torch.equal(decode(t) @ R.T / n, x) and (unpack(t.codes).abs() == 6).all()
 
-def peers(x, top, tensor_scale):
-    """Scales E4M3(amax / top / tensor scale), values nearest onto them; errors; where scales are normal."""
-    x = x.view(len(x), -1, 16)
-    raw = x.abs().amax(-1) / top / tensor_scale                          # float32, the rest float64
-    s = nearest(raw, E4M3).double()
-    q = nearest(x / (s * tensor_scale).clamp(min=1e-99)[..., None], E2M1).double()
-    return q, s, (q * s[..., None] * tensor_scale - x).square().sum(-1), raw >= 2.0**-6
-
 @pytest.mark.parametrize("k", [-20, 0, 9])
 @pytest.mark.parametrize("f, most", [(rtn, 448), (four_six, 256)])
 def test_codes_and_scales_equal_the_peers_formula(f, most, k):
+    def peers(top):                     # E4M3(amax / top / tensor scale); nearest values; where s is normal
+        raw = b.abs().amax(-1) / top / 2.0**k                            # float32, the rest float64
+        s = nearest(raw, E4M3).double()
+        q = nearest(b / (s * 2.0**k).clamp(min=1e-99)[..., None], E2M1).double()
+        return q, s, (q * s[..., None] * 2.0**k - b).square().sum(-1), raw >= 2.0**-6
     x = wide(7) * 2.0 ** (k + 1)                                         # block scales also below 2^-6
     x[0, 0] = 6 * most * 2.0**k
-    t, (q, s, error, sure) = f(x), peers(x, 6.0, 2.0**k)
+    t, b = f(x), x.view(len(x), -1, 16)
+    q, s, error, sure = peers(6.0)
     if f is four_six:
-        q4, s4, error4, _ = peers(x, 4.0, 2.0**k)
+        q4, s4, error4, _ = peers(4.0)
         # float32 errors are off by 7 * 2^-24 of them (difference twice, square, 4 sums): within 14, a tie
         pick, sure = error4 < error, sure & ((error4 / error - 1).abs() > 14 * 2.0**-24)
         q, s = torch.where(pick[..., None], q4, q), torch.where(pick, s4, s)
@@ -227,11 +210,14 @@ def test_codes_and_scales_equal_the_peers_formula(f, most, k):
 @pytest.mark.parametrize("name, nmse, bias", [                           # times 1e-3
     ("rtn", 9.0, -4.5), ("rtn_16x16", 12.4, -9.1), ("four_six", 7.6, -3.4), ("four_six_16x16", 12.4, -9.0),
     ("sr", 23.5, 0), ("ms_eden", 9.3, 0), ("sr_four_six", 17.5, 7.3)])
-def test_nmse_and_bias_on_normal_values(name, nmse, bias):
+def test_nmse_and_bias_on_normal_values(name, nmse, bias, monkeypatch):
     x = normal(1024, 1024, seed=3)
     error = decode(quantize(name, x, 1)) - x
     for (found, sigma), expected in ((relative(error.square(), x), nmse), (relative(error * x, x), bias)):
         assert abs(found - expected * 1e-3) < 0.05e-3 + 5 * sigma        # half the last digit, and 5 sigma
+    for c in (0.90, 0.96) if name == "ms_eden" else ():                  # EDEN_MAX, with 0.93, errs least
+        monkeypatch.setattr(quartet, "EDEN_MAX", quartet.SR_MAX / c)
+        assert F.mse_loss(decode(quantize(name, x, 1)), x) > error.square().mean()
 
 # ---- 5. Stochastic rounding --------------------------------------------------------------------------------
 def test_philox_known_answers_and_all_64_bits_of_seed_and_counter():
@@ -316,13 +302,6 @@ def test_eden_factor_is_per_block(monkeypatch):
     found, sigma = relative((ms_eden(x, None, 1) - x) * x, x)
     assert abs(found + 9e-4) < 0.5e-4 + 5 * sigma < 3e-4
 
-def test_eden_max_has_the_least_error(monkeypatch):
-    x, shipped, errors = normal(1024, 1024), quartet.EDEN_MAX, []
-    for c in (0.90, 0.93, 0.96):                                         # NMSE 9.47, 9.32, 9.58 (e-3)
-        monkeypatch.setattr(quartet, "EDEN_MAX", shipped * 0.93 / c)
-        errors.append(F.mse_loss(decode(ms_eden(x, None, 0)), x).item())
-    assert errors[1] < errors[0] < errors[2]
-
 @pytest.mark.parametrize("name", ["rht128", "rht128x2"])
 @pytest.mark.parametrize("kind", ["normal", "with a mean", "with outliers"])
 def test_ms_eden_averages_to_x(name, kind):
@@ -344,15 +323,6 @@ def test_no_quantizer_needs_many_copies_of_its_input():
         peak = np.cumsum([e.nbytes() for e in events if e.name() == "[memory]"]).max()
         assert 1 < peak / x.nbytes < most
 
-@every_quantizer
-def test_quantizers_give_the_same_bits_on_every_device(name, device):
-    x, seed = wide(20), 2**40 + 3
-    t, expected = quantize(name, x.to(device), torch.tensor(seed, device=device)), quantize(name, x, seed)
-    assert t.codes.device.type == device and same(t, expected)      # with the seed as a tensor, too
-    assert torch.equal(decode(t, torch.bfloat16).cpu(), decode(expected, torch.bfloat16))
-    x, (R, n) = (normal(64, 256) * 9).round(), rotation("rht128x2", generator())  # x R: exact integers
-    assert same(ms_eden(x.to(device), R.to(device), seed), ms_eden(x, R, seed))
-
 # ---- 8, 9. Recipes and the linear layer --------------------------------------------------------------------
 FORWARD = dict(rtn=("rtn", "rtn"), nvidia=("rtn", "rtn_16x16"), four_six=("four_six", "four_six_16x16"),
                tetrajet2=("rtn", "rtn"), quartet2=("four_six", "four_six"))  # quantizers of x, w
@@ -368,13 +338,9 @@ def step(linear, x, dy):                # y, dx, dw (and the bias's gradient)
     torch.manual_seed(0)
     y = linear(x)
     return y.detach(), *torch.autograd.grad(y, (x, *linear.parameters()), dy)
-def decoded_operands(recipe, *operands):
-    return (decode(quantize(q, t.detach())) for q, t in zip(FORWARD[recipe], operands))
 
 def test_linear_is_nn_linear_but_for_its_recipe():
-    torch.manual_seed(0)
-    plain = torch.nn.Linear(128, 128)
-    torch.manual_seed(0)
+    with torch.random.fork_rng(): plain = torch.nn.Linear(128, 128)      # leaves the same state to Linear
     linear, (_, x, dy) = Linear(128, 128, bias=True, recipe="bf16"), layer("bf16", 50, 128)
     assert same(linear.parameters(), plain.parameters()) and same(step(linear, x, dy), step(plain, x, dy))
     linear.recipe = "quartet2"
@@ -383,31 +349,24 @@ def test_linear_is_nn_linear_but_for_its_recipe():
     assert "recipe='quartet2'" in repr(again) and same(step(again, x, dy), step(linear, x, dy))
 
 @every_4bit_recipe
-def test_y_is_the_product_of_the_decoded_operands_and_backward_keeps_those_or_x_in_bf16(recipe, device):
-    (linear, x, _), kept = layer(recipe, 50, 128, device=device), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
-        y = linear(x)
-    a, b = (t.double() for t in decoded_operands(recipe, x, linear.weight))
-    # bf16 rounds by 2^-8; 128 float32 additions by 128 * 2^-24 of the sum of magnitudes
-    assert ((y - a @ b.T).abs() <= 2.0**-8 * (a @ b.T).abs() + 2.0**-17 * (a.abs() @ b.abs().T)).all()
-    nvfp4 = lambda t: t.numel() * 4.5 / 8 + 4
-    assert sum(kept) == nvfp4(linear.weight) + (x.numel() * 2 if recipe in ORIGINAL_X else nvfp4(x))
-
-@every_4bit_recipe
-def test_gradients_average_to_what_the_recipe_promises_without_synchronisation(recipe, device, monkeypatch):
-    (linear, x, dy), B = layer(recipe, 128, 128, device=device), 64
-    a, b = decoded_operands(recipe, x, linear.weight)
-    dx, dw = dy @ b, dy.T @ a                                            # those of the quantized forward
-    if recipe in ORIGINAL_X:                                             # x is rotated and rounded to nearest
-        R, n = rotation("rht16", torch.Generator(device).manual_seed(0))
-        monkeypatch.setattr(quartet, "rotation_from", lambda name, signs: (R, n))
-        dw = (dy.T @ R) @ decode(rtn(x.detach().T @ R)).T / n
+def test_y_and_mean_gradients_are_those_of_what_is_kept_without_synchronisation(recipe, device, monkeypatch):
+    (linear, x, dy), kept, B = layer(recipe, 128, 128, device=device), [], 64
+    R, n = rotation("rht16", torch.Generator(device).manual_seed(0))
+    if recipe in ORIGINAL_X: monkeypatch.setattr(quartet, "rotation_from", lambda name, signs: (R, n))
     step(linear, x, dy)                                                  # cuBLAS sets itself up
     if device == "cuda": torch.cuda.set_sync_debug_mode("error")
-    y = linear(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        y = linear(x)
     draws = [torch.autograd.grad(y, (x, linear.weight), dy, retain_graph=True) for _ in range(B)]
     if device == "cuda": torch.cuda.set_sync_debug_mode("default")
-    for i, target in enumerate((dx, dw)):
+    nvfp4 = lambda t: t.numel() * 4.5 / 8 + 4
+    assert sum(kept) == nvfp4(linear.weight) + (x.numel() * 2 if recipe in ORIGINAL_X else nvfp4(x))
+    a, b = (decode(quantize(q, t.detach())) for q, t in zip(FORWARD[recipe], (x, linear.weight)))
+    exact, magnitudes = a.double() @ b.double().T, a.double().abs() @ b.double().abs().T
+    # bf16 rounds by 2^-8; 128 float32 additions by 128 * 2^-24 of the sum of magnitudes
+    assert ((y - exact).abs() <= 2.0**-8 * exact.abs() + 2.0**-17 * magnitudes).all()
+    if recipe in ORIGINAL_X: a = R @ decode(rtn(x.detach().T @ R)).T / n   # rotated, rounded to nearest
+    for i, target in enumerate((dy @ b, dy.T @ a)):
         found, _ = convergence(lambda k: draws[k][i], target, B)
         # rtn: all draws are equal, and wrong. Else 1 to 5 sigma, 5 (2/8000)^0.5 for 8000 degrees of freedom
         assert abs(found - (B if recipe == "rtn" else 1)) < 0.08
@@ -493,7 +452,8 @@ def test_quantize_model_switches_linears_in_place():
 
 @pytest.mark.parametrize("recipe, skip, error", [
     ("quartet2", ["layer"], "'layer'"), ("quartet2", [], "layers.0.1.*128, 32.*out_features % 128"),
-    ("nvidia", [], r"head\(32, 100\)"), ("fp4", [], "fp4"), ("rtn", ["head", "layers.11"], "'layers.11'")])
+    ("nvidia", [], r"head\(32, 100\).*out_features % 16"), ("rtn", ["head", "layers.11"], "'layers.11'"),
+    ("fp4", [], "fp4.*bf16, rtn, nvidia, four_six, tetrajet2, quartet2")])
 def test_quantize_model_changes_nothing_where_it_cannot_change_all(recipe, skip, error):
     model = transformer(100)
     with pytest.raises(ValueError, match=error): quantize_model(model, recipe, skip)
@@ -503,7 +463,6 @@ def test_quantize_model_changes_nothing_where_it_cannot_change_all(recipe, skip,
 # ---- kernels.py: on a GPU, or interpreted ------------------------------------------------------------------
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")      # numpy's, of NaN
 
-def with_value(x, value): return x.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(value))
 INPUTS = {"ragged": lambda: normal(3, 5, 144), "wide": lambda: wide(40), "below E4M3": lambda: wide(11),
           "zeros": lambda: torch.zeros(16, 128), "nothing": lambda: torch.zeros(0, 16),
           "tiny": lambda: torch.full((16, 128), 1e-42), "huge": lambda: with_value(wide(3), 1e30),
@@ -512,50 +471,34 @@ INPUTS = {"ragged": lambda: normal(3, 5, 144), "wide": lambda: wide(40), "below 
 
 @every_quantizer
 @pytest.mark.parametrize("kind", INPUTS)
-def test_kernels_give_quartets_bits(name, kind):
-    x = INPUTS[kind]()
-    if name == "sr_four_six" or name.endswith("16x16") and math.prod(x.shape[:-1]) % 16: return
-    call = {**dict.fromkeys(QUANTIZERS, ()), "sr": (2**40 + 3,), "ms_eden": (None, 2**63 - 1)}[name]
-    call = call + ((16, 16),) * name.endswith("16x16")
-    f, reference = (getattr(module, name.removesuffix("_16x16")) for module in (kernels, quartet))
+def test_quantizers_and_kernels_give_the_same_bits_on_every_device(name, kind):
+    x, rows, seed = INPUTS[kind](), 16 if "16x16" in name else 1, 2**63 - 1
+    if math.prod(x.shape[:-1]) % rows: return
+    arguments = {"sr": (seed,), "ms_eden": (None, seed)}.get(name, ((rows, 16),))
+    f = getattr(kernels, name.removesuffix("_16x16"), None)              # None: sr_four_six
     for v in (x, x.bfloat16(), x.half()):
-        assert same(f(v.to(DEVICE), *call), reference(v, *call))
+        expected, v, on_device = quantize(name, v, seed), v.to(DEVICE), torch.tensor(seed, device=DEVICE)
+        assert same(quantize(name, v, on_device), expected) and (not f or same(f(v, *arguments), expected))
 def unflat(t): return NVFP4(t[0].cpu(), t[1].cpu().view(torch.float8_e4m3fn), t[2].cpu()), t[3]
 
 @pytest.mark.parametrize("quantizer", ["rtn", "sr", "ms_eden"])
 @pytest.mark.parametrize("name", ROTATIONS)
 @pytest.mark.parametrize("size", [1, 2.0**-16])                          # of some rows: sub-normal scales
-def test_one_read_rotates_and_quantizes_both_ways_and_what_is_packed_again(quantizer, name, size):
-    g, M, N = generator(), 140, 256
-    x = torch.randint(-9, 10, (M, N), generator=g).float()               # integers: x R is exact
+def test_one_read_rotates_and_quantizes_both_ways(quantizer, name, size):
+    g = generator()
+    x = torch.randint(-9, 10, (140, 256), generator=g).float()           # integers: x R is exact
     x[:, 128:] *= size
     x[64:] *= size
     seeds, (R1, n), (R2, n) = torch.tensor([5, 2**40 + 1]), rotation(name, g), rotation(name, g)
     arguments = lambda i, R: (quantizer, kernels.permuted(R).to(DEVICE), seeds[i].to(DEVICE))
-    source = [x.bfloat16().to(DEVICE)]
-    both = kernels.rotate_quantize(source, *arguments(0, R1), *arguments(1, R2), 1 / n, True, True)
+    both = kernels.rotate_quantize([x.bfloat16().to(DEVICE)], *arguments(0, R1), *arguments(1, R2), 1 / n,
+                                   True, True)
     (first, a), (second, b) = unflat(both[:4]), unflat(both[4:])
     assert same(first, quartet.QUANTIZERS[quantizer](x, R1, seeds[0]))
     expected = quartet.QUANTIZERS[quantizer](F.pad(x, (0, 0, 0, 116)).T, R2, seeds[1])
     assert same(second, expected._replace(tensor_scale=expected.tensor_scale / n))
     assert same([a, b], [decode(first, torch.bfloat16), decode(second, torch.bfloat16)])
     assert size == 1 or (second.block_scale.float() < 2.0**-6).any()
-    if size < 1: return                                                  # below, sums would not be exact
-    t = rtn(x)
-    packed = [t.codes.to(DEVICE), t.block_scale.view(torch.uint8).to(DEVICE), t.tensor_scale.to(DEVICE)]
-    again = kernels.rotate_quantize(packed, "", None, None, *arguments(0, R1), 1.0, True, True)
-    expected = quartet.QUANTIZERS[quantizer](F.pad(decode(t), (0, 0, 0, 116)).T, R1, seeds[0])
-    assert same(unflat(again)[0], expected)
-
-@every_4bit_recipe
-@pytest.mark.parametrize("shape", [(140, 144, 128), (64, 128, 256)])
-def test_linear_gives_the_same_bits_with_both_backends(recipe, shape):
-    M, K, N = shape
-    x, w, dy = (torch.randint(-9, 10, s, generator=generator(), device="cpu").float().to(DEVICE)
-                for s in ((M, K), (N, K), (M, N)))
-    linears = [Linear(K, N, recipe=recipe, backend=b, device=DEVICE) for b in ("torch", "triton")]
-    for linear in linears: linear.weight.data = w
-    assert same(*(step(linear, x.requires_grad_(), dy) for linear in linears))
 
 def plain(scale, R, C):
     """Swizzled scales, any dtype -> (R, C), by the formula of torch.nn.functional.scaled_mm."""
@@ -566,30 +509,31 @@ def plain(scale, R, C):
 @pytest.mark.parametrize("shape", [(140, 96), (256, 320)])
 @pytest.mark.parametrize("quantizer", ["rtn", "ms_eden"])
 def test_swizzled_scales_are_the_plain_ones_elsewhere_and_zeros(quantizer, shape):
-    x, seeds = wide(11, *shape).bfloat16().to(DEVICE), torch.tensor([3, 4], device=DEVICE)
-    a, b = (kernels.quantize(x, quantizer, 1, seeds[0], True, False, swizzled) for swizzled in (False, True))
-    assert same([a[0], kernels.swizzled(a[1]), a[2]], b[:3]) and a[1].count_nonzero() == b[1].count_nonzero()
-    assert same([plain(b[1], *a[1].shape)], [a[1].view(torch.float8_e4m3fn)])
-    R = kernels.permuted(rotation("rht128", generator())[0]).to(DEVICE)
-    assert same(*(kernels.rotate_quantize(t[:3], "", None, None, quantizer, R, seeds[1], 1.0, True, True)
-                  for t in (a, b)))
+    x, seed = wide(11, *shape).bfloat16().to(DEVICE), torch.tensor(3, device=DEVICE)
+    a, b = (kernels.quantize(x, quantizer, 1, seed, True, False, swizzled) for swizzled in (False, True))
+    assert same([a[0], kernels.swizzled(a[1]), a[2]], b[:3])
 
 @every_4bit_recipe
-def test_linear_gives_the_same_bits_on_fp4_tensor_cores(recipe, monkeypatch):       # these imitated
+@pytest.mark.parametrize("shape", [(140, 144, 128), (140, 160, 128), (64, 128, 256)])
+def test_linear_gives_the_same_bits_with_kernels_and_on_fp4_tensor_cores(recipe, shape, monkeypatch):
     real, meta = F.scaled_mm, lambda t: [*map(meta, t)] if isinstance(t, list) else t.to("meta")
-    def scaled_mm(a, b, a_scales, kinds, b_scales, *rest):
+    def scaled_mm(a, b, a_scales, kinds, b_scales, *rest):                          # imitates FP4 ones
         real(meta(a), meta(b), meta(a_scales), kinds, meta(b_scales), *rest)        # accepts them
         return quartet.matmul(*(NVFP4(t.view(torch.uint8), plain(s, len(t), t.shape[1] // 8), tensor_scale)
                                 for t, (s, tensor_scale) in ((a, a_scales), (b.T, b_scales))))
     monkeypatch.setattr(F, "scaled_mm", scaled_mm)
-    x, w, dy = (normal(*s).to(DEVICE) for s in ((140, 160), (128, 160), (140, 128)))
-    linear, results = Linear(160, 128, recipe=recipe, backend="triton", device=DEVICE), []
-    linear.weight.data = w
-    for native in False, True:
+    M, K, N = shape
+    x, w, dy = (torch.randint(-9, 10, s, generator=generator()).float().to(DEVICE)      # x R is exact
+                for s in ((M, K), (N, K), (M, N)))
+    reference, linear = (Linear(K, N, recipe=recipe, backend=b, device=DEVICE) for b in ("torch", "triton"))
+    reference.weight.data = linear.weight.data = w
+    expected = step(reference, x.requires_grad_(), dy)
+    for native in (False, True) if K % 32 == 0 else (False,):
         monkeypatch.setattr(kernels, "native", lambda w: native)
-        results.append(step(linear, x.requires_grad_(), dy))
-    results.append(step(torch.compile(linear, backend="aot_eager", fullgraph=True), x, dy))
-    assert same(*results[:2]) and same(*results[1:])
+        assert same(step(linear, x, dy), expected)
+        with quartet.quantized_weights(linear): assert same(step(linear, x, dy), expected)
+    torch._dynamo.reset()
+    assert same(step(torch.compile(linear, backend="aot_eager", fullgraph=True), x, dy), expected)
 
 def test_gemm_multiplies_what_it_is_given(monkeypatch):                             # interpreted: E4M3 scales
     if GPU and kernels.major(torch.device("cuda")) < 10: pytest.skip("no FP4 tensor cores here")
@@ -669,8 +613,8 @@ def test_the_backends_train_as_much_alike_as_sums_in_another_order(recipe, monke
                 rotate(x * (torch.arange(x.shape[-1], device=x.device) % 2), R)
                 + rotate(x * (torch.arange(1, x.shape[-1] + 1, device=x.device) % 2), R)))
         torch.manual_seed(0)
-        linear = functools.partial(Linear, recipe=recipe, backend="triton" if backend == "triton" else "torch")
-        model = train_gpt.GPT(c, linear).cuda()
+        who = "triton" if backend == "triton" else "torch"
+        model = train_gpt.GPT(c, functools.partial(Linear, recipe=recipe, backend=who)).cuda()
         optimizer = train_gpt.make_optimizer(model, c, "cuda")
         for i in range(c.steps):
             for group in optimizer.param_groups: group["lr"] = train_gpt.learning_rate(c, i)
@@ -716,23 +660,22 @@ def shard_of(*documents): return shard([*b"".join(d + b"\0" for d in documents)]
 def files_in(directory): return sorted(path.name for path in directory.iterdir())
 
 def test_shard_round_trip_and_an_interrupted_write_leaves_the_old_one(tmp_path, monkeypatch):
-    path, tokens = tmp_path / "x.bin", np.array([0, 255, 256, 50256, 65535])
+    path, tokens = tmp_path / "python_val_000000.bin", np.array([0, 255, 256, 50256, 65535])
+    with pytest.raises(ValueError, match=f"^{path} is missing: run python data/prepare.py python$"):
+        prepare.check_shard(path)
     prepare.write_shard(path, tokens)
     monkeypatch.delattr(prepare.os, "replace")
     with pytest.raises(AttributeError): prepare.write_shard(path, np.arange(9))
     assert prepare.check_shard(path) == 5 and path.read_bytes() == shard(tokens)
 
 @pytest.mark.parametrize("data, fault", [
-    (None, "is missing: run python data/prepare.py python$"), (b"", "is empty"),
-    (shard()[:1023], "1023 bytes, less than a header"), (shard(magic=7), "begins with 7, not 20240520"),
-    (shard(version=2), "version 2, not 1"), (shard()[:-4], "header says 3 tokens, the file holds 1:"),
-    (shard()[:-1], "header says 3 tokens, the file holds 2.5:"), (shard(()), "header says 0 tokens"),
-    (shard(n=2), "header says 2 tokens, the file holds 3:")])
+    (b"", "is empty"), (shard()[:1023], "1023 bytes, less than a header of 1024"),
+    (shard(magic=7), "begins with 7, not 20240520"), (shard(version=2), "version 2, not 1"),
+    (shard(()), "says 0 tokens, the file holds 0"), (shard(n=2), "says 2 tokens, the file holds 3"),
+    (shard()[:-1], "says 3 tokens, the file holds 2.5"), (shard()[:-4], "says 3 tokens, the file holds 1")])
 def test_bad_shard_is_named_with_its_fault_and_the_way_out(tmp_path, data, fault):
-    path = tmp_path / "python_train_000000.bin"
-    if data is not None: path.write_bytes(data)
-    message = f"^{re.escape(str(path))} .*{fault}"
-    if data is not None: message += ".*delete it and run python data/prepare.py python again$"
+    (path := tmp_path / "python_train_000000.bin").write_bytes(data)
+    message = f"^{path} .*{fault}: delete it and run python data/prepare.py python again$"
     with pytest.raises(ValueError, match=message): prepare.check_shard(path)
 
 XZ = "my.txt.xz", lzma.compress(b"\nA:\nlonger one\n\n \r\n\n  B:\nspeech\n")
@@ -859,9 +802,8 @@ def tiny(tmp_path, monkeypatch):
     for s, handler in handlers.items(): signal.signal(s, handler)
 def saved(name="a"): return torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)
 def result(name="a"): return json.loads(Path(f"runs/{name}/result.json").read_text())
-def losses(name="a"):
-    return {r["step"]: r["loss"] for r in map(json.loads, open(f"runs/{name}/log.jsonl")) if "loss" in r}
-def model_of(c): return train_gpt.GPT(c, functools.partial(Linear, recipe=c.recipe))
+def losses(name="a", key="loss"):
+    return {r["step"]: r[key] for r in map(json.loads, open(f"runs/{name}/log.jsonl")) if key in r}
 
 @pytest.mark.parametrize("preset, size", [
     ("30m", 30_482_560), ("50m", 49_556_736), ("100m", 102_777_856), ("200m", 203_188_480),     # the C4 runs'
@@ -873,23 +815,17 @@ def test_presets_have_the_sizes_of_the_paper(preset, size):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("zeros", [False, True])
 def test_twenty_steps_lower_the_loss_also_from_output_projections_of_zeros(tiny, monkeypatch, recipe, zeros):
-    def from_zeros(*args, GPT=train_gpt.GPT):
-        model = GPT(*args)
-        for block in model.blocks: block.out.weight.data *= 0
-        for block in model.blocks: block.down.weight.data *= 0
-        return model
-    if zeros: monkeypatch.setattr(train_gpt, "GPT", from_zeros)
+    def initial(w, mean=0.0, std=1.0): w.data.normal_(mean, 0.0 if std == 0.01 else std)     # 0.02 / 2
+    if zeros: monkeypatch.setattr(torch.nn.init, "normal_", initial)
     tiny("--layers=2", "--steps=20", f"--recipe={recipe}")
     assert sorted(losses()) == [*range(1, 21)] and losses()[20] < losses()[1] - 1.5  # from log 256 = 5.5 nats
     assert all(w.any() for w in saved()["model"].values())
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, monkeypatch, capsys, signum, code):
-    def in_the_middle_of_step_4(c, i, rate=train_gpt.learning_rate):
-        if i == 3: signal.raise_signal(signum)
-        return rate(c, i)
     tiny("--steps=8", "--name=straight")
-    monkeypatch.setattr(train_gpt, "learning_rate", in_the_middle_of_step_4)
+    rate, interrupt = train_gpt.learning_rate, lambda i: i == 3 and signal.raise_signal(signum)  # in step 4
+    monkeypatch.setattr(train_gpt, "learning_rate", lambda c, i: interrupt(i) or rate(c, i))
     with pytest.raises(SystemExit) as stop: tiny("--steps=8")
     assert stop.value.code == code and saved()["step"] == 4
     assert "python train_gpt.py resume runs/a" in capsys.readouterr().out
@@ -916,23 +852,20 @@ def test_losses_and_gradients_are_means_over_micro_batches_and_over_all_predicte
     tiny("--steps=1", "--tokens_per_step=512", "--recipe=bf16")           # validates 2 batches of 4
     c = train_gpt.Config(**saved()["config"])
     torch.manual_seed(c.seed)
-    model, data, val = model_of(c), train_gpt.Shards(c, "train"), train_gpt.Shards(c, "val")
+    model, data, val = train_gpt.GPT(c), train_gpt.Shards(c, "train"), train_gpt.Shards(c, "val")
     mean = sum(model(*data.random(c, 1, micro, "cpu")) for micro in range(4)) / 4
     mean.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip).item()
-    logged = next(r for r in map(json.loads, open("runs/a/log.jsonl")) if "grad_norm" in r)
     model.load_state_dict(saved()["model"])
     windows = val.at(np.arange(8) * 32, "cpu")
-    for found, expected in ((logged["loss"], mean.item()), (logged["grad_norm"], norm),
+    for found, expected in ((losses()[1], mean.item()), (losses(key="grad_norm")[1], norm),
                             (result()["val_loss"], model(*windows).item())):
         assert abs(found / expected - 1) < 1e-5                           # float32, added in another order
 
 def test_the_model_is_causal_and_starts_as_the_paper_says():
     c = train_gpt.Config(layers=2, width=256, heads=2, hidden=256, sequence=32)
     model, tokens = train_gpt.GPT(c), torch.randint(0, 256, (1, 32), generator=generator())
-    changed = tokens.clone()
-    changed[0, 20] ^= 1
-    same_until = (model(tokens) == model(changed)).all(-1)[0]
+    same_until = (model(tokens) == model(tokens ^ (torch.arange(32) == 20))).all(-1)[0]
     assert same_until[:20].all() and not same_until[20:].any()
     block = model.blocks[1]
     for w, std in ((model.head.weight, 0.02), (block.down.weight, 0.01), (block.up.weight, 0.02)):
@@ -960,26 +893,18 @@ def test_compare_trains_on_equal_terms_and_eval_prints_each_forward(tiny, capsys
     assert max(first) - min(first) < 0.02                                      # same weights, same data
     train_gpt.main(["resume", "a"])                                            # nothing is trained again
     assert os.stat("runs/a/bf16/result.json").st_mtime_ns == stamp
-    capsys.readouterr()
     train_gpt.main(["eval", "a/bf16", "--recipe=bf16,rtn,four_six"])
-    rows = [line.replace(",", " ").split() for line in capsys.readouterr().out.splitlines()[1:]]
+    rows = [line.replace(",", " ").split() for line in capsys.readouterr().out.splitlines()[-3:]]
     assert [r[0] for r in rows] == ["bf16", "rtn", "four_six"] and rows[0][2] == "0.0000"
     assert abs(float(rows[0][1]) - result("a/bf16")["val_loss"]) < 1e-4
     assert all(abs(math.exp(float(r[1])) / float(r[3]) - 1) < 1e-3 for r in rows)
 
 def test_knobs_keep_blocks_and_the_last_steps_in_bf16(tiny, monkeypatch):
     seen, forward = [], train_gpt.GPT.forward
-    def spy(model, *args):
-        seen.append([getattr(b.qkv, "recipe", "bf16") for b in model.blocks])
-        return forward(model, *args)
-    monkeypatch.setattr(train_gpt.GPT, "forward", spy)
+    recipes = lambda model: [getattr(b.qkv, "recipe", "bf16") for b in model.blocks]
+    monkeypatch.setattr(train_gpt.GPT, "forward", lambda m, *a: seen.append(recipes(m)) or forward(m, *a))
     tiny("--layers=2", "--bf16_blocks=1", "--bf16_end=0.5", "--steps=4", "--eval_every=9")
     assert seen[:4] == [["quartet2", "bf16"]] * 2 + [["bf16", "bf16"]] * 2
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny):
-    with pytest.raises(train_gpt.UserError, match="step 2: loss .* norm nan.*--lr"):
-        tiny("--lr=1e25", "--steps=9", "--save_every=1")
-    assert saved()["step"] == 1 and all(w.isfinite().all() for w in saved()["model"].values())
 
 @pytest.mark.parametrize("args, message", [
     ("--recipe=quartet", "unknown recipe 'quartet'.*did you mean 'quartet2'"), ("--steps", "needs a value"),
@@ -997,10 +922,12 @@ def test_mistakes_get_one_line_that_names_the_value_and_the_way_out(tiny, args, 
         train_gpt.main([*TINY, *args.split()])
     assert "\n" not in str(error.value) and [*Path("runs").rglob("*")] == [Path("runs/taken")]
 
-def test_bad_checkpoints_are_named_and_never_executed(tiny, tmp_path):
+def test_a_loss_that_is_not_finite_leaves_a_good_checkpoint_and_bad_ones_are_never_executed(tiny, tmp_path):
     class Evil:
         def __reduce__(self): return os.mkdir, (str(tmp_path / "hacked"),)
-    tiny("--steps=1")
+    with pytest.raises(train_gpt.UserError, match="step 2: loss .* norm nan.*--lr"):
+        tiny("--lr=1e25", "--steps=9", "--save_every=1")
+    assert saved()["step"] == 1 and all(w.isfinite().all() for w in saved()["model"].values())
     whole = (path := Path("runs/a/checkpoint.pt")).read_bytes()
     torch.save({"model": {}}, "other.pt")
     for content, args, message in (
