@@ -16,7 +16,6 @@ such that what a thread holds of x R are whole blocks.
 """
 import os, sys
 from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -53,7 +52,6 @@ def e2m1(v):
     """quartet.e2m1 to nearest, for |v| < 7. Bitwise equal."""
     magic = tl.maximum((bits(v) & EXPONENT) + 0x0B400000, 0x4AC00000)   # 1.5 * 2^23 times the ulp, which is
     return v + power_of_two(magic) - power_of_two(magic)                # half the power below v, at least 0.5
-
 @triton.jit
 def round_by(v, u, ULP: tl.constexpr, MIN: tl.constexpr):
     """quartet.round_fp by u (...) for v (...) within range: ULP of 1, least power of two by its bits MIN."""
@@ -67,7 +65,6 @@ def round_scale(s):
     """quartet.round_scale to nearest, of s (B, 1) >= 2^-40. Bitwise equal."""
     magic = power_of_two(bits(s) & EXPONENT) * 1572864.0                # 1.5 * 2^23 times the ulp, power / 8
     return s + magic - magic
-
 @triton.jit
 def round_scale_by(s, word):
     """quartet.round_scale, stochastic, of finite s (B, 1) >= 0; word (B, 1) uint32, random. Bitwise equal.
@@ -80,7 +77,6 @@ def round_scale_by(s, word):
 def halves(t):
     """t (B, 2 n) -> its first and its last n columns."""
     return tl.split(t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1))
-
 @triton.jit
 def block_sum(t):
     """t (B, 16) -> (B, 1), added in quartet.block_sum's order. Bitwise equal."""
@@ -88,7 +84,6 @@ def block_sum(t):
         low, high = halves(t)
         t = low + high
     return t
-
 @triton.jit
 def block_amax(b):
     """b (B, 16) -> (B, 1): largest magnitude; NaN wins."""
@@ -124,7 +119,6 @@ def ratio(b, s, BF16: tl.constexpr):
         v = b * r
         v = tl.fma(tl.fma(-v, s, b), r, v)
     return v
-
 @triton.jit
 def behind(word, top):
     """The code in the first bits of top (...) behind those in word (...), uint32: one funnel shift."""
@@ -159,18 +153,15 @@ def philox(seed, counter):
     """quartet.philox: counter (...) int64 -> four words of its shape, uint32. Bitwise equal."""
     zero = (counter * 0).to(tl.uint32)
     return tl.philox(seed, counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero, ROUNDS)
-
 @triton.jit
 def random_word(seed, first, i):
     """Random words (B, 1) uint32, those of quartet.uniform's elements first + i; first % 4 == 0, i (B, 1)."""
     a, b, c, d = philox(seed, first // 4 + (i >> 2))
     return tl.where(i & 2 > 0, tl.where(i & 1 > 0, d, c), tl.where(i & 1 > 0, b, a))
-
 @triton.jit
 def to_unit(word):
     """Random words (...) uint32 -> u (...) in [0, 1): their first 24 bits."""
     return (word >> 8).to(tl.float32) * 5.9604644775390625e-08
-
 @triton.jit
 def uniform_blocks(seed, first, i):
     """u (B, 16) of the elements of blocks first + i, 16 a block, as quartet.uniform's. Bitwise equal."""
@@ -292,7 +283,6 @@ def load_tile(x_ptr, scale_ptr, tensor_scale_ptr, m0, n0, M, N,
         q = power_of_two((code & 7) << 22 | (code & 8) << 28) * 8.507059173023462e+37               # 2^126
         x = (q * scale[:, :, None]).reshape(H, WIDTH).to(tl.bfloat16)                      # exact
     return x
-
 @triton.jit
 def rotate_tile(x, R):
     """x (H, 128) bf16 -> the blocks of x R, (8 H, 16) float32. R (128, 128) bf16, `permuted`."""
@@ -344,7 +334,6 @@ def block_at(i, columns, SWIZZLED: tl.constexpr):
         r, c = j // 4 % 4 * 32 + j // 16, (tile % across).to(tl.int32) * 4 + j % 4
         i, inside = (tile // across * 128 + r) * columns + c, c < columns
     return i, inside
-
 @triton.jit
 def encode_again(s, i, mask, tensor_scale, finite, seed_ptr, codes_ptr, decoded_ptr, count, inverse_n,
                  AGAIN: tl.constexpr):
@@ -368,7 +357,6 @@ def encode_again(s, i, mask, tensor_scale, finite, seed_ptr, codes_ptr, decoded_
         scale = tl.where(finite, v * tensor_scale * inverse_n, float("nan"))
         tl.store(value, (q * scale).to(tl.bfloat16), mask)
     return v
-
 @triton.jit
 def e4m3_byte(v):
     """v (...) float32, E4M3 values >= 0 -> their bytes: 2^-120 moves exponents to E4M3's."""
@@ -408,7 +396,6 @@ def scale_tile(ptr, row, k, rows, K, ROWS: tl.constexpr, BK: tl.constexpr):
     width = tl.cdiv(K, 64) * 512
     scale = tl.load(ptr + tile * width + byte, (tile * 128 < rows) & (byte < width), 0.0)
     return scale.reshape(ROWS // 128, BK // 64, 32, 4, 4).trans(0, 3, 2, 1, 4).reshape(ROWS, BK // 16)
-
 @triton.jit
 def gemm_kernel(a_ptr, a_scale_ptr, a_tensor_scale_ptr, b_ptr, b_scale_ptr, b_tensor_scale_ptr, y_ptr,
                 M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
@@ -437,7 +424,6 @@ GEMM_OPTIONS = {10: dict(BM=128, BN=256, BK=256, num_warps=4, num_stages=3),    
 def major(device):
     """Of the device's compute capability; 9 for a CPU, which interprets."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
 def tile_options(major):
     """FP4, H and launch options of tile_kernel by `major`: the fewest instructions without spills."""
     if major == 9:                                                      # wgmma; 128: two on a multiprocessor
@@ -468,11 +454,9 @@ def outputs(rows, columns, device, codes, decoded, swizzled=False):
             empty(torch.bfloat16, rows, columns // BLOCK), torch.zeros((), dtype=torch.int32, device=device),
             empty(torch.bfloat16, rows, columns) if decoded else None,
             empty(torch.uint8, *order), empty(torch.float32))
-
 def finished(out):
     """`outputs` -> what GEMMs take: [codes, e4m3, tensor_scale, decoded], empty for None."""
     return [out[4].new_empty(0) if out[i] is None else out[i] for i in (0, 4, 5, 3)]
-
 def encode(out, quantizer, seed, inverse_n=1.0):
     """Encode the scales of outputs, and a factor of the tensor's -> `finished`."""
     codes, scale, top, decoded, e4m3, tensor_scale = out
@@ -517,11 +501,9 @@ def rotate_quantize(
                                **tile_options(major(device)), **LAUNCH)
         return ((encode(first, row, row_seed) if row else [])
                 + (encode(second, col, col_seed, inverse_n) if col else []))
-
 @quantize.register_fake
 def _(x, quantizer, rows, seed, codes, decoded, swizzled=False):
     return finished(outputs(*x.shape, x.device, codes, decoded, swizzled))
-
 @rotate_quantize.register_fake
 def _(x, row, row_R, row_seed, col, col_R, col_seed, inverse_n, *form):
     M, N, device = len(x[0]), x[0].shape[1] * (1 if len(x) == 1 else 2), x[0].device
@@ -532,7 +514,6 @@ def supports(row):
     """Whether the kernels have a mode for every quantizer of a row of RECIPES (None: bf16)."""
     return row is None or {*MODES, None}.issuperset(
         (row.x.removesuffix("_16x16"), row.w.removesuffix("_16x16"), *row.dx[1:], *row.dw[1:]))
-
 def permuted(R):
     """R (128, 128) -> bf16, with column 64 g + 16 t + 2 i + j at 64 g + 8 i + 2 t + j: see rotate_tile."""
     return R.view(GROUP, 2, 4, 8, 2).transpose(2, 3).reshape(GROUP, GROUP).bfloat16()
@@ -596,22 +577,18 @@ def gemm(a, b):
     with torch.cuda.device_of(y):
         gemm_kernel[(grid,)](*operands, y, M, N, K, **options)
     return y
-
 def matmul(a, b):
     """a (M, K), b (N, K or more), `finished` -> a b^T (M, N) bf16: of decoded values if any, else FP4."""
     if a[3].dim() == 2:
         return quartet.gemm(a[3], b[3][:, :a[3].shape[1]])
     return scaled_mm(list(a[:3]), list(b[:3]))
-
 def native(w):
     """Whether all GEMMs with w (N, K) go to FP4 tensor cores: K % 32 == N % 128 == 0. Else to bf16 ones."""
     return w.shape[1] % 32 == w.shape[0] % GROUP == 0 and major(w.device) >= 10
-
 def operand(t, quantizer, decoded, swizzled):
     """t (M, K) bf16 -> `finished`, with codes, for a forward GEMM. quantizer: also of 16x16 blocks."""
     rows = BLOCK if quantizer.endswith("_16x16") else 1
     return quantize(t, quantizer.removesuffix("_16x16"), rows, None, True, decoded, swizzled)
-
 def quantized(w, recipe):
     """quartet.quantized; scales `swizzled` where they go to FP4 tensor cores, but not w to be transposed."""
     row = quartet.RECIPES[recipe]

@@ -40,7 +40,6 @@ def round_fp(v, mantissa_bits, min_exp, max_val, u=None):
     n = v.div_(ulp)                                # exact: ulp is a power of two
     down = n.floor()
     return down.add_(u < n.sub_(down)).mul_(ulp)   # not floor(n + u): n + u itself rounds
-
 def e2m1(v, u=None):
     """v (...) float32 -> (...) float32: the nearest E2M1 value; by u, one of the two neighbours."""
     return round_fp(v, 1, 0, E2M1_MAX, u)
@@ -387,7 +386,6 @@ class Linear(torch.nn.Linear):
             return y if self.bias is None else y + self.bias.to(dtype)
     def extra_repr(self):
         return f"{super().extra_repr()}, recipe={self.recipe!r}"
-
 def load_kernels():
     """Import kernels.py -> what it lacks to run here, or None."""
     global kernels
@@ -399,7 +397,6 @@ def load_kernels():
         import kernels
     except ImportError as e:
         return f"the package triton (pip install triton): {e}"
-
 def resolve(backend, kind, recipe):
     """The backend that "auto" means on a device of a kind, "cuda" or "cpu"; else backend."""
     fast = kernels is not None and kind == "cuda" and kernels.supports(RECIPES[recipe])
@@ -407,7 +404,6 @@ def resolve(backend, kind, recipe):
 def module(linear, kind):
     """kernels.py or this file, whichever computes a Linear on a device of a kind."""
     return kernels if resolve(linear.backend, kind, linear.recipe) == "triton" else sys.modules[__name__]
-
 def check(recipe, backend, in_features=0, out_features=0, name=""):
     """Raise ValueError for an unknown recipe or backend, or a shape that the recipe cannot take."""
     for word, known in ((recipe, RECIPES), (backend, ("auto", "torch", "triton"))):
@@ -486,9 +482,8 @@ def demonstrate():
         print(f"4. 10 20 30 40 by {name}: scale {v.max() / top:g}, decoded", *(f"{a:g}" for a in v[:4]),
               f"- squared error {(v - x).square().sum() / 4:.2f} a value")
     eden = lambda v, i, R, n: rotate(decode(ms_eden(v, R, i)), R.T) / n             # i: the seed
-    draws = {"sr": lambda v, i: decode(sr(v, i)), "sr with 4/6": lambda v, i: decode(sr(v, i, True)),
-             "ms_eden rht128": lambda v, i: eden(v, i, *rotation("rht128", g)),
-             "ms_eden rht128x2": lambda v, i: eden(v, i, *rotation("rht128x2", g))}
+    draws = {"sr": lambda v, i: decode(sr(v, i)), "sr with 4/6": lambda v, i: decode(sr(v, i, True)), **{
+        f"ms_eden {R}": lambda v, i, R=R: eden(v, i, *rotation(R, g)) for R in ("rht128", "rht128x2")}}
     sizes, outlier = (1, 4, 16, 64, 256), normal(64, 128).index_fill(1, torch.tensor(0), 100.0)
     print("5-7. error of the mean of B draws, x B / error of one draw: 1 where unbiased")
     print(" " * 42, *(f"{f'B={B}':>8}" for B in sizes))
