@@ -311,10 +311,8 @@ def gemm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     cublas = torch.backends.cuda.matmul
     before = cublas.allow_bf16_reduced_precision_reduction
     cublas.allow_bf16_reduced_precision_reduction = False       # else partial sums may be added in bf16
-    try:
-        return F.linear(a, b).bfloat16()
-    finally:
-        cublas.allow_bf16_reduced_precision_reduction = before
+    try: return F.linear(a, b).bfloat16()
+    finally: cublas.allow_bf16_reduced_precision_reduction = before
 gemm.register_fake(lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16))
 def matmul(a, b):
     """a NVFP4 (M, K), b NVFP4 (N, K) -> a b^T (M, N) bf16: as FP4 tensor cores, but for the order of sums."""
@@ -393,10 +391,8 @@ def load_kernels():
     compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
     if not (gpu and compiler or os.environ.get("TRITON_INTERPRET") == "1"):
         return "a C compiler (apt install gcc)" if gpu else "an NVIDIA GPU of compute capability 8.0 or more"
-    try:
-        import kernels
-    except ImportError as e:
-        return f"the package triton (pip install triton): {e}"
+    try: import kernels
+    except ImportError as e: return f"the package triton (pip install triton): {e}"
 def resolve(backend, kind, recipe):
     """The backend that "auto" means on a device of a kind, "cuda" or "cpu"; else backend."""
     fast = kernels is not None and kind == "cuda" and kernels.supports(RECIPES[recipe])
@@ -414,8 +410,7 @@ def check(recipe, backend, in_features=0, out_features=0, name=""):
         lacks = f"a mode in kernels.py for each quantizer of {recipe!r}"
     if lacks and backend == "triton":
         raise ValueError(f"backend 'triton' needs {lacks}; backend 'torch' runs everywhere")
-    if lacks:
-        warnings.warn(f"kernels.py needs {lacks}: the linear layers use the slow backend 'torch'")
+    if lacks: warnings.warn(f"kernels.py needs {lacks}: the linear layers use the slow backend 'torch'")
     need = GROUP if RECIPES[recipe] and RECIPES[recipe].dx[0] else BLOCK
     if RECIPES[recipe] and (in_features % BLOCK or out_features % need):
         raise ValueError(f"{name or 'Linear'}({in_features}, {out_features}): {recipe!r} needs in_features % "
@@ -435,8 +430,7 @@ def quantize_model(model, recipe, skip=(), backend="auto"):
     linears = {n: m for n, m in model.named_modules() if type(m) in (torch.nn.Linear, Linear) and not hits[n]}
     for name, m in linears.items():
         check(recipe, backend, m.in_features, m.out_features, name)
-    for m in linears.values():
-        m.__class__, m.recipe, m.backend = Linear, recipe, backend
+    for m in linears.values(): m.__class__, m.recipe, m.backend = Linear, recipe, backend
     return list(linears)
 
 @contextlib.contextmanager
