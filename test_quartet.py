@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch, torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 GPU = torch.cuda.is_available()
 DEVICE, ENVIRONMENT = "cuda" if GPU else "cpu", dict(os.environ)         # a newcomer's, for subprocesses
@@ -512,6 +513,10 @@ def test_swizzled_scales_are_the_plain_ones_elsewhere_and_zeros(quantizer, shape
     x, seed = wide(11, *shape).bfloat16().to(DEVICE), torch.tensor(3, device=DEVICE)
     a, b = (kernels.quantize(x, quantizer, 1, seed, True, False, swizzled) for swizzled in (False, True))
     assert same([a[0], kernels.swizzled(a[1]), a[2]], b[:3])
+    with FakeTensorMode() as fake:                                       # for torch.compile: the same shapes
+        for real in a, b:
+            guess = kernels.quantize(fake.from_tensor(x), quantizer, 1, None, True, False, real is b)
+            assert [t.shape for t in guess] == [t.shape for t in real]
 
 @every_4bit_recipe
 @pytest.mark.parametrize("shape", [(140, 144, 128), (140, 160, 128), (64, 128, 256)])
