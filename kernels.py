@@ -18,9 +18,9 @@ import os, sys
 from pathlib import Path
 import torch
 import torch.nn.functional as F
+from torch import library
 import triton
 import triton.language as tl
-
 import quartet
 from quartet import BLOCK, GROUP, NVFP4
 
@@ -466,7 +466,7 @@ def encode(out, quantizer, seed, inverse_n=1.0):
                            e4m3.dim() == 1, 2048, **LAUNCH)
     return finished(out)
 
-@torch.library.custom_op("quartet::quantize", mutates_args=())
+@library.custom_op("quartet::quantize", mutates_args=())
 def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | None, codes: bool,
              decoded: bool, swizzled: bool = False) -> list[torch.Tensor]:
     """x (M, K) -> `finished`; blocks of rows x 16."""
@@ -478,7 +478,7 @@ def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | No
                                                       quantizer, rows, major(x.device) >= 10, B, **LAUNCH)
         return encode(out, quantizer, seed)
 
-@torch.library.custom_op("quartet::rotate_quantize", mutates_args=())
+@library.custom_op("quartet::rotate_quantize", mutates_args=())
 def rotate_quantize(
         x: list[torch.Tensor], row: str, row_R: torch.Tensor | None, row_seed: torch.Tensor | None,
         col: str, col_R: torch.Tensor | None, col_seed: torch.Tensor | None, inverse_n: float,
@@ -551,7 +551,7 @@ def ms_eden(x, R, seed):
     return of(x, "ms_eden", seed, R=R)
 
 # ---- 6. The GEMM and the linear layer ----------------------------------------------------------------------
-@torch.library.custom_op("quartet::scaled_mm", mutates_args=())
+@library.custom_op("quartet::scaled_mm", mutates_args=())
 def scaled_mm(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
     """a NVFP4 (M, K), b NVFP4 (N, K), scales `swizzled` or not -> a b^T (M, N) bf16, by cuBLASLt.
 
@@ -603,7 +603,7 @@ def rotation(name, words):
     return permuted(R), 1.0 / n
 
 class QuantizedMatmul(torch.autograd.Function):
-    """quartet.QuantizedMatmul: x (M, K), w (N, K) bf16 -> x w^T (M, N) bf16, all three GEMMs by a recipe."""
+    """quartet.QuantizedMatmul: x (M, K), w (N, K) bf16; wq: `quantized` w, or Nones -> x w^T (M, N) bf16."""
     @staticmethod
     def forward(ctx, x, w, recipe, *wq):
         row, ctx.recipe, ctx.native = quartet.RECIPES[recipe], recipe, native(w)

@@ -16,8 +16,8 @@ less, which way a value goes) is specified to the bit: float32, true division, a
 """
 import contextlib, math, os, shutil, sys, warnings
 from typing import NamedTuple
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
+from torch import library
 
 BLOCK, GROUP = 16, 128            # values that share a block scale, fixed by NVFP4; and that a rotation mixes
 E2M1_MAX, E4M3_MAX, EXPONENT = 6.0, 448.0, 0x7F800000       # EXPONENT: that field of a float32
@@ -299,13 +299,13 @@ RECIPES = {
 NATIVE_BF16 = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 kernels = None                              # the module kernels.py, once a Linear may use it
 
-@torch.library.custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@library.custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def draw(like: torch.Tensor, words: int) -> torch.Tensor:
     """(words,) int64 of random bits from the default generator of like's device, compiled or not the same."""
     return torch.randint(-2**63, 2**63 - 1, (words,), device=like.device)
 draw.register_fake(lambda like, words: like.new_empty(words, dtype=torch.int64))
 
-@torch.library.custom_op("quartet::gemm", mutates_args=())
+@library.custom_op("quartet::gemm", mutates_args=())
 def gemm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a (M, K), b (N, K) of bf16 values -> a b^T (M, N) bf16, from sums in float32 throughout."""
     cublas = torch.backends.cuda.matmul
