@@ -550,7 +550,7 @@ def test_gemm_multiplies_what_it_is_given(monkeypatch):                         
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot_scaled", dot_scaled)
     a, b = (rtn(normal(*s).to(DEVICE)) for s in ((140, 288), (1200, 288)))
     exact, magnitudes = (f(decode(a).double()) @ f(decode(b).double()).T for f in (torch.clone, torch.abs))
-    # bf16 rounds by 2^-8 (the interpreter truncates: 2^-7), 288 float32 additions by 288 * 2^-24 of magnitudes
+    # bf16 rounds by 2^-8 (the interpreter truncates: 2^-7), 288 float32 sums by 288 * 2^-24 of magnitudes
     bound = 2.0 ** (-8 if GPU else -7) * exact.abs() + 2.0**-15 * magnitudes
     assert ((kernels.gemm(a, b) - exact).abs() <= bound).all()
 
