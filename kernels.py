@@ -335,20 +335,18 @@ def block_at(i, columns, SWIZZLED: tl.constexpr):
         i, inside = (tile // across * 128 + r) * columns + c, c < columns
     return i, inside
 @triton.jit
-def encode_again(s, i, mask, tensor_scale, finite, seed_ptr, codes_ptr, decoded_ptr, count, inverse_n,
+def encode_again(s, v, i, mask, tensor_scale, finite, seed_ptr, codes_ptr, decoded_ptr, count, inverse_n,
                  AGAIN: tl.constexpr):
-    """Scales s (B, 1) of blocks i, some sub-normal in E4M3 -> rounded once more; their blocks decoded again.
+    """Scales v (B, 1) of blocks i, where mask: sub-normal in E4M3 -> rounded once more; decoded again by s.
 
     The noise has numbers AGAIN a block further on (0: nearest). Not finite: scales, codes 0, values NaN.
     """
-    v = s * inverse(tensor_scale)
     if AGAIN == 0:
-        magic = tl.maximum(power_of_two(bits(v) & EXPONENT), 0.015625) * 1572864.0
-        v = v + magic - magic
+        again = v + 24576.0 - 24576.0                                   # 1.5 * 2^23 * 2^-9
     else:
         word = random_word(tl.load(seed_ptr), 0, AGAIN * count.to(tl.int64) + i)
-        v = round_by(v, to_unit(word), 0.125, 0x3C800000)               # 2^-6
-    v = tl.where(finite, v, 0.0)
+        again = round_by(v, to_unit(word), 0.125, 0x3C800000)           # 2^-6
+    v = tl.where(finite, tl.where(mask, again, v), 0.0)
     if codes_ptr is not None:
         tl.store(codes_ptr + (8 * i + tl.arange(0, 8)[None, :]), 0, mask & (not finite))
     if decoded_ptr is not None:
@@ -385,9 +383,12 @@ def encode_kernel(scale_ptr, top_ptr, seed_ptr, e4m3_ptr, tensor_scale_ptr, code
             k, within = block_at(there, columns, SWIZZLED)
             within = (k < count) & within
             s = tl.load(scale_ptr + k, within, 0.0).to(tl.float32)
-            again = encode_again(s, k, within, tensor_scale, finite, seed_ptr, codes_ptr, decoded_ptr, count,
-                                 inverse_n, AGAIN)
-            tl.store(e4m3_ptr + there, e4m3_byte(again), there < size)
+            one = s * inverse(tensor_scale)
+            rare = ((one > 0) & (one < 0.015625)) | (within & (not finite))
+            if tl.max(rare.to(tl.int32)) > 0:
+                one = encode_again(s, one, k, rare, tensor_scale, finite, seed_ptr, codes_ptr, decoded_ptr,
+                                   count, inverse_n, AGAIN)
+            tl.store(e4m3_ptr + there, e4m3_byte(one), there < size)
 
 @triton.jit
 def scale_tile(ptr, row, k, rows, K, ROWS: tl.constexpr, BK: tl.constexpr):
@@ -460,10 +461,10 @@ def finished(out):
 def encode(out, quantizer, seed, inverse_n=1.0):
     """Encode the scales of outputs, and a factor of the tensor's -> `finished`."""
     codes, scale, top, decoded, e4m3, tensor_scale = out
-    grid = max(1, triton.cdiv(e4m3.numel(), 2048))
+    grid = max(1, triton.cdiv(e4m3.numel(), 1024))
     encode_kernel[(grid,)](scale, top, seed, e4m3, tensor_scale, codes, decoded, scale.numel(),
                            scale.shape[1], e4m3.numel(), inverse_n, STOCHASTIC.get(quantizer, 0),
-                           e4m3.dim() == 1, 2048, **LAUNCH)
+                           e4m3.dim() == 1, 1024, **LAUNCH)
     return finished(out)
 
 @library.custom_op("quartet::quantize", mutates_args=())
