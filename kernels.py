@@ -478,7 +478,6 @@ def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | No
             quantize_kernel[(triton.cdiv(count, B),)](x, seed, *out[:4], count, x.shape[1] // BLOCK,
                                                       quantizer, rows, major(x.device) >= 10, B, **LAUNCH)
         return encode(out, quantizer, seed)
-
 @library.custom_op("quartet::rotate_quantize", mutates_args=())
 def rotate_quantize(
         x: list[torch.Tensor], row: str, row_R: torch.Tensor | None, row_seed: torch.Tensor | None,

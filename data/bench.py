@@ -162,9 +162,12 @@ def check(device, shapes):
     print("every op gives quartet.py's bits:", good)
     return good
 
+def seconds(f):
+    """Median time of f(), all its launches, as one CUDA graph."""
+    return triton.testing.do_bench_cudagraph(f, return_mode="median") * 1e-3
+
 def time_quantizers(x, native):
-    """Print the time of ops on x, all launches, beside that of quartet.py's functions under torch.compile."""
-    seconds = lambda f: triton.testing.do_bench_cudagraph(f, return_mode="median") * 1e-3
+    """Print the time of ops on x beside that of quartet.py's functions under torch.compile."""
     source, copy = torch.randn(2, 2**28, device=x.device)
     copies = lambda: copy.copy_(source), lambda: torch.neg(source, out=copy)        # either may be faster
     peak = 2 * copy.nbytes / min(map(seconds, copies))
@@ -190,7 +193,7 @@ def benchmark(device, native):
         layer = quartet.Linear(K, N, recipe=recipe, backend="triton", device=device, dtype=torch.bfloat16)
         x, dy = (torch.randn(TOKENS, n, device=device).bfloat16() for n in (K, N))
         step = lambda: torch.autograd.grad(layer(x.requires_grad_()), (x, layer.weight), dy)
-        return triton.testing.do_bench(step, return_mode="median")
+        return seconds(step) * 1e3
     print(f"\nlinear layer, {TOKENS} x 4096 x 4096, forward + backward: ms, speed over bf16, time over bf16")
     for recipe in (recipe for recipe, row in quartet.RECIPES.items() if kernels.supports(row)):
         bf16, time = (ms(r, 4096, 4096) for r in ("bf16", recipe))
