@@ -40,15 +40,10 @@ def round_fp(v, mantissa_bits, min_exp, max_val, u=None):
     n = v.div_(ulp)                                # exact: ulp is a power of two
     down = n.floor()
     return down.add_(u < n.sub_(down)).mul_(ulp)   # not floor(n + u): n + u itself rounds
-def e2m1(v, u=None):
-    """v (...) float32 -> (...) float32: the nearest E2M1 value; by u, one of the two neighbours."""
-    return round_fp(v, 1, 0, E2M1_MAX, u)
-def e4m3(s, u=None):
-    """s (...) float32 -> (...) float32: the nearest finite E4M3 value; by u, one of the two neighbours."""
-    return round_fp(s, 3, -6, E4M3_MAX, u)
-def round_scale(s, u=None):
-    """s (...) float32 < 2^100 -> (...) float32 of 4 significant bits: E4M3 of any exponent. Infinity: NaN."""
-    return round_fp(s, 3, -126, math.inf, u)
+# float32 (...) -> (...); round_scale: to E4M3 of any exponent, 4 significant bits, below 2^100; infinity: NaN
+def e2m1(v, u=None): return round_fp(v, 1, 0, E2M1_MAX, u)
+def e4m3(s, u=None): return round_fp(s, 3, -6, E4M3_MAX, u)
+def round_scale(s, u=None): return round_fp(s, 3, -126, math.inf, u)
 
 # ---- 2. NVFP4 tensors --------------------------------------------------------------------------------------
 class NVFP4(NamedTuple):
@@ -56,7 +51,6 @@ class NVFP4(NamedTuple):
     codes: torch.Tensor          # (..., K/2) uint8: two E2M1 codes a byte, the even value in the low half
     block_scale: torch.Tensor    # (..., K/16) float8_e4m3fn, >= 0
     tensor_scale: torch.Tensor   # () float32: a power of two, at least 2^-123; NaN if x held NaN or infinity
-
 def pack(q):
     """q (..., K) float32, E2M1 values -> codes (..., K/2) uint8: sign, 2 bits of exponent, 1 of mantissa."""
     h = (q * 2.0**-14).half().view(torch.int16)  # q's bits: magnitude in 9 to 11; 0.5 is sub-normal in both
@@ -67,9 +61,9 @@ def unpack(codes, dtype=torch.float32):
     code = torch.arange(256, device=codes.device)[:, None] >> torch.arange(0, 8, 4, device=codes.device)
     value = ((code & 7) << 2 | (code & 8) << 4).to(torch.uint8).view(torch.float8_e4m3fn)  # E4M3 of q * 2^-6
     return F.embedding(codes.int(), value.to(dtype) * 2.0**6).flatten(-2)
-
 def decode(t, dtype=torch.float32):
     """t NVFP4 of (..., K) -> (..., K): q * block_scale * tensor_scale, exact in float32 and bfloat16."""
+    if t.codes.dtype == torch.bfloat16: return (t.codes * t.tensor_scale).to(dtype)    # the quantizer "bf16"
     scale = (t.block_scale.float() * t.tensor_scale).to(dtype)
     return (unpack(t.codes, dtype).unflatten(-1, (-1, BLOCK)) * scale[..., None]).flatten(-2)
 def transpose(t):
@@ -80,9 +74,9 @@ def transpose(t):
 def blocks(x, block=(1, BLOCK)):
     """Cut x into blocks; find the amax of each, in units of a power of two near it.
 
-    x (..., M, K) -> b (M/rows, rows, K/16, 16), amax and unit (M/rows, 1, K/16, 1), float32; rows is
-    block[0]. The amax of b is amax * unit, amax in [1, 2) but near infinity, or 0 below 2^-120: all scales
-    are normal, in bf16 too, and no square in that unit overflows or vanishes. ValueError for other inputs.
+    x (..., M, K) -> b (M/rows, rows, K/16, 16), amax and unit (M/rows, 1, K/16, 1), float32; rows: block[0].
+    The amax of b is amax * unit, amax in [1, 2) but near infinity, or 0 below 2^-120: scales are normal, in
+    bf16 too, and no square in that unit overflows or vanishes. ValueError for other inputs.
     """
     rows, m, k = block[0], math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1
     if not x.is_floating_point():
@@ -96,7 +90,6 @@ def blocks(x, block=(1, BLOCK)):
     amax = torch.where(amax < 2.0**-120, 0.0, amax)
     unit = (amax.view(torch.int32) & EXPONENT).view(torch.float32).clamp(2.0**-120, 2.0**126)
     return b, amax / unit, unit
-
 def over(a, c):
     """a / c for a constant c, correctly rounded: on a GPU, PyTorch makes of a / 6.0 a product with 1/6."""
     return a / a.new_full((), c)
@@ -106,25 +99,24 @@ def ratio(b, s):
 def block_sum(t):
     """t (., rows, ., 16) -> (., 1, ., 1): block sums as a tree, i with i+8, then +4, +2, +1; rows alike."""
     for dim in (3, 1):
-        while t.shape[dim] > 1:             # another order was seen to flip a choice of 4/6
-            t = torch.add(*t.chunk(2, dim))
+        while t.shape[dim] > 1: t = torch.add(*t.chunk(2, dim))     # another order flips choices of 4/6
     return t
 
 def assemble(shape, q, s, u=None):
     """The last step of every quantizer: choose the tensor scale, encode the scales as E4M3, pack the codes.
 
     shape of x; q (M/rows, rows, K/16, 16) E2M1 values; s (M/rows, 1, K/16, 1) of 4 significant bits -> NVFP4.
-    The largest s becomes 240 to 448; those below 2^-14 of it, sub-normal, are rounded once more, by u of s's
-    shape if the quantizer is stochastic. NaN or infinity in s: tensor scale NaN, codes and scales 0.
+    The largest s becomes 240 to 448; below 2^-14 of it, sub-normal, they are rounded once more, by u of s's
+    shape if given. NaN or infinity in s: tensor scale NaN, codes and scales 0.
     """
     top = s.amax() if s.numel() else s.new_zeros(())
     power = (top.view(torch.int32) + 2**20 & EXPONENT).view(torch.float32)      # 1.875 * 2^8 would exceed 448
     tensor_scale = torch.where(top > 0, (power * 2.0**-8).clamp(min=2.0**-123), 1.0)
     tensor_scale = torch.where(top.isfinite(), tensor_scale, math.nan)
     scale = e4m3(s / tensor_scale, u).nan_to_num(nan=0.0).to(torch.float8_e4m3fn)
-    codes, *lead, k = pack(q) * top.isfinite(), *shape
+    *lead, k = shape
     scale = scale.expand(-1, q.shape[1], -1, -1).reshape(*lead, k // BLOCK)
-    return NVFP4(codes.view(*lead, k // 2), scale, tensor_scale)
+    return NVFP4((pack(q) * top.isfinite()).view(*lead, k // 2), scale, tensor_scale)
 
 # ---- 3. Round to nearest (RTN) -----------------------------------------------------------------------------
 def rtn(x, block=(1, BLOCK)):
@@ -138,13 +130,18 @@ def rtn(x, block=(1, BLOCK)):
     s = round_scale(over(amax, E2M1_MAX)) * unit
     return assemble(x.shape, e2m1(ratio(b, s)), s)
 
-# ---- 4. Four Over Six (4/6) --------------------------------------------------------------------------------
+# ---- 4. Four Over Six (4/6), and a search over scales -----------------------------------------------------
 # E2M1 has nothing between 4 and 6. A block whose amax maps to 4 uses 0 to 4 only, where the grid is finer
 # around its large values and coarser around its small ones. Which is better depends: both are tried.
-def better(b, first, second):
-    """Of two roundings (q, s) of blocks b, block by block, that with less squared error; ties: second."""
-    e1, e2 = (block_sum((q * s).sub_(b).square_()) for q, s in (first, second))     # q * s is exact
-    return [torch.lerp(y, x, (e1 < e2).float()) for x, y in zip(first, second)]     # lerp: a faster where
+def best(b, roundings):
+    """Of roundings (q, s) of blocks b, block by block that of least squared error; ties: the earlier."""
+    found = None
+    for q, s in roundings:
+        new = q, s, block_sum((q * s).sub_(b).square_())                # q * s is exact
+        less = found and (new[2] < found[2]).float()                    # lerp: a faster where
+        found = [torch.lerp(y, x, less) for x, y in zip(new, found)] if found else new
+    return found[:2]
+def nearest(b, scales): return best(b, ((e2m1(ratio(b, s)), s) for s in scales))
 
 def four_six(x, block=(1, BLOCK)):
     """4/6: each block maps its amax to 6 or to 4, whichever reproduces the block with the smaller error.
@@ -153,17 +150,22 @@ def four_six(x, block=(1, BLOCK)):
     6. NMSE 7.6e-3 on N(0, 1); 12.4e-3 with 16x16 blocks, no gain. Source: Cook et al. 2025, arXiv:2512.02010.
     """
     b, amax, unit = blocks(x, block)
-    b = b / unit
-    s6, s4 = (round_scale(over(amax, top)) for top in (6.0, 4.0))
-    q, s = better(b, (e2m1(ratio(b, s4)), s4), (e2m1(ratio(b, s6)), s6))
+    q, s = nearest(b / unit, (round_scale(over(amax, top)) for top in (6.0, 4.0)))
+    return assemble(x.shape, q, s * unit)
+
+SEARCH = 0, -1, 1, 2, 3, 4, 5               # steps of E4M3 from amax / 6; amax / 4 is 4 or 5 of them up
+def scale_search(x):
+    """4/6 to its end: the scale near amax / 6 of least error. Else as four_six. NMSE 6.7e-3 on N(0, 1)."""
+    b, amax, unit = blocks(x)
+    code = round_scale(over(amax, E2M1_MAX)).abs().view(torch.int32)    # NaN may be negative
+    q, s = nearest(b / unit, ((code + (n << 20)).clamp(min=0).view(torch.float32) for n in SEARCH))
     return assemble(x.shape, q, s * unit)
 
 # ---- 5. Stochastic rounding (SR) ---------------------------------------------------------------------------
-# Noise is an argument: a seed, hashed with an element's index by a counter-based generator. A draw can be
-# replayed, is the same however a kernel tiles, and no two elements, tensors, layers or steps share it.
+# Noise is an argument: a seed, hashed with an element's index. A draw can be replayed, is the same however a
+# kernel tiles, and no two elements, tensors, layers or steps share it.
 SR_MAX = E2M1_MAX * 16 / 17                 # 4-bit rounding shrinks a scale by 16/17 at most: amax lands <= 6
 PHILOX_ROUNDS, M32 = 7, 0xFFFFFFFF          # 7: the fewest rounds that pass BigCrush, Salmon et al. 2011
-
 def philox(seed, counter):
     """64-bit seed, counter (n,) int64 -> (n, 4) int64 of 32 random bits: Philox4x32, as Triton's philox."""
     c0, c1, c2, c3 = counter & M32, counter >> 32, 0, 0
@@ -193,16 +195,15 @@ def sr(x, seed, four_six=False):
     q = e2m1(ratio(b, s), u)
     if four_six:
         s4 = round_scale(over(amax, SR_MAX * 4 / 6))
-        q, s = better(b, (e2m1(ratio(b, s4), uniform(seed + 1, b)[0]), s4), (q, s))
+        q, s = best(b, ((q, s), (e2m1(ratio(b, s4), uniform(seed + 1, b)[0]), s4)))
     return assemble(x.shape, q, s * unit, again)
 
 # ---- 6. Rotations ------------------------------------------------------------------------------------------
 # x w^T = (x R)(w R)^T / n if R R^T = n I, so both operands of a GEMM may be rotated along the axis it sums
 # over. Random signs, then a Hadamard matrix (RHT), make of 128 values 128 sums with random signs: an outlier
-# is spread over the group, and rounding errors change with the signs. Signs after it would only flip what is
-# rounded. R is an integer matrix, exact in bf16; 1/n, a power of two, goes into a tensor scale.
+# is spread over the group, and errors change with the signs. Signs after it would only flip what is rounded.
+# R is an integer matrix, exact in bf16; 1/n, a power of two, goes into a tensor scale.
 ROTATIONS = dict(rht16=(16, 1), rht32=(32, 1), rht128=(128, 1), rht128x2=(128, 2))  # Hadamard's size, rounds
-
 def rotation_from(name, signs):
     """signs (rounds or more, 128) float32 -> R (128, 128) float32 of integers, and the int n: R R^T = n I."""
     size, rounds = ROTATIONS[name]
@@ -211,8 +212,7 @@ def rotation_from(name, signs):
     for half in 4, 2, 1: ones = ones ^ ones >> half                 # last bit: their parity
     H = (1.0 - 2.0 * (ones & 1)) * (i // size == i.T // size)           # Sylvester's, in blocks size x size
     R = signs[0, :, None] * H                       # D H, D the diagonal matrix of signs
-    for d in signs[1:rounds]:
-        R = (R * d) @ H                             # D1 H D2 H
+    for d in signs[1:rounds]: R = (R * d) @ H       # D1 H D2 H
     return R, size**rounds
 def rotation(name, generator=None):
     """`rotation_from` new random signs, on the generator's device. ValueError for an unknown name."""
@@ -222,8 +222,7 @@ def rotation(name, generator=None):
     return rotation_from(name, signs * 2.0 - 1.0)
 def rotate(x, R):
     """x (..., K), K % 128 == 0 -> x R (..., K) float32, group by group, not normalised. R None: x."""
-    if R is None:
-        return x
+    if R is None: return x
     if x.shape[-1] % GROUP:
         raise ValueError(f"shape {tuple(x.shape)}: pad the last dimension with zeros to groups of {GROUP}")
     # The last bit of float32 sums depends on the device. TF32, if on, is exact for bf16 values, as Linear's.
@@ -232,32 +231,35 @@ def rotate(x, R):
 # ---- 7. MS-EDEN --------------------------------------------------------------------------------------------
 # RTN errs less than SR but shrinks: <q, v> < <v, v>. EDEN restores the length. Rotate, round v to q, multiply
 # by S = <v, v> / <v, q>: now <S q, v> = <v, v>, and as a random rotation leaves the error no direction of its
-# own, the mean of S q is v. MS-EDEN puts S into the block scale, the randomness into rounding that to E4M3.
-# The mean is right only as far as the rotated error has no direction. A group dominated by one large value
-# becomes +-constant under signs and one Hadamard, whatever the signs; all 128 values sit on one grid point,
-# RTN erases the rest in every draw, and no averaging brings it back. (The paper's corollary overlooks that.)
-# Two rounds, R = D1 H D2 H, remove this bias at no cost: R is still one 128 x 128 matrix. See section 10.
+# own, the mean of S q is v, whatever the rounding: 4/6 may choose it, by the angle between q and v. MS-EDEN
+# puts S into the block scale, the randomness into rounding that to E4M3. The mean is right only as far as the
+# rotated error has no direction. A group dominated by one large value becomes +-constant under signs and one
+# Hadamard, whatever the signs; all 128 values sit on one grid point, RTN erases the rest in every draw, and
+# no averaging brings it back. (The paper's corollary overlooks that.) Two rounds, R = D1 H D2 H, remove this
+# bias at no cost: R is still one 128 x 128 matrix. See section 10.
 EDEN_MAX = SR_MAX / 0.93      # the paper's 6.07: some clipping pays. NMSE 9.32e-3; by .90 and .96, 9.47, 9.58
-
 def eden_factor(v, q):
     """S (M/rows, 1, K/16, 1) = <v, v> / <v, q> of blocks v (M/rows, rows, K/16, 16) and q; 1 if v = 0."""
-    # One S a block: blocks of a group differ in scale, and one S for 128 scaled values has a bias of -9e-4 on
-    # N(0, 1) (test_eden_factor_is_per_block). v is not clamped, so what clipping lost counts too.
+    # One S for 128 scaled values has a bias of -9e-4 on N(0, 1): blocks of a group differ in scale
+    # (test_eden_factor_is_per_block). v is not clamped, so what clipping lost counts too.
     vv, vq = block_sum(v * v), block_sum(v * q)
     return torch.where(vq > 0, vv / vq, 1.0)
-
-def ms_eden(x, R, seed):
+def ms_eden(x, R, seed, four_six=False):
     """MS-EDEN: rotate, round values to nearest, and the scale times the block's EDEN factor stochastically.
 
     x (..., K) of any float dtype, K % 128 == 0; R of `rotation` (None: x is rotated already); seed as in sr
-    -> NVFP4 of x R, not normalised. NMSE 9.3e-3 on N(0, 1). Before the scale is rounded, <decode, x R> =
-    <x R, x R> in every block. Mean over R and seeds: x R within noise on N(0, 1); biased for groups with
-    outliers if R has one round, not seen if two. Source: arXiv:2601.22813, Algorithm 1.
+    -> NVFP4 of x R, not normalised. NMSE 9.3e-3 on N(0, 1), 8.1e-3 with four_six. Before the scale is
+    rounded, <decode, x R> = <x R, x R> in every block. The mean is x R on N(0, 1), within noise; one value of
+    100 in 128 leaves 0.1 of a draw's squared error, < 1e-4 if R has two rounds; of 300, 0.4 and 2e-4, but
+    5e-3 with four_six. Source: arXiv:2601.22813, Algorithm 1.
     """
     b, amax, unit = blocks(rotate(x, R))
     s = over(amax, EDEN_MAX)                        # this first scale is not rounded
-    v = b / unit * ratio(1.0, s)                    # one division a block: here no tie needs more
-    q = e2m1(v)
+    q = e2m1(v := b / unit * ratio(1.0, s))         # one division a block: here no tie needs more
+    if four_six:                                    # amax to 4, in units of s still: S makes up for it
+        q4 = e2m1(v * (2 / 3))
+        (c6, l6), (c4, l4) = ((block_sum(v * q).square(), block_sum(q * q)) for q in (q, q4))
+        q = q.lerp(q4, (c4 * l6 > c6 * l4).float()) # the larger cosine; ties: 6
     s = s * eden_factor(v, q)
     u, again = uniform(seed, s, s)
     return assemble(x.shape, q, round_scale(s, u) * unit, again)
@@ -265,12 +267,16 @@ def ms_eden(x, R, seed):
 # ---- 8. The table of recipes -------------------------------------------------------------------------------
 # How each operand of the three GEMMs becomes NVFP4. To add a recipe, add a row; a quantizer, a function.
 QUANTIZERS = {                              # name: function of (x, R, seed) -> NVFP4
+    "bf16":           lambda x, R, seed: NVFP4(rotate(x, R).bfloat16(), x.new_empty(0),  # not quantized, to
+                                               torch.ones((), device=x.device)),    # see what the others cost
     "rtn":            lambda x, R, seed: rtn(rotate(x, R)),
     "rtn_16x16":      lambda x, R, seed: rtn(rotate(x, R), block=(16, 16)),
     "four_six":       lambda x, R, seed: four_six(rotate(x, R)),
     "four_six_16x16": lambda x, R, seed: four_six(rotate(x, R), block=(16, 16)),
     "sr":             lambda x, R, seed: sr(rotate(x, R), seed),
+    "scale_search":   lambda x, R, seed: scale_search(rotate(x, R)),
     "ms_eden":        ms_eden,
+    "ms_eden_46":     lambda x, R, seed: ms_eden(x, R, seed, True),
 }
 
 class Recipe(NamedTuple):
@@ -293,18 +299,18 @@ RECIPES = {
     "tetrajet2": Recipe("rtn", "rtn", ("rht32", "sr", "sr"), ("rht32", "sr", "sr")),
     "quartet2":  Recipe("four_six", "four_six", ("rht128", "ms_eden", "ms_eden"),
                                                 ("rht128", "ms_eden", "ms_eden")),
+    "quintet":   Recipe("scale_search", "scale_search", ("rht128x2", "ms_eden_46", "ms_eden_46"),    # ours
+                                                        ("rht128x2", "ms_eden_46", "ms_eden_46")),
 }
 
 # ---- 9. The linear layer -----------------------------------------------------------------------------------
 NATIVE_BF16 = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 kernels = None                              # the module kernels.py, once a Linear may use it
-
 @library.custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def draw(like: torch.Tensor, words: int) -> torch.Tensor:
     """(words,) int64 of random bits from the default generator of like's device, compiled or not the same."""
     return torch.randint(-2**63, 2**63 - 1, (words,), device=like.device)
 draw.register_fake(lambda like, words: like.new_empty(words, dtype=torch.int64))
-
 @library.custom_op("quartet::gemm", mutates_args=())
 def gemm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a (M, K), b (N, K) of bf16 values -> a b^T (M, N) bf16, from sums in float32 throughout."""
@@ -329,7 +335,6 @@ def backward_matmul(row, e, other, words):
 def quantized(w, recipe):
     """w (N, K) bf16 -> codes, block_scale, tensor_scale of what y multiplies x by."""
     return tuple(QUANTIZERS[RECIPES[recipe].w](w, None, None))
-
 class QuantizedMatmul(torch.autograd.Function):
     """x (M, K), w (N, K) bf16; wq: `quantized` w, or Nones -> x w^T (M, N) bf16, as are the gradients."""
     @staticmethod
@@ -338,7 +343,6 @@ class QuantizedMatmul(torch.autograd.Function):
         xq, wq = QUANTIZERS[row.x](x, None, None), quantized(w, recipe) if wq[0] is None else wq
         ctx.save_for_backward(*wq, *((x,) if row.original_x else xq))
         return matmul(xq, NVFP4(*wq))
-
     @staticmethod
     def backward(ctx, dy):
         row, dx, dw = RECIPES[ctx.recipe], None, None
@@ -362,16 +366,13 @@ class Linear(torch.nn.Linear):
     generator. ValueError unless in_features % 16 == 0 and out_features % 16 == 0, % 128 where dx is rotated.
     """
     weight_nvfp4, once = (), False              # of `quantized_weights`
-
     def __init__(self, in_features, out_features, bias=False, recipe="quartet2", backend="auto",
                  device=None, dtype=None):
         check(recipe, backend, in_features, out_features)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe, self.backend = recipe, backend
-
     def forward(self, x):
-        if RECIPES[self.recipe] is None:
-            return super().forward(x)
+        if RECIPES[self.recipe] is None: return super().forward(x)
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             raise ValueError(f"{self} takes floats (..., {self.in_features}), not {x.dtype} {tuple(x.shape)}")
         kind = x.device.type
@@ -382,8 +383,7 @@ class Linear(torch.nn.Linear):
             y = matmul(x16, w16, self.recipe, *(self.weight_nvfp4 if self.once else [None] * 3))
             y = y.to(dtype).view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(dtype)
-    def extra_repr(self):
-        return f"{super().extra_repr()}, recipe={self.recipe!r}"
+    def extra_repr(self): return f"{super().extra_repr()}, recipe={self.recipe!r}"
 def load_kernels():
     """Import kernels.py -> what it lacks to run here, or None."""
     global kernels
@@ -397,14 +397,13 @@ def resolve(backend, kind, recipe):
     """The backend that "auto" means on a device of a kind, "cuda" or "cpu"; else backend."""
     fast = kernels is not None and kind == "cuda" and kernels.supports(RECIPES[recipe])
     return backend if backend != "auto" else "triton" if fast else "torch"
-def module(linear, kind):
-    """kernels.py or this file, whichever computes a Linear on a device of a kind."""
-    return kernels if resolve(linear.backend, kind, linear.recipe) == "triton" else sys.modules[__name__]
+def module(m, kind):
+    """kernels.py or this file, whichever computes a Linear m on a device of a kind."""
+    return kernels if resolve(m.backend, kind, m.recipe) == "triton" else sys.modules[__name__]
 def check(recipe, backend, in_features=0, out_features=0, name=""):
     """Raise ValueError for an unknown recipe or backend, or a shape that the recipe cannot take."""
     for word, known in ((recipe, RECIPES), (backend, ("auto", "torch", "triton"))):
-        if word not in known:
-            raise ValueError(f"{word!r} is not one of {', '.join(known)}")
+        if word not in known: raise ValueError(f"{word!r} is not one of {', '.join(known)}")
     lacks = (backend == "triton" or backend == "auto" and torch.cuda.is_available()) and load_kernels()
     if not lacks and backend == "triton" and not kernels.supports(RECIPES[recipe]):
         lacks = f"a mode in kernels.py for each quantizer of {recipe!r}"
@@ -419,8 +418,8 @@ def check(recipe, backend, in_features=0, out_features=0, name=""):
 def quantize_model(model, recipe, skip=(), backend="auto"):
     """Switch every nn.Linear (and Linear) of a model to a recipe, in place -> list of their names.
 
-    skip: names of modules to leave alone, or parts of them between dots ("lm_head", "layers.0"). The modules
-    stay the same objects, hooks included. ValueError, and nothing changed, if one does not fit.
+    skip: names, or parts between dots, of modules to leave alone ("lm_head", "layers.0"). They stay the same
+    objects, hooks included. ValueError, and nothing changed, if one does not fit.
     """
     check(recipe, backend)
     skip = {skip} if isinstance(skip, str) else set(skip)
@@ -428,24 +427,22 @@ def quantize_model(model, recipe, skip=(), backend="auto"):
     if unknown := sorted(skip.difference(*hits.values())):
         raise ValueError(f"skip={unknown}: no such modules in the model")
     linears = {n: m for n, m in model.named_modules() if type(m) in (torch.nn.Linear, Linear) and not hits[n]}
-    for name, m in linears.items():
-        check(recipe, backend, m.in_features, m.out_features, name)
+    for name, m in linears.items(): check(recipe, backend, m.in_features, m.out_features, name)
     for m in linears.values(): m.__class__, m.recipe, m.backend = Linear, recipe, backend
     return list(linears)
 
 @contextlib.contextmanager
 def quantized_weights(model):
-    """Within it, each Linear takes its weight as quantized at the start: to accumulate, or evaluate.
+    """Within it, each Linear takes its weight as quantized at the start, which has a fixed place in memory.
 
-    The NVFP4 has a fixed place in memory, as CUDA graphs need. RuntimeError at the end if a weight changed.
+    To accumulate gradients, or evaluate. RuntimeError at the end if a weight changed.
     """
     layers = [m for m in model.modules() if isinstance(m, Linear) and RECIPES[m.recipe]]
     versions, kind = [m.weight._version for m in layers], lambda q: [(t.shape, t.dtype, t.device) for t in q]
     for m in layers:
-        new = module(m, m.weight.device.type).quantized(m.weight.detach().bfloat16(), m.recipe)
+        new, m.once = module(m, m.weight.device.type).quantized(m.weight.detach().bfloat16(), m.recipe), True
         if kind(m.weight_nvfp4) != kind(new): m.weight_nvfp4 = new
         for old, t in zip(m.weight_nvfp4, new): old.copy_(t)
-        m.once = True
     try: yield
     finally:
         for m in layers: m.once = False
@@ -460,27 +457,30 @@ def demonstrate():
     nmse = lambda a, x: ((a - x).double().square().sum() / x.double().square().sum()).item()
     print("1. E2M1:", *(f"+-{v:g}" for v in unpack(torch.arange(8, dtype=torch.uint8))[::2]))
     x, (R, n) = normal(1024, 1024), rotation("rht128", g)
-    b, amax, unit = blocks(x)
-    s4, t, xR = round_scale(over(amax, 4.0)) * unit, rtn(x), rotate(x, R)
+    (b, amax, unit), t, xR = blocks(x), rtn(x), rotate(x, R)
     print(f"2. N(0, 1) in NVFP4: {sum(p.nbytes for p in t) * 8 / x.numel():.2f} bits a value, tensor scale "
           f"{t.tensor_scale:g}, exact in bf16: {torch.equal(decode(t), decode(t, torch.bfloat16).float())}")
     print(f"3-7. NMSE x 1e3 on N(0, 1){'here':>24}{'paper, table 1':>18}")
     for name, paper, t, of in (
-            ("RTN", 9.0, t, x), ("always 4, never 6", "-", assemble(x.shape, e2m1(ratio(b, s4)), s4), x),
-            ("RTN, 16x16 blocks", 12.4, rtn(x, (16, 16)), x), ("4/6", 7.6, four_six(x), x),
-            ("4/6, 16x16 blocks", 12.4, four_six(x, (16, 16)), x), ("SR", 23.5, sr(x, 1), x),
-            ("SR with 4/6 (biased)", 17.5, sr(x, 1, True), x), ("MS-EDEN", 9.4, ms_eden(x, R, 1), xR)):
+            ("RTN", 9.0, t, x), ("RTN, 16x16 blocks", 12.4, rtn(x, (16, 16)), x),
+            ("always 4, never 6", "-", assemble(x.shape, *nearest(b, [round_scale(amax / 4) * unit])), x),
+            ("4/6", 7.6, four_six(x), x), ("4/6, 16x16 blocks", 12.4, four_six(x, (16, 16)), x),
+            ("scale search", "-", scale_search(x), x), ("SR", 23.5, sr(x, 1), x),
+            ("SR with 4/6 (biased)", 17.5, sr(x, 1, True), x),
+            ("MS-EDEN", 9.4, ms_eden(x, R, 1), xR), ("MS-EDEN with 4/6", "-", ms_eden(x, R, 1, True), xR)):
         print(f"     {name:34}{nmse(decode(t), of) * 1e3:10.2f}{paper:>18}")
     x = torch.tensor([10.0, 20.0, 30.0, 40.0] + [0.0] * 12)     # the example of arXiv:2512.02010
     for name, v, top in (("RTN", decode(rtn(x)), 6), ("4/6", decode(four_six(x)), 4)):
         print(f"4. 10 20 30 40 by {name}: scale {v.max() / top:g}, decoded", *(f"{a:g}" for a in v[:4]),
               f"- squared error {(v - x).square().sum() / 4:.2f} a value")
-    eden = lambda v, i, R, n: rotate(decode(ms_eden(v, R, i)), R.T) / n             # i: the seed
-    draws = {"sr": lambda v, i: decode(sr(v, i)), "sr with 4/6": lambda v, i: decode(sr(v, i, True)), **{
-        f"ms_eden {R}": lambda v, i, R=R: eden(v, i, *rotation(R, g)) for R in ("rht128", "rht128x2")}}
+    eden = lambda v, i, R, n, *how: rotate(decode(ms_eden(v, R, i, *how)), R.T) / n     # i: the seed
+    draws = {"sr": lambda v, i: decode(sr(v, i)), "sr with 4/6": lambda v, i: decode(sr(v, i, True)),
+             "ms_eden rht128": lambda v, i: eden(v, i, *rotation("rht128", g)),
+             "ms_eden rht128x2": lambda v, i: eden(v, i, *rotation("rht128x2", g)),
+             "the same with 4/6": lambda v, i: eden(v, i, *rotation("rht128x2", g), True)}
     sizes, outlier = (1, 4, 16, 64, 256), normal(64, 128).index_fill(1, torch.tensor(0), 100.0)
-    print("5-7. error of the mean of B draws, x B / error of one draw: 1 where unbiased")
-    print(" " * 42, *(f"{f'B={B}':>8}" for B in sizes))
+    print("5-7. error of the mean of B draws, x B / error of one draw: 1 where unbiased\n" + " " * 42,
+          *(f"{f'B={B}':>8}" for B in sizes))
     for label, v in (("N(0, 1)", normal(64, 128)), ("one 100 in 128", outlier)):
         for name, draw in draws.items():
             sums = torch.stack([draw(v, i).double() for i in range(1, 257)]).cumsum(0)

@@ -13,8 +13,9 @@ GPU = torch.cuda.is_available()
 DEVICE, ENVIRONMENT = "cuda" if GPU else "cpu", dict(os.environ)         # a newcomer's, for subprocesses
 if not GPU: os.environ["TRITON_INTERPRET"] = "1"     # before triton is imported: kernels run in Python
 import kernels, quartet, train_gpt
-from quartet import (NVFP4, RECIPES, ROTATIONS, Linear, decode, e2m1, e4m3, four_six, ms_eden, pack, philox,
-                     quantize_model, rotate, rotation, round_scale, rtn, sr, transpose, uniform, unpack)
+from quartet import (NVFP4, RECIPES, ROTATIONS, Linear, Recipe, decode, e2m1, e4m3, four_six, ms_eden, pack,
+                     philox, quantize_model, rotate, rotation, round_scale, rtn, scale_search, sr, transpose,
+                     uniform, unpack)
 from train_gpt import prepare
 import bench  # data/bench.py
 
@@ -23,8 +24,11 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])                            # by co
 E4M3 = np.array([(m + 8 * (e > 0)) * 2.0 ** (max(e, 1) - 10) for e in range(16) for m in range(8)][:127])
 FOUR_BITS = np.array([m * 2.0**e for e in range(-129, 60) for m in range(8, 16)])  # what round_scale makes
 QUANTIZERS = {**quartet.QUANTIZERS, "sr_four_six": lambda x, R, seed: sr(x, seed, four_six=True)}
+del QUANTIZERS["bf16"]
 every_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 every_4bit_recipe = pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "bf16"])
+every_recipe_with_kernels = pytest.mark.parametrize(
+    "recipe", [r for r, row in RECIPES.items() if row and kernels.supports(row)])
 @pytest.fixture(scope="session", autouse=True)
 def list_what_is_skipped(request):      # as with -rs
     request.config.pluginmanager.getplugin("terminalreporter").reportchars += "s"
@@ -169,7 +173,7 @@ def test_sums_and_quotients_are_rounded_as_stated(device):
 def test_what_cannot_be_done_is_an_error_that_names_the_way_out(call, error):
     with pytest.raises(ValueError, match=error): call()
 
-# ---- 3, 4. RTN and Four Over Six ---------------------------------------------------------------------------
+# ---- 3, 4. RTN, Four Over Six and the search over scales ---------------------------------------------------
 def test_blocks_by_hand():
     x = torch.tensor([[6, -6, 5, 3.5, 2.5, 1.75, 1.25, 0.75, 0.25, -0.25, -0.3, 0, -0.0, 4.9, 1e-9, -3]])
     t = rtn(x)                                                           # scale 1 = 256 (byte 0x78) * 2^-8
@@ -209,15 +213,29 @@ def test_codes_and_scales_equal_the_peers_formula(f, most, k):
 
 @pytest.mark.parametrize("name, nmse, bias", [                           # times 1e-3
     ("rtn", 9.0, -4.5), ("rtn_16x16", 12.4, -9.1), ("four_six", 7.6, -3.4), ("four_six_16x16", 12.4, -9.0),
-    ("sr", 23.5, 0), ("ms_eden", 9.3, 0), ("sr_four_six", 17.5, 7.3)])
+    ("scale_search", 6.7, -7.4), ("sr", 23.5, 0), ("ms_eden", 9.3, 0), ("ms_eden_46", 8.1, 0),
+    ("sr_four_six", 17.5, 7.3)])
 def test_nmse_and_bias_on_normal_values(name, nmse, bias, monkeypatch):
     x = normal(1024, 1024, seed=3)
     error = decode(quantize(name, x, 1)) - x
     for (found, sigma), expected in ((relative(error.square(), x), nmse), (relative(error * x, x), bias)):
         assert abs(found - expected * 1e-3) < 0.05e-3 + 5 * sigma        # half the last digit, and 5 sigma
-    for c in (0.90, 0.96) if name == "ms_eden" else ():                  # EDEN_MAX, with 0.93, errs least
+    for c in (0.90, 0.96) if "ms_eden" in name else ():                  # EDEN_MAX, with 0.93, errs least
         monkeypatch.setattr(quartet, "EDEN_MAX", quartet.SR_MAX / c)
         assert F.mse_loss(decode(quantize(name, x, 1)), x) > error.square().mean()
+
+def test_scale_search_takes_the_scale_of_least_error():
+    x = torch.cat([normal(64, 512), normal(64, 512, seed=1) ** 3, F.pad(normal(4, 16), (0, 496))])
+    t, b = scale_search(x), x.view(len(x), -1, 16).double()
+    amax, grid = b.abs().amax(-1), torch.tensor(FOUR_BITS)
+    at = torch.searchsorted(grid, nearest(amax / 6, FOUR_BITS).double())[..., None] + torch.arange(-1, 6)
+    s = grid[at] * (amax > 0)[..., None]                                 # all seven candidates, in float64
+    q = nearest(b[..., None, :] / s[..., None].clamp(min=1e-99), E2M1).double()
+    errors = (q * s[..., None] - b[..., None, :]).square().sum(-1)
+    found = (decode(t).view(b.shape).double() - b).square().sum(-1)
+    least = errors.amin(-1)                                              # float32 sums err by 14 * 2^-24, as
+    assert (found <= least * (1 + 28 * 2.0**-24)).all() and (found >= least * (1 - 1e-12)).all()    # 4/6's
+    assert found.sum() < (decode(four_six(x)) - x).square().sum()
 
 # ---- 5. Stochastic rounding --------------------------------------------------------------------------------
 def test_philox_known_answers_and_all_64_bits_of_seed_and_counter():
@@ -289,9 +307,9 @@ def test_eden_factor_is_per_block(monkeypatch):
     """Before its scale is rounded every block keeps its length; with one factor a group, a bias is left."""
     monkeypatch.setattr(quartet, "round_scale", lambda s, u=None: s)
     monkeypatch.setattr(quartet, "assemble", lambda shape, q, s, u=None: (q * s).view(shape))
-    for name in ROTATIONS:
+    for name, four_six in [(name, False) for name in ROTATIONS] + [("rht128x2", True)]:
         x, (R, n) = wide(30), rotation(name, generator())
-        a, y = ms_eden(x, R, 0).double().view(-1, 16), rotate(x, R).double().view(-1, 16)
+        a, y = ms_eden(x, R, 0, four_six).double().view(-1, 16), rotate(x, R).double().view(-1, 16)
         # float32: S is a quotient of two sums with 5 roundings a term; s, v and q s are rounded: 14 in all
         assert ((a * y).sum(-1) / (y * y).sum(-1) - 1).abs().max() < 14 * 2.0**-24
     def one_a_group(v, q):
@@ -302,17 +320,28 @@ def test_eden_factor_is_per_block(monkeypatch):
     found, sigma = relative((ms_eden(x, None, 1) - x) * x, x)
     assert abs(found + 9e-4) < 0.5e-4 + 5 * sigma < 3e-4
 
-@pytest.mark.parametrize("name", ["rht128", "rht128x2"])
-@pytest.mark.parametrize("kind", ["normal", "with a mean", "with outliers"])
-def test_ms_eden_averages_to_x(name, kind):
+@pytest.mark.parametrize("name, how", [("rht128", []), ("rht128x2", []), ("rht128x2", [True])])     # 4/6
+@pytest.mark.parametrize("kind", ["normal", "with a mean", "one 100 in 128", "one 300 in 128"])
+def test_ms_eden_averages_to_x(name, how, kind):
     x, g = normal(64, 128) + 10 * (kind == "with a mean"), generator()
-    if kind == "with outliers": x[torch.arange(64), torch.arange(64) * 37 % 128] *= 100
+    if "one" in kind: x[torch.arange(64), torch.arange(64) * 37 % 128] = float(kind[4:7])
     def draw(seed):
         R, n = rotation(name, g)
-        return decode(ms_eden(x, R, seed)) @ R.T / n
+        return decode(ms_eden(x, R, seed, *how)) @ R.T / n
     found, sigma = convergence(draw, x, 256)
-    biased = (name, kind) == ("rht128", "with outliers")                 # one round is, about 18
+    biased = "one" in kind and (name == "rht128" or how and "300" in kind)      # about 28, 108; and 2.4
     assert found - 5 * sigma > 1.5 if biased else abs(found - 1) < 5 * sigma < 0.15
+
+def test_4_over_6_in_ms_eden_takes_the_larger_cosine_whatever_the_scale():
+    x = normal(64, 1024, seed=2)
+    t, b = ms_eden(x, None, 0, True), x.view(64, -1, 16).double()
+    cosines = []                                                         # of 6, of 4, of what was taken
+    for top in (6.0, 4.0):
+        v = b / b.abs().amax(-1, keepdim=True) * top * 16 / 17 / 0.93
+        cosines.append(F.cosine_similarity(nearest(v, E2M1).double(), b, dim=-1))
+    cosines.append(F.cosine_similarity(unpack(t.codes).view(b.shape).double(), b, dim=-1))
+    assert (cosines[2] >= torch.maximum(*cosines[:2]) - 1e-6).all()
+    assert 0.2 < (cosines[1] > cosines[0]).double().mean() < 0.8
 
 def test_no_quantizer_needs_many_copies_of_its_input():
     x, (R, n) = normal(1024, 512), rotation("rht128", generator())
@@ -325,7 +354,8 @@ def test_no_quantizer_needs_many_copies_of_its_input():
 
 # ---- 8, 9. Recipes and the linear layer --------------------------------------------------------------------
 FORWARD = dict(rtn=("rtn", "rtn"), nvidia=("rtn", "rtn_16x16"), four_six=("four_six", "four_six_16x16"),
-               tetrajet2=("rtn", "rtn"), quartet2=("four_six", "four_six"))  # quantizers of x, w
+               tetrajet2=("rtn", "rtn"), quartet2=("four_six", "four_six"),
+               quintet=("scale_search", "scale_search"))                 # quantizers of x, w
 ORIGINAL_X = ("nvidia", "four_six")                                      # wgrad quantizes the original x
 
 def layer(recipe, *shape, bias=False, device="cpu"):
@@ -370,6 +400,20 @@ def test_y_and_mean_gradients_are_those_of_what_is_kept_without_synchronisation(
         found, _ = convergence(lambda k: draws[k][i], target, B)
         # rtn: all draws are equal, and wrong. Else 1 to 5 sigma, 5 (2/8000)^0.5 for 8000 degrees of freedom
         assert abs(found - (B if recipe == "rtn" else 1)) < 0.08
+
+@pytest.mark.parametrize("x_kind", ["bf16", "four_six"])
+@pytest.mark.parametrize("w_kind", ["bf16", "rtn_16x16"])
+def test_operands_left_in_bf16_are_multiplied_as_they_are(x_kind, w_kind, monkeypatch):
+    plain, rotated = ((R, "bf16", "bf16") for R in (None, "rht128"))
+    for row in (plain, rotated), ((None, "bf16", None if w_kind == "rtn_16x16" else "bf16"), plain):
+        monkeypatch.setitem(RECIPES, "mine", Recipe(x_kind, w_kind, *row))
+        linear, x, dy = layer("mine", 128, 128)
+        y, dx, dw = step(linear, x, dy)
+        a, b = (decode(quartet.QUANTIZERS[kind](t.detach(), None, None))
+                for kind, t in ((x_kind, x), (w_kind, linear.weight)))
+        for found, exact in (y, a @ b.T), (dx, dy @ b), (dw, dy.T @ a):
+            assert (found - exact).norm() / exact.norm() < 2.0**-8       # bf16 results; operands times R
+        with quartet.quantized_weights(linear): assert same([linear(x)], [y])
 
 def test_noise_and_signs_are_shared_by_no_operands_layers_or_steps(monkeypatch):
     noise, signs, rotation_from = [], [], quartet.rotation_from
@@ -517,7 +561,7 @@ def test_swizzled_scales_are_the_plain_ones_elsewhere_and_zeros(quantizer, shape
             guess = kernels.quantize(fake.from_tensor(x), quantizer, 1, None, True, False, real is b)
             assert [t.shape for t in guess] == [t.shape for t in real]
 
-@every_4bit_recipe
+@every_recipe_with_kernels
 @pytest.mark.parametrize("shape", [(140, 144, 128), (140, 160, 128), (64, 128, 256)])
 def test_linear_gives_the_same_bits_with_kernels_and_on_fp4_tensor_cores(recipe, shape, monkeypatch):
     real, meta = F.scaled_mm, lambda t: [*map(meta, t)] if isinstance(t, list) else t.to("meta")
@@ -554,7 +598,7 @@ def test_gemm_multiplies_what_it_is_given(monkeypatch):                         
     bound = 2.0 ** (-8 if GPU else -7) * exact.abs() + 2.0**-15 * magnitudes
     assert ((kernels.gemm(a, b) - exact).abs() <= bound).all()
 
-@every_4bit_recipe
+@every_recipe_with_kernels
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_weights_quantized_once_change_nothing_and_must_not_change(recipe, backend):
     (linear, x, dy), places = layer(recipe, 50, 128, device=DEVICE), set()
@@ -573,7 +617,7 @@ def test_weights_quantized_once_change_nothing_and_must_not_change(recipe, backe
 needs_gpu = pytest.mark.skipif(not GPU, reason="PyTorch sees no GPU here")
 
 @needs_gpu
-@every_4bit_recipe
+@every_recipe_with_kernels
 def test_a_step_runs_on_any_stream_and_gpu_and_as_a_cuda_graph_without_synchronisation(recipe):
     def prepared(device):
         linear = functools.partial(Linear, recipe=recipe, backend="triton", device=device)
@@ -611,7 +655,7 @@ def test_offsets_beyond_2_31_and_long_rows():
     assert torch.equal(a[4][:, -64:], b[4]) and torch.equal(a[7][:, -128:], b[7])
 
 @needs_gpu
-@every_4bit_recipe
+@every_recipe_with_kernels
 def test_both_backends_train_to_the_same_bits_where_rotations_are_exact(tiny, recipe, monkeypatch):
     monkeypatch.setattr(quartet, "rotation_from", lambda name, d: (torch.eye(128, device=d.device), 1))
     for name in "torch", "triton":                                       # 50 steps of the 30m preset

@@ -1,0 +1,109 @@
+"""The runs behind the README's results: recipes and their parts, on equal data, seeds and steps.
+
+    python data/experiments.py SIZE GROUP [--seeds=1,2,3] [--corpus=novels] [--steps=N]
+
+SIZE is one of SIZES below, GROUP one of GROUPS or names of rows by commas. Each GPU trains one run at a time.
+A finished run leaves its log, data/results/SIZE-CORPUS-ROW-SEED.jsonl, and is not repeated: stop and start
+at will. data/figures.py makes tables and pictures of what is there.
+"""
+import json, os, subprocess, sys, tempfile, threading
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import torch
+import quartet, train_gpt
+from quartet import Recipe
+
+RESULTS = HERE / "results"
+SIZES = {   # arguments of train_gpt.py
+    "10m": "30m --layers=6 --width=384 --heads=3 --hidden=1024 --batch=128 --tokens_per_step=65536"
+           " --steps=4000 --lr=1.5e-3",
+    "30m": "30m --batch=128", "100m": "100m --batch=64",
+    "tiny": "30m --layers=1 --width=128 --heads=1 --hidden=128 --sequence=64 --batch=2 --tokens_per_step=128"
+            " --steps=20 --lr=1e-3 --compile=off --device=cpu"}
+COMMON = "--eval_tokens=4194304 --eval_every=500 --save_every=1000000 --sample_tokens=64 --log_every=20"
+
+plain = None, "bf16", "bf16"                # a backward GEMM of unquantized operands
+forward = lambda x, w: Recipe(x, w, plain, plain)
+backward = lambda *gemm: Recipe("bf16", "bf16", gemm, gemm)
+both = lambda q, *gemm: Recipe(q, q, gemm, gemm)
+eden = "rht128", "ms_eden", "ms_eden"
+ROWS = {
+    "fwd_rtn": forward("rtn", "rtn"), "fwd_four_six": forward("four_six", "four_six"),
+    "fwd_rtn_16x16": forward("rtn", "rtn_16x16"), "fwd_four_six_16x16": forward("four_six", "four_six_16x16"),
+    "fwd_search": forward("scale_search", "scale_search"),
+    "x_four_six": forward("four_six", "bf16"), "w_four_six": forward("bf16", "four_six"),
+    "x_search": forward("scale_search", "bf16"), "w_search": forward("bf16", "scale_search"),
+    "bwd_sr": backward("rht128", "sr", "sr"), "bwd_sr_46": backward("rht128", "sr_46", "sr_46"),
+    "bwd_eden": backward(*eden), "bwd_eden_x2": backward("rht128x2", "ms_eden", "ms_eden"),
+    "bwd_eden_46": backward("rht128x2", "ms_eden_46", "ms_eden_46"),
+    "quartet2_rtn": both("rtn", *eden), "quartet2_search": both("scale_search", *eden),
+    "quartet2_x2": both("four_six", "rht128x2", "ms_eden", "ms_eden"),
+    "quartet2_46": both("four_six", "rht128x2", "ms_eden_46", "ms_eden_46"),
+}
+GROUPS = {
+    "recipes": "bf16 nvidia four_six tetrajet2 quartet2 quintet",
+    "close": "bf16 quartet2 quintet",
+    "forward": "bf16 fwd_rtn_16x16 fwd_four_six_16x16 fwd_rtn fwd_four_six fwd_search",
+    "operands": "bf16 x_four_six w_four_six x_search w_search",
+    "backward": "bf16 bwd_sr bwd_sr_46 bwd_eden bwd_eden_x2 bwd_eden_46",
+    "parts": "bf16 quartet2_rtn quartet2 quartet2_search quartet2_x2 quartet2_46 quintet",
+}
+
+def register():
+    """Make ROWS recipes, and SR with 4/6, which is biased, a quantizer."""
+    quartet.QUANTIZERS["sr_46"] = lambda x, R, seed: quartet.sr(quartet.rotate(x, R), seed, four_six=True)
+    quartet.RECIPES.update(ROWS)
+
+def log_of(size, corpus, row, seed):
+    return RESULTS / f"{size}-{corpus}-{row}-{seed}.jsonl"
+
+def train(size, corpus, row, seed, gpu, knobs):
+    """One run, in a process of its own on one GPU: leaves its log in RESULTS, or prints what went wrong."""
+    target = log_of(size, corpus, row, seed)
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = [*SIZES[size].split(), *COMMON.split(), f"--recipe={row}", f"--seed={seed}",
+                     f"--corpus={corpus}", "--name=run", *knobs]
+        done = subprocess.run([sys.executable, __file__, "train", *arguments], cwd=directory, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env=os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if gpu >= 0 else {}))
+        run = Path(directory, "runs", "run")
+        if done.returncode or not (run / "result.json").exists():
+            return print(f"{target.stem} failed:\n{done.stdout[-3000:]}", flush=True)
+        records = [json.loads(line) for line in open(run / "log.jsonl")]
+        kept = [r for r in records if "loss" not in r or r["step"] % 20 == 0]   # training losses: each 20th
+        kept.append(json.loads((run / "result.json").read_text()))
+    part = target.with_suffix(".part")
+    part.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    os.replace(part, target)
+    print(f"{target.stem}: {kept[-1]}", flush=True)
+
+def queue(size, rows, seeds, corpus, knobs):
+    """Train what has no log yet, seed by seed, on all GPUs; stop after the running ones at Ctrl-C."""
+    RESULTS.mkdir(exist_ok=True)
+    todo = [(row, seed) for seed in seeds for row in rows
+            if not log_of(size, corpus, row, seed).exists()][::-1]
+    def work(gpu):
+        while todo: train(size, corpus, *todo.pop(), gpu, knobs)
+    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in range(torch.cuda.device_count())]
+    if not workers: return work(-1)
+    try:
+        for w in workers: w.start()
+        for w in workers: w.join()
+    except KeyboardInterrupt: todo.clear()
+
+def main(arguments):
+    register()
+    if arguments[:1] == ["train"]: return train_gpt.main(arguments[1:])
+    words = [a for a in arguments if not a.startswith("--")]
+    knobs = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--"))
+    if len(words) != 2 or words[0] not in SIZES: sys.exit(__doc__)
+    rows = GROUPS[words[1]].split() if words[1] in GROUPS else words[1].split(",")
+    for row in rows: train_gpt.known(row, quartet.RECIPES, f"unknown row {row!r}")
+    seeds, corpus = [*map(int, knobs.pop("seeds", "1").split(","))], knobs.pop("corpus", "novels")
+    queue(words[0], rows, seeds, corpus, [f"--{k}={v}" for k, v in knobs.items()])
+
+if __name__ == "__main__":
+    try: main(sys.argv[1:])
+    except (train_gpt.UserError, ValueError, OSError) as e: sys.exit(f"experiments.py: {e}")

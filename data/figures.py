@@ -1,0 +1,83 @@
+"""Tables and pictures of the runs that data/experiments.py keeps in data/results/.
+
+    python data/figures.py          tables; pictures too, into data/figures/, where matplotlib is installed
+
+Losses are final validation losses in nats; a gap is to bf16 of the same seed, in 1e-3 nats, with the 95%
+interval of its mean over seeds (Student's t).
+"""
+import json, math, sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+RESULTS, FIGURES = HERE / "results", HERE / "figures"
+# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the normal's is close
+T = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131
+
+def interval(values):
+    """values, one a seed -> their mean, and half its 95% interval: NaN of one value."""
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1: return mean, math.nan
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    return mean, (T[n - 2] if n - 2 < len(T) else 1.96) * deviation / math.sqrt(n)
+
+def read():
+    """The logs of RESULTS -> {(size, corpus): {row: {seed: (validation losses by step, result)}}}."""
+    runs = {}
+    for path in sorted(RESULTS.glob("*-*-*-*.jsonl")):
+        size, corpus, row, seed = path.stem.rsplit("-", 3)
+        *records, result = map(json.loads, path.read_text().splitlines())
+        losses = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
+        runs.setdefault((size, corpus), {}).setdefault(row, {})[int(seed)] = losses, result
+    return runs
+
+def paired(rows, row, base, value=lambda losses, result: result["val_loss"]):
+    """Differences row - base in 1e-3 nats, one for every seed that both have."""
+    return [1e3 * (value(*rows[row][seed]) - value(*rows[base][seed]))
+            for seed in rows.get(base, ()) if seed in rows[row]]
+
+def table(size, corpus, rows):
+    """Print every row, best first: seeds, loss, gap to bf16, difference to quartet2, speed, memory."""
+    print(f"\n{size}, {corpus}: differences in 1e-3 nats, paired by seed, +- 95% interval")
+    print(f"{'row':20}{'seeds':>6}{'val loss':>10}{'gap to bf16':>17}{'to quartet2':>17}{'ktok/s':>8}"
+          f"{'GiB':>6}")
+    mean = {row: interval([result["val_loss"] for _, result in v.values()])[0] for row, v in rows.items()}
+    for row in sorted(rows, key=mean.get):
+        cells = [f"{a:9.2f} +-{b:5.2f}" if found else " " * 17 for base in ("bf16", "quartet2")
+                 for found in [paired(rows, row, base)] for a, b in [interval(found or [math.nan])]]
+        speed, memory = (max(result[k] for _, result in rows[row].values())
+                         for k in ("tokens_per_s", "peak_gib"))
+        print(f"{row:20}{len(rows[row]):6}{mean[row]:10.4f}{''.join(cells)}{speed / 1e3:8.0f}{memory:6.1f}")
+
+def draw(runs):
+    """Pictures into FIGURES: gap to bf16 by step, one for each size and corpus; NMSE of the quantizers."""
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "q", "axes.spines.top": False, "axes.spines.right": False})
+    import matplotlib.pyplot as plt
+    FIGURES.mkdir(exist_ok=True)
+    def save(name):
+        plt.tight_layout()
+        plt.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
+        plt.close()
+        print(f"wrote {FIGURES / name}.svg")
+    for (size, corpus), rows in runs.items():
+        plt.figure(figsize=(6, 3.5))
+        for row in [row for row in rows if row != "bf16" and paired(rows, row, "bf16")]:
+            steps = sorted(next(iter(rows[row].values()))[0])
+            gaps = [interval(paired(rows, row, "bf16", lambda losses, _: losses[step])) for step in steps]
+            line, = plt.plot(steps, [g for g, _ in gaps], label=row)
+            if len(rows[row]) > 1:
+                plt.fill_between(steps, [g - h for g, h in gaps], [g + h for g, h in gaps],
+                                 color=line.get_color(), alpha=0.15, linewidth=0)
+        plt.xlabel("step"), plt.ylabel("loss gap to bf16, 1e-3 nats"), plt.legend(fontsize=7), plt.ylim(0)
+        save(f"gap-{size}-{corpus}")
+
+def main():
+    runs = read()
+    if not runs: sys.exit(f"figures.py: nothing in {RESULTS}: run data/experiments.py first")
+    for (size, corpus), rows in runs.items(): table(size, corpus, rows)
+    try: draw(runs)
+    except ImportError as e: print(f"no pictures: {e} (pip install matplotlib)")
+
+if __name__ == "__main__": main()

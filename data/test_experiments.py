@@ -1,0 +1,40 @@
+"""Tests of experiments.py and figures.py: runs are kept and not repeated; tables pair seeds."""
+import json
+import pytest
+import experiments, figures
+import quartet, train_gpt
+
+SHORT = ["--corpus=python", "--steps=2", "--eval_tokens=128", "--eval_every=1", "--sample_tokens=1"]
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    for module in experiments, figures: monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    for name in "QUANTIZERS", "RECIPES":                                 # main() adds to them
+        monkeypatch.setattr(quartet, name, dict(getattr(quartet, name)))
+    return tmp_path / "results"
+
+def test_runs_are_kept_not_repeated_and_paired_by_seed(results, capsys):
+    experiments.main(["tiny", "bf16,fwd_rtn", "--seeds=1,2", *SHORT])
+    names = sorted(path.name for path in results.iterdir())
+    assert names == [f"tiny-python-{row}-{seed}.jsonl" for row in ("bf16", "fwd_rtn") for seed in (1, 2)]
+    before = {path: path.stat().st_mtime_ns for path in results.iterdir()}
+    (results / names[-1]).unlink()
+    experiments.main(["tiny", "bf16,fwd_rtn", "--seeds=1,2", *SHORT])    # trains what is missing alone
+    assert [path.name for path, time in before.items() if path.stat().st_mtime_ns != time] == [names[-1]]
+    rows = figures.read()["tiny", "python"]
+    loss = {row: {seed: run[1]["val_loss"] for seed, run in rows[row].items()} for row in rows}
+    assert loss["bf16"][1] != loss["bf16"][2] and loss["bf16"][1] != loss["fwd_rtn"][1]
+    expected = [1e3 * (loss["fwd_rtn"][seed] - loss["bf16"][seed]) for seed in (1, 2)]
+    assert figures.paired(rows, "fwd_rtn", "bf16") == expected
+    capsys.readouterr()
+    figures.main()
+    assert f"{sum(expected) / 2:9.2f} +-" in capsys.readouterr().out
+
+def test_the_interval_is_students():
+    mean, half = figures.interval([1.0, 2.0, 3.0, 4.0])                  # deviation 1.291, t 3.182
+    assert mean == 2.5 and abs(half - 3.182 * 1.29099 / 2) < 1e-4
+
+def test_what_is_unknown_is_an_error(results):
+    with pytest.raises(train_gpt.UserError, match="'quartet3'.*did you mean 'quartet2'"):
+        experiments.main(["tiny", "quartet3"])
+    with pytest.raises(SystemExit, match="nothing in .*experiments.py first"): figures.main()
