@@ -25,13 +25,13 @@ import quartet
 from quartet import BLOCK, GROUP, NVFP4
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")     # kernels run in Python, on a CPU
-EXPONENT, SR_MAX, EDEN_MAX, ROUNDS, TINY = map(tl.constexpr, (
-    quartet.EXPONENT, quartet.SR_MAX, quartet.EDEN_MAX, quartet.PHILOX_ROUNDS, 2.0**-120))
+EXPONENT, SR_MAX, EDEN_MAX, ROUNDS, TINY, U24 = map(tl.constexpr, (
+    quartet.EXPONENT, quartet.SR_MAX, quartet.EDEN_MAX, quartet.PHILOX_ROUNDS, 2.0**-120, 2.0**-24))
 TO_E2M1 = tl.constexpr("{ .reg .b8 a, b, c, d; " + "".join(             # PTX: codes of eight floats
     f"cvt.rn.satfinite.e2m1x2.f32 {byte}, ${high}, ${high - 1}; " for byte, high in zip("abcd", (2, 4, 6, 8)))
     + "mov.b32 $0, {a, b, c, d}; }")
-MODES = "rtn", "four_six", "sr", "ms_eden"      # quantizers
-STOCHASTIC = {"sr": BLOCK, "ms_eden": 1}        # quantizers that draw: numbers a block before assemble's u
+MODES = "rtn", "four_six", "scale_search", "sr", "ms_eden", "ms_eden_46"        # quantizers
+STOCHASTIC = dict(sr=BLOCK, ms_eden=1, ms_eden_46=1)    # those that draw: numbers a block before assemble's u
 
 # ---- 1. Small floats. Blocks in registers: b is (B, 16) float32, one block a row, one thread a row ---------
 @triton.jit
@@ -74,24 +74,19 @@ def round_scale_by(s, word):
     return power_of_two(bits(s) + (0xFFFFF - (word >> 12).to(tl.int32)) & -0x100000)
 
 @triton.jit
-def halves(t):
-    """t (B, 2 n) -> its first and its last n columns."""
-    return tl.split(t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1))
-@triton.jit
-def block_sum(t):
-    """t (B, 16) -> (B, 1), added in quartet.block_sum's order. Bitwise equal."""
+def tree(t, MAX: tl.constexpr):
+    """t (B, 16) -> (B, 1): sums in quartet.block_sum's order, bitwise equal; or maxima, where NaN wins."""
     for _ in tl.static_range(4):
-        low, high = halves(t)
-        t = low + high
+        low, high = tl.split(t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1))
+        t = tl.maximum(low, high, propagate_nan=tl.PropagateNan.ALL) if MAX else low + high
     return t
 @triton.jit
-def block_amax(b):
-    """b (B, 16) -> (B, 1): largest magnitude; NaN wins."""
-    amax = tl.abs(b)
-    for _ in tl.static_range(4):
-        low, high = halves(amax)
-        amax = tl.maximum(low, high, propagate_nan=tl.PropagateNan.ALL)
-    return amax
+def over_rows(t, ROWS: tl.constexpr, MAX: tl.constexpr):
+    """t (B, 1) -> (B, 1): the sum or the maximum over each ROWS of its rows, 1 or 16."""
+    if ROWS > 1:
+        rows = t.reshape(t.shape[0] // ROWS, ROWS)
+        t = tl.broadcast_to(tree(rows, MAX), rows.shape).reshape(t.shape)
+    return t
 
 @triton.jit
 def over(a, C: tl.constexpr):
@@ -159,68 +154,70 @@ def random_word(seed, first, i):
     a, b, c, d = philox(seed, first // 4 + (i >> 2))
     return tl.where(i & 2 > 0, tl.where(i & 1 > 0, d, c), tl.where(i & 1 > 0, b, a))
 @triton.jit
-def to_unit(word):
-    """Random words (...) uint32 -> u (...) in [0, 1): their first 24 bits."""
-    return (word >> 8).to(tl.float32) * 5.9604644775390625e-08
-@triton.jit
 def uniform_blocks(seed, first, i):
     """u (B, 16) of the elements of blocks first + i, 16 a block, as quartet.uniform's. Bitwise equal."""
     a, b, c, d = philox(seed, 4 * first + (4 * i + tl.arange(0, 4)[None, :]))
     words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(i.shape[0], 16)
-    return to_unit(words)
+    return (words >> 8).to(tl.float32) * U24
 
 # ---- 3. The quantizers, on blocks in registers -------------------------------------------------------------
 @triton.jit
-def over_rows(t, ROWS: tl.constexpr, MAX: tl.constexpr):
-    """t (B, 1) of rows of blocks -> the sum (in block_sum's order) or the maximum over each ROWS of them."""
-    if ROWS > 1:
-        rows = t.reshape(t.shape[0] // ROWS, ROWS)
-        row = tl.max(rows, 1, keep_dims=True) if MAX else block_sum(rows)
-        t = tl.broadcast_to(row, rows.shape).reshape(t.shape)
-    return t
-
-@triton.jit
-def try_scale(b, amax, TOP: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr):
-    """Round blocks b with amax mapped to TOP -> values q (B, 16), scales s (B, 1), squared errors (B, 1)."""
-    s = round_scale(over(amax, TOP))
+def try_scale(b, s, CLIP: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr):
+    """Blocks b by scales s (B, 1) to nearest -> values q (B, 16), s, squared errors (B, 1)."""
     q = e2m1(ratio(b, s, BF16))
+    q = tl.clamp(q, -6.0, 6.0) if CLIP else q
     d = tl.fma(q, s, -b)                                                # q * s is exact
-    return q, s, over_rows(block_sum(d * d), ROWS, False)
+    return q, s, over_rows(tree(d * d, False), ROWS, False)
+@triton.jit
+def better(new, found):
+    """Of two results of `try_scale`, block by block that of less error; ties: found."""
+    q, s, error = new
+    less = error < found[2]
+    return tl.where(less, q, found[0]), tl.where(less, s, found[1]), tl.where(less, error, found[2])
 
 @triton.jit
 def quantize_blocks(b, first, i, seed, QUANTIZER: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr):
     """b (B, 16), blocks with numbers first + i (B, 1) -> E2M1 values q (B, 16), scales s (B, 1) of 4 bits.
 
-    The functions of quartet.py, in its order of operations. ROWS neighbouring rows of b share a scale.
-    BF16: b holds values of bf16.
+    The functions of quartet.py, in its order of operations ("bf16": b and 1). ROWS neighbouring rows of b
+    share a scale. BF16: b holds values of bf16.
     """
-    amax = block_amax(b)
-    if ROWS > 1:                                                        # as integers, NaN is the largest
-        amax = power_of_two(over_rows(bits(amax) & 0x7FFFFFFF, ROWS, True))
+    amax = over_rows(tree(tl.abs(b), True), ROWS, True)
     amax = tl.where(amax < TINY, 0.0, amax)
     unit = tl.maximum(0.25 * power_of_two(bits(amax) & EXPONENT), 0.25 * TINY)
     unit = tl.minimum(unit, 4.2535295865117308e+37)                     # 2^125
     amax = amax * inverse(unit)                                         # in [4, 8): scales are in [1/2, 2]
-    if QUANTIZER != "ms_eden":
-        b = b * inverse(unit)
-    if QUANTIZER == "rtn":
-        s = round_scale(over(amax, 6.0))
-        q = e2m1(ratio(b, s, BF16))
-    elif QUANTIZER == "four_six":
-        q4, s4, error4 = try_scale(b, amax, 4.0, ROWS, BF16)
-        q, s, error = try_scale(b, amax, 6.0, ROWS, BF16)
-        q, s = tl.where(error4 < error, q4, q), tl.where(error4 < error, s4, s)
-    elif QUANTIZER == "sr":
-        s = round_scale(over(amax, SR_MAX))
-        q = round_by(ratio(b, s, False), uniform_blocks(seed, first, i), 0.5, 0x3F800000)
-    else:                                                               # ms_eden
+    if QUANTIZER.startswith("ms_eden"):
         s = over(amax, EDEN_MAX)
         r = tl.div_rn(1.0, tl.where(s > 0, s, 1.0) if INTERPRET else s)
         v = b * (tl.where(s > 0, r, 0.0) * inverse(unit))
         q = e2m1(v)
-        vv, vq = block_sum(v * v), block_sum(v * q)
+        vv, vq = tree(v * v, False), tree(v * q, False)
+        if QUANTIZER == "ms_eden_46":
+            q4 = e2m1(v * 0.6666666865348816)                           # float32(2 / 3)
+            qq, vq4, qq4 = tree(q * q, False), tree(v * q4, False), tree(q4 * q4, False)
+            four = vq4 * vq4 * qq > vq * vq * qq4                       # the larger cosine
+            q = e2m1(v * tl.where(four, 0.6666666865348816, 1.0))       # again: registers are scarcer
+            vq = tl.where(four, vq4, vq)
         s = s * tl.where(vq > 0, tl.div_rn(vv, vq), 1.0)
         s = round_scale_by(s, random_word(seed, first, i)) + (amax - amax)      # NaN again if it was
+    elif QUANTIZER == "sr":
+        s = round_scale(over(amax, SR_MAX))
+        q = round_by(ratio(b * inverse(unit), s, False), uniform_blocks(seed, first, i), 0.5, 0x3F800000)
+    elif QUANTIZER == "bf16":
+        q, s = b, inverse(unit)
+    else:
+        b, six = b * inverse(unit), round_scale(over(amax, 6.0))
+        found = try_scale(b, six, False, ROWS, BF16)                    # rtn needs no error: not computed
+        if QUANTIZER == "four_six":
+            found = better(try_scale(b, round_scale(over(amax, 4.0)), False, ROWS, BF16), found)
+        elif QUANTIZER == "scale_search":
+            code = bits(six) & 0x7FFFFFFF                               # NaN may be negative
+            for n in tl.static_range(-1, 6):                            # quartet.SEARCH: 0 came first
+                if n != 0:
+                    s = power_of_two(tl.where(code > 0, code + n * 1048576, 0))
+                    found = better(try_scale(b, s, n < 0, ROWS, BF16), found)
+        q, s, _ = found
     return q, s * unit
 
 @triton.jit
@@ -249,11 +246,8 @@ def quantize_kernel(x_ptr, seed_ptr, codes_ptr, scale_ptr, top_ptr, decoded_ptr,
         word = x_ptr.to(tl.pointer_type(tl.uint32)) + (8 * i + tl.arange(0, 4)[None, :])
         words = tl.join(tl.load(word, mask, 0), tl.load(word + 4, mask, 0)).permute(0, 2, 1)
         b = tl.join(words << 16, words & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:                               # four loads, for the same reason
-        f = x_ptr + (16 * i + tl.arange(0, 4)[None, :])
-        first = tl.join(tl.load(f, mask, 0.0), tl.load(f + 8, mask, 0.0))
-        second = tl.join(tl.load(f + 4, mask, 0.0), tl.load(f + 12, mask, 0.0))
-        b = tl.join(first, second).permute(0, 2, 3, 1)          # value 4 (2 a + b) + c is at c, a, b
+    else:
+        b = tl.load(x_ptr + (16 * i + tl.arange(0, 16)[None, :]), mask, 0.0)
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
     q, s = quantize_blocks(b.reshape(B, 16), 0, i, seed, QUANTIZER, ROWS, BF16)
     store_blocks(q, s, 0, i, mask, codes_ptr, scale_ptr, decoded_ptr, 1.0, FP4)
@@ -292,38 +286,44 @@ def rotate_tile(x, R):
     return y.reshape(x.shape[0], 2, 8, 4, 2).permute(0, 1, 3, 2, 4).reshape(x.shape[0] * 8, 16)
 
 @triton.jit
+def quantize_tile(x_ptr, x_scale_ptr, tensor_scale_ptr, m0, n0, M, N, R_ptr, seed_ptr, codes_ptr, scale_ptr,
+                  top_ptr, decoded_ptr, inverse_n, QUANTIZER: tl.constexpr, TURN: tl.constexpr,
+                  WHOLE: tl.constexpr, SWIZZLED: tl.constexpr, FP4: tl.constexpr, H: tl.constexpr):
+    """Rotate and quantize a tile along N, or its transpose (TURN) along M, H rows of the result at a time."""
+    r = tl.arange(0, 128)
+    row, k = tl.arange(0, 8 * H)[:, None] >> 3, tl.arange(0, 8 * H)[:, None] & 7        # of a block
+    seed = tl.load(seed_ptr) if seed_ptr is not None else 0
+    R = tl.load(R_ptr + r[:, None] * 128 + r[None, :])
+    columns = tl.num_programs(0) * 8 if TURN else N // 16
+    for h in tl.static_range(0, 128, H):
+        if TURN:
+            x = load_tile(x_ptr, x_scale_ptr, tensor_scale_ptr, m0, n0 + h, M, N, 128, H, WHOLE, SWIZZLED).T
+            first, mask = (n0 + h).to(tl.int64) * columns + m0 // 16, row < N - n0 - h
+        else:
+            x = load_tile(x_ptr, x_scale_ptr, tensor_scale_ptr, m0 + h, n0, M, N, H, 128, WHOLE, SWIZZLED)
+            first, mask = (m0 + h).to(tl.int64) * columns + n0 // 16, row < M - m0 - h
+        i = row * columns + k
+        q, s = quantize_blocks(rotate_tile(x, R), first, i, seed, QUANTIZER, 1, False)
+        store_blocks(q, s, first, i, mask, codes_ptr, scale_ptr, decoded_ptr, inverse_n, FP4)
+        top = tl.maximum(top, bits(s) & 0x7FFFFFFF) if h > 0 else bits(s) & 0x7FFFFFFF
+    tl.atomic_max(top_ptr, tl.max(top), sem="relaxed")
+@triton.jit
 def tile_kernel(x_ptr, x_scale_ptr, tensor_scale_ptr, M, N, row_R, row_seed, row_codes, row_scale, row_top,
                 row_decoded, col_R, col_seed, col_codes, col_scale, col_top, col_decoded, inverse_n,
                 ROW: tl.constexpr, COL: tl.constexpr, SWIZZLED: tl.constexpr, FP4: tl.constexpr,
                 H: tl.constexpr):
-    """Rotate and quantize a 128 x 128 tile of x (M, N) along N by ROW and along M by COL, H rows at a time.
+    """Rotate and quantize a 128 x 128 tile of x (M, N) along N by ROW and along M by COL.
 
     x is bf16, or NVFP4, its scales SWIZZLED or not. ROW, COL: a quantizer or "". Rows of the second result
     are columns of x; it is as long as whole tiles, and what x lacks is 0. Memory is read once, then a cache.
     """
-    m0, n0, r = tl.program_id(0) * 128, tl.program_id(1) * 128, tl.arange(0, 128)
-    row, k = tl.arange(0, 8 * H)[:, None] >> 3, tl.arange(0, 8 * H)[:, None] & 7        # of a block
+    m0, n0 = tl.program_id(0) * 128, tl.program_id(1) * 128
     if ROW != "":
-        seed = tl.load(row_seed) if row_seed is not None else 0
-        R = tl.load(row_R + r[:, None] * 128 + r[None, :])
-        for h in tl.static_range(0, 128, H):
-            x = load_tile(x_ptr, x_scale_ptr, tensor_scale_ptr, m0 + h, n0, M, N, H, 128, True, SWIZZLED)
-            first, i = (m0 + h).to(tl.int64) * (N // 16) + n0 // 16, row * (N // 16) + k
-            q, s = quantize_blocks(rotate_tile(x, R), first, i, seed, ROW, 1, False)
-            store_blocks(q, s, first, i, row < M - m0 - h, row_codes, row_scale, row_decoded, 1.0, FP4)
-            top = tl.maximum(top, bits(s) & 0x7FFFFFFF) if h > 0 else bits(s) & 0x7FFFFFFF
-        tl.atomic_max(row_top, tl.max(top), sem="relaxed")
+        quantize_tile(x_ptr, x_scale_ptr, tensor_scale_ptr, m0, n0, M, N, row_R, row_seed, row_codes,
+                      row_scale, row_top, row_decoded, 1.0, ROW, False, True, SWIZZLED, FP4, H)
     if COL != "":
-        seed = tl.load(col_seed) if col_seed is not None else 0
-        R = tl.load(col_R + r[:, None] * 128 + r[None, :])
-        columns = tl.num_programs(0) * 8
-        for h in tl.static_range(0, 128, H):
-            x = load_tile(x_ptr, x_scale_ptr, tensor_scale_ptr, m0, n0 + h, M, N, 128, H, ROW != "", SWIZZLED)
-            first, i = (n0 + h).to(tl.int64) * columns + m0 // 16, row * columns + k
-            q, s = quantize_blocks(rotate_tile(x.T, R), first, i, seed, COL, 1, False)
-            store_blocks(q, s, first, i, row < N - n0 - h, col_codes, col_scale, col_decoded, inverse_n, FP4)
-            top = tl.maximum(top, bits(s) & 0x7FFFFFFF) if h > 0 else bits(s) & 0x7FFFFFFF
-        tl.atomic_max(col_top, tl.max(top), sem="relaxed")
+        quantize_tile(x_ptr, x_scale_ptr, tensor_scale_ptr, m0, n0, M, N, col_R, col_seed, col_codes,
+                      col_scale, col_top, col_decoded, inverse_n, COL, True, ROW != "", SWIZZLED, FP4, H)
 
 @triton.jit
 def block_at(i, columns, SWIZZLED: tl.constexpr):
@@ -345,7 +345,7 @@ def encode_again(s, v, i, mask, tensor_scale, finite, seed_ptr, codes_ptr, decod
         again = v + 24576.0 - 24576.0                                   # 1.5 * 2^23 * 2^-9
     else:
         word = random_word(tl.load(seed_ptr), 0, AGAIN * count.to(tl.int64) + i)
-        again = round_by(v, to_unit(word), 0.125, 0x3C800000)           # 2^-6
+        again = round_by(v, (word >> 8).to(tl.float32) * U24, 0.125, 0x3C800000)
     v = tl.where(finite, tl.where(mask, again, v), 0.0)
     if codes_ptr is not None:
         tl.store(codes_ptr + (8 * i + tl.arange(0, 8)[None, :]), 0, mask & (not finite))
@@ -439,8 +439,7 @@ def swizzled(scale):
     Tiles of 128 rows and 4 blocks, 512 bytes each, one after another, 0 where there is no block: (r, c) is
     at (r // 128 * ceil(C / 4) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4.
     """
-    if scale.dim() == 1:
-        return scale
+    if scale.dim() == 1: return scale
     tiles = F.pad(scale.view(torch.uint8), (0, -scale.shape[1] % 4, 0, -scale.shape[0] % 128))
     return tiles.unflatten(1, (-1, 4)).unflatten(0, (-1, 4, 32)).permute(0, 3, 2, 1, 4).flatten()
 
@@ -475,8 +474,9 @@ def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | No
     with torch.cuda.device_of(x):                                       # Triton launches on the current GPU
         if count := out[1].numel():                                     # bf16 is read by words of 4 bytes
             x = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 4 else x.contiguous()
-            quantize_kernel[(triton.cdiv(count, B),)](x, seed, *out[:4], count, x.shape[1] // BLOCK,
-                                                      quantizer, rows, major(x.device) >= 10, B, **LAUNCH)
+            quantize_kernel[(triton.cdiv(count, B),)](
+                x, seed, *out[:4], count, x.shape[1] // BLOCK, quantizer, rows, major(x.device) >= 10, B,
+                num_warps=8 if quantizer == "scale_search" else 4, **LAUNCH)        # else 254 registers
         return encode(out, quantizer, seed)
 @library.custom_op("quartet::rotate_quantize", mutates_args=())
 def rotate_quantize(
@@ -510,10 +510,12 @@ def _(x, row, row_R, row_seed, col, col_R, col_seed, inverse_n, *form):
     return ((finished(outputs(M, N, device, *form)) if row else [])
             + (finished(outputs(N, -(-M // GROUP) * GROUP, device, *form)) if col else []))
 
+def parts(row):
+    """The quantizers in a row of RECIPES, without block shapes."""
+    return {str(q).removesuffix("_16x16") for q in (row.x, row.w, *row.dx[1:], *row.dw[1:])}
 def supports(row):
     """Whether the kernels have a mode for every quantizer of a row of RECIPES (None: bf16)."""
-    return row is None or {*MODES, None}.issuperset(
-        (row.x.removesuffix("_16x16"), row.w.removesuffix("_16x16"), *row.dx[1:], *row.dw[1:]))
+    return row is None or parts(row) <= {*MODES, "bf16", "None"}
 def permuted(R):
     """R (128, 128) -> bf16, with column 64 g + 16 t + 2 i + j at 64 g + 8 i + 2 t + j: see rotate_tile."""
     return R.view(GROUP, 2, 4, 8, 2).transpose(2, 3).reshape(GROUP, GROUP).bfloat16()
@@ -531,16 +533,12 @@ def of(x, quantizer, seed=0, block=(1, BLOCK), R=None):
     shape = lambda k: (*x.shape[:-1], x.shape[-1] // k)
     return NVFP4(codes.view(shape(2)), scale.view(shape(BLOCK)).view(torch.float8_e4m3fn), tensor_scale)
 
-def rtn(x, block=(1, BLOCK)):
-    """quartet.rtn. Bitwise equal."""
-    return of(x, "rtn", block=block)
-def four_six(x, block=(1, BLOCK)):
-    """quartet.four_six. Bitwise equal."""
-    return of(x, "four_six", block=block)
-def sr(x, seed):
-    """quartet.sr. Bitwise equal."""
-    return of(x, "sr", seed)
-def ms_eden(x, R, seed):
+# As in quartet.py, bitwise equal: x (..., K) on a GPU -> NVFP4
+def rtn(x, block=(1, BLOCK)): return of(x, "rtn", block=block)
+def four_six(x, block=(1, BLOCK)): return of(x, "four_six", block=block)
+def scale_search(x): return of(x, "scale_search")
+def sr(x, seed): return of(x, "sr", seed)
+def ms_eden(x, R, seed, four_six=False):
     """quartet.ms_eden, for x in bf16, or rotated already if R is None: then bitwise equal.
 
     The sums of x R are float32 in the order of the tensor cores: their last bits may differ. ValueError for
@@ -548,7 +546,7 @@ def ms_eden(x, R, seed):
     """
     if R is not None and (x.dtype != torch.bfloat16 or x.shape[-1] % GROUP):
         raise ValueError(f"{x.dtype} {tuple(x.shape)}: rotate bfloat16 with a last dimension % {GROUP} == 0")
-    return of(x, "ms_eden", seed, R=R)
+    return of(x, "ms_eden_46" if four_six else "ms_eden", seed, R=R)
 
 # ---- 6. The GEMM and the linear layer ----------------------------------------------------------------------
 @library.custom_op("quartet::scaled_mm", mutates_args=())
@@ -579,25 +577,25 @@ def gemm(a, b):
     return y
 def matmul(a, b):
     """a (M, K), b (N, K or more), `finished` -> a b^T (M, N) bf16: of decoded values if any, else FP4."""
-    if a[3].dim() == 2:
-        return quartet.gemm(a[3], b[3][:, :a[3].shape[1]])
+    if a[3].dim() == 2: return quartet.gemm(a[3], b[3][:, :a[3].shape[1]])
     return scaled_mm(list(a[:3]), list(b[:3]))
-def native(w):
-    """Whether all GEMMs with w (N, K) go to FP4 tensor cores: K % 32 == N % 128 == 0. Else to bf16 ones."""
-    return w.shape[1] % 32 == w.shape[0] % GROUP == 0 and major(w.device) >= 10
-def operand(t, quantizer, decoded, swizzled):
-    """t (M, K) bf16 -> `finished`, with codes, for a forward GEMM. quantizer: also of 16x16 blocks."""
+def native(w, row):
+    """Whether all GEMMs of a row with w (N, K) go to FP4 tensor cores: K % 32 == N % 128 == 0."""
+    return w.shape[1] % 32 == w.shape[0] % GROUP == 0 and "bf16" not in parts(row) and major(w.device) >= 10
+def operand(t, quantizer, seed, codes, decoded, swizzled):
+    """t (M, K) bf16 -> `finished` for a GEMM. quantizer: also of 16x16 blocks; "bf16": codes are t itself."""
+    if quantizer == "bf16":
+        return [t, t.new_empty(0, dtype=torch.uint8), torch.ones((), device=t.device), t]
     rows = BLOCK if quantizer.endswith("_16x16") else 1
-    return quantize(t, quantizer.removesuffix("_16x16"), rows, None, True, decoded, swizzled)
+    return quantize(t, quantizer.removesuffix("_16x16"), rows, seed, codes, decoded, swizzled)
 def quantized(w, recipe):
     """quartet.quantized; scales `swizzled` where they go to FP4 tensor cores, but not w to be transposed."""
     row = quartet.RECIPES[recipe]
-    return tuple(operand(w, row.w, False, native(w) and row.dx[2] is not None)[:3])
+    return tuple(operand(w, row.w, None, True, False, native(w, row) and row.dx[2] is not None)[:3])
 
 def rotation(name, words):
     """quartet.backward_matmul's R, permuted, and 1 / n, from words (4,) int64; of None: I, which is exact."""
-    if name is None:
-        return permuted(torch.eye(GROUP, device=words.device)), 1.0
+    if name is None: return permuted(torch.eye(GROUP, device=words.device)), 1.0
     signs = (words[:, None] >> torch.arange(64, device=words.device) & 1).view(2, GROUP) * 2.0 - 1.0
     R, n = quartet.rotation_from(name, signs)
     return permuted(R), 1.0 / n
@@ -606,14 +604,15 @@ class QuantizedMatmul(torch.autograd.Function):
     """quartet.QuantizedMatmul: x (M, K), w (N, K) bf16; wq: `quantized` w, or Nones -> x w^T (M, N) bf16."""
     @staticmethod
     def forward(ctx, x, w, recipe, *wq):
-        row, ctx.recipe, ctx.native = quartet.RECIPES[recipe], recipe, native(w)
-        xq = operand(x, row.x, not ctx.native, ctx.native)
+        row = quartet.RECIPES[recipe]
+        ctx.recipe, ctx.native = recipe, native(w, row)
+        xq = operand(x, row.x, None, True, not ctx.native, ctx.native)
         if wq[0] is not None:
             t = NVFP4(wq[0], wq[1].view(torch.float8_e4m3fn), wq[2])
             wq = *wq, wq[0].new_empty(0) if ctx.native else quartet.decode(t, torch.bfloat16)
         else:
-            wq = operand(w, row.w, not ctx.native, ctx.native and row.dx[2] is not None)
-        ctx.save_for_backward(*wq[:3], *((x,) if row.original_x else xq[:3]))
+            wq = operand(w, row.w, None, True, not ctx.native, ctx.native and row.dx[2] is not None)
+        ctx.save_for_backward(*wq[:3], *((x,) if row.original_x or row.x == "bf16" else xq[:3]))
         return matmul(xq, wq)
 
     @staticmethod
@@ -629,9 +628,10 @@ class QuantizedMatmul(torch.autograd.Function):
             second = row.dw[1] if ctx.needs_input_grad[1] else ""
             e = rotate_quantize([dy], first, R1, words[5], second, R2, words[11], 1.0, *form)
             if ctx.needs_input_grad[0]:
-                e1 = e[:4] if rotated else quantize(dy, row.dx[1], 1, words[5], *form)
+                e1 = e[:4] if rotated else operand(dy, row.dx[1], words[5], *form)
                 saved = NVFP4(wq[0], wq[1].view(torch.float8_e4m3fn), wq[2])
                 if row.dx[2]:
+                    wq = wq[:1] if row.w == "bf16" else wq
                     w = rotate_quantize(wq, "", None, None, row.dx[2], R1, words[4], inverse1, *form)
                 elif ctx.native:
                     w = quartet.transpose(saved)

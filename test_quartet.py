@@ -27,8 +27,6 @@ QUANTIZERS = {**quartet.QUANTIZERS, "sr_four_six": lambda x, R, seed: sr(x, seed
 del QUANTIZERS["bf16"]
 every_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 every_4bit_recipe = pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "bf16"])
-every_recipe_with_kernels = pytest.mark.parametrize(
-    "recipe", [r for r, row in RECIPES.items() if row and kernels.supports(row)])
 @pytest.fixture(scope="session", autouse=True)
 def list_what_is_skipped(request):      # as with -rs
     request.config.pluginmanager.getplugin("terminalreporter").reportchars += "s"
@@ -518,21 +516,22 @@ INPUTS = {"ragged": lambda: normal(3, 5, 144), "wide": lambda: wide(40), "below 
 def test_quantizers_and_kernels_give_the_same_bits_on_every_device(name, kind):
     x, rows, seed = INPUTS[kind](), 16 if "16x16" in name else 1, 2**63 - 1
     if math.prod(x.shape[:-1]) % rows: return
-    arguments = {"sr": (seed,), "ms_eden": (None, seed)}.get(name, ((rows, 16),))
-    f = getattr(kernels, name.removesuffix("_16x16"), None)              # None: sr_four_six
+    arguments = {"scale_search": (), "sr": (seed,), "ms_eden": (None, seed), "ms_eden_46": (None, seed, True)}
+    arguments, f = arguments.get(name, ((rows, 16),)), name.removesuffix("_16x16").removesuffix("_46")
+    f = getattr(kernels, f, None)                                        # None: sr_four_six
     for v in (x, x.bfloat16(), x.half()):
         expected, v, on_device = quantize(name, v, seed), v.to(DEVICE), torch.tensor(seed, device=DEVICE)
         assert same(quantize(name, v, on_device), expected) and (not f or same(f(v, *arguments), expected))
 def unflat(t): return NVFP4(t[0].cpu(), t[1].cpu().view(torch.float8_e4m3fn), t[2].cpu()), t[3]
 
-@pytest.mark.parametrize("quantizer", ["rtn", "sr", "ms_eden"])
+@pytest.mark.parametrize("quantizer", ["rtn", "scale_search", "sr", "ms_eden", "ms_eden_46"])
 @pytest.mark.parametrize("name", ROTATIONS)
 @pytest.mark.parametrize("size", [1, 2.0**-16])                          # of some rows: sub-normal scales
 def test_one_read_rotates_and_quantizes_both_ways(quantizer, name, size):
     g = generator()
     x = torch.randint(-9, 10, (140, 256), generator=g).float()           # integers: x R is exact
     x[:, 128:] *= size
-    x[64:] *= size
+    x[128:] *= size
     seeds, (R1, n), (R2, n) = torch.tensor([5, 2**40 + 1]), rotation(name, g), rotation(name, g)
     arguments = lambda i, R: (quantizer, kernels.permuted(R).to(DEVICE), seeds[i].to(DEVICE))
     both = kernels.rotate_quantize([x.bfloat16().to(DEVICE)], *arguments(0, R1), *arguments(1, R2), 1 / n,
@@ -561,7 +560,10 @@ def test_swizzled_scales_are_the_plain_ones_elsewhere_and_zeros(quantizer, shape
             guess = kernels.quantize(fake.from_tensor(x), quantizer, 1, None, True, False, real is b)
             assert [t.shape for t in guess] == [t.shape for t in real]
 
-@every_recipe_with_kernels
+MIXED = {"mixed 1": Recipe("bf16", "four_six", ("rht16", "bf16", "sr"), (None, "bf16", "rtn")),
+         "mixed 2": Recipe("rtn", "bf16", (None, "sr", "bf16"), ("rht16", "rtn", "bf16"), True),
+         "mixed 3": Recipe("bf16", "bf16", (None, "bf16", "bf16"), (None, "bf16", "bf16"))}
+@pytest.mark.parametrize("recipe", [*(r for r, row in RECIPES.items() if row), *MIXED])
 @pytest.mark.parametrize("shape", [(140, 144, 128), (140, 160, 128), (64, 128, 256)])
 def test_linear_gives_the_same_bits_with_kernels_and_on_fp4_tensor_cores(recipe, shape, monkeypatch):
     real, meta = F.scaled_mm, lambda t: [*map(meta, t)] if isinstance(t, list) else t.to("meta")
@@ -570,14 +572,15 @@ def test_linear_gives_the_same_bits_with_kernels_and_on_fp4_tensor_cores(recipe,
         return quartet.matmul(*(NVFP4(t.view(torch.uint8), plain(s, len(t), t.shape[1] // 8), tensor_scale)
                                 for t, (s, tensor_scale) in ((a, a_scales), (b.T, b_scales))))
     monkeypatch.setattr(F, "scaled_mm", scaled_mm)
+    for name, row in MIXED.items(): monkeypatch.setitem(RECIPES, name, row)
     M, K, N = shape
     x, w, dy = (torch.randint(-9, 10, s, generator=generator()).float().to(DEVICE)      # x R is exact
                 for s in ((M, K), (N, K), (M, N)))
     reference, linear = (Linear(K, N, recipe=recipe, backend=b, device=DEVICE) for b in ("torch", "triton"))
     reference.weight.data = linear.weight.data = w
     expected = step(reference, x.requires_grad_(), dy)
-    for native in (False, True) if K % 32 == 0 else (False,):
-        monkeypatch.setattr(kernels, "native", lambda w: native)
+    for native in (False, True) if K % 32 == 0 and recipe not in MIXED else (False,):
+        monkeypatch.setattr(kernels, "native", lambda w, row: native)
         assert same(step(linear, x, dy), expected)
         with quartet.quantized_weights(linear): assert same(step(linear, x, dy), expected)
     torch._dynamo.reset()
@@ -598,7 +601,7 @@ def test_gemm_multiplies_what_it_is_given(monkeypatch):                         
     bound = 2.0 ** (-8 if GPU else -7) * exact.abs() + 2.0**-15 * magnitudes
     assert ((kernels.gemm(a, b) - exact).abs() <= bound).all()
 
-@every_recipe_with_kernels
+@every_4bit_recipe
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_weights_quantized_once_change_nothing_and_must_not_change(recipe, backend):
     (linear, x, dy), places = layer(recipe, 50, 128, device=DEVICE), set()
@@ -617,7 +620,7 @@ def test_weights_quantized_once_change_nothing_and_must_not_change(recipe, backe
 needs_gpu = pytest.mark.skipif(not GPU, reason="PyTorch sees no GPU here")
 
 @needs_gpu
-@every_recipe_with_kernels
+@every_4bit_recipe
 def test_a_step_runs_on_any_stream_and_gpu_and_as_a_cuda_graph_without_synchronisation(recipe):
     def prepared(device):
         linear = functools.partial(Linear, recipe=recipe, backend="triton", device=device)
@@ -655,7 +658,7 @@ def test_offsets_beyond_2_31_and_long_rows():
     assert torch.equal(a[4][:, -64:], b[4]) and torch.equal(a[7][:, -128:], b[7])
 
 @needs_gpu
-@every_recipe_with_kernels
+@every_4bit_recipe
 def test_both_backends_train_to_the_same_bits_where_rotations_are_exact(tiny, recipe, monkeypatch):
     monkeypatch.setattr(quartet, "rotation_from", lambda name, d: (torch.eye(128, device=d.device), 1))
     for name in "torch", "triton":                                       # 50 steps of the 30m preset

@@ -151,7 +151,7 @@ def check(device, shapes):
     for M, K in shapes:
         x = torch.randint(-9, 10, (M, K), device=device).bfloat16()
         x *= 2.0 ** (-16 * (torch.arange(M, device=device)[:, None] // GROUP % 2))
-        for name, _, ours, theirs in cases(x, known, ("rtn", "sr", "ms_eden")):
+        for name, _, ours, theirs in cases(x, known, ("rtn", "sr", "ms_eden", "ms_eden_46")):
             expected = [part for t in theirs() for part in (
                 t.codes, t.block_scale.view(torch.uint8), t.tensor_scale, quartet.decode(t, torch.bfloat16))]
             for decoded in (False, True):
