@@ -573,7 +573,7 @@ def gemm(a, b):
                 for v in (codes.contiguous(), swizzled(scale).view(torch.float8_e4m3fn), tensor_scale)]
     grid = triton.cdiv(M, options["BM"]) * triton.cdiv(N, options["BN"])
     with torch.cuda.device_of(y):
-        gemm_kernel[(grid,)](*operands, y, M, N, K, **options)
+        gemm_kernel[(grid,)](*operands, y, M, N, K, **options, **LAUNCH)
     return y
 def matmul(a, b):
     """a (M, K), b (N, K or more), `finished` -> a b^T (M, N) bf16: of decoded values if any, else FP4."""

@@ -3,6 +3,7 @@
 Tolerances are exhaustive or derived, else bits are compared; "5 sigma": 5 standard errors. Seeds are fixed.
 """
 import copy, dataclasses, functools, json, math, os, pickle, re, shlex, shutil, signal, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 import pytest
@@ -452,15 +453,16 @@ def test_strides_dtypes_autocast_and_what_bf16_drops_make_no_difference(recipe):
     assert same(inside, torch.autograd.grad(graph, (x, *linear.parameters()), dy.bfloat16()))
 
 @pytest.mark.parametrize("recipes, backend", [(["rtn", "bf16", "quartet2"], "torch"), (
-    ["tetrajet2", "nvidia", "four_six"], "torch"), (["quartet2", "rtn", "nvidia"], "triton")])
+    ["nvidia"], "torch"), (["quartet2", "rtn", "nvidia"], "triton")])
 def test_compiled_is_eager_to_the_bit(recipes, backend):
     torch._dynamo.reset()
     model = torch.nn.Sequential(*[Linear(128, 128, r == "rtn", r, backend, DEVICE) for r in recipes])
     x, dy = normal(20, 128).to(DEVICE).requires_grad_(), normal(20, 128, seed=1).to(DEVICE)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert same(step(compiled, x, dy), step(model, x, dy))
-    with torch.autocast(DEVICE, torch.bfloat16):     # torch 2.11 made gradients 0 of a dtype kept by .to
-        assert same(step(compiled, x, dy.bfloat16()), step(model, x, dy.bfloat16()))
+    if backend == "triton":
+        with torch.autocast(DEVICE, torch.bfloat16):     # torch 2.11 made gradients 0 of a dtype kept by .to
+            assert same(step(compiled, x, dy.bfloat16()), step(model, x, dy.bfloat16()))
 
 @every_4bit_recipe
 @pytest.mark.parametrize("where", [0, 1])                                # in x; in dy
@@ -519,13 +521,13 @@ def test_quantizers_and_kernels_give_the_same_bits_on_every_device(name, kind):
     arguments = {"scale_search": (), "sr": (seed,), "ms_eden": (None, seed), "ms_eden_46": (None, seed, True)}
     arguments, f = arguments.get(name, ((rows, 16),)), name.removesuffix("_16x16").removesuffix("_46")
     f = getattr(kernels, f, None)                                        # None: sr_four_six
-    for v in (x, x.bfloat16(), x.half()):
+    for v in (x, x.bfloat16(), *[x.half()] * (kind == "wide")):
         expected, v, on_device = quantize(name, v, seed), v.to(DEVICE), torch.tensor(seed, device=DEVICE)
         assert same(quantize(name, v, on_device), expected) and (not f or same(f(v, *arguments), expected))
 def unflat(t): return NVFP4(t[0].cpu(), t[1].cpu().view(torch.float8_e4m3fn), t[2].cpu()), t[3]
 
-@pytest.mark.parametrize("quantizer", ["rtn", "scale_search", "sr", "ms_eden", "ms_eden_46"])
-@pytest.mark.parametrize("name", ROTATIONS)
+@pytest.mark.parametrize("quantizer, name", [*((q, "rht128x2") for q in kernels.MODES if q != "four_six"), *(
+    ("rtn", name) for name in ROTATIONS if name != "rht128x2")])
 @pytest.mark.parametrize("size", [1, 2.0**-16])                          # of some rows: sub-normal scales
 def test_one_read_rotates_and_quantizes_both_ways(quantizer, name, size):
     g = generator()
@@ -563,8 +565,8 @@ def test_swizzled_scales_are_the_plain_ones_elsewhere_and_zeros(quantizer, shape
 MIXED = {"mixed 1": Recipe("bf16", "four_six", ("rht16", "bf16", "sr"), (None, "bf16", "rtn")),
          "mixed 2": Recipe("rtn", "bf16", (None, "sr", "bf16"), ("rht16", "rtn", "bf16"), True),
          "mixed 3": Recipe("bf16", "bf16", (None, "bf16", "bf16"), (None, "bf16", "bf16"))}
-@pytest.mark.parametrize("recipe", [*(r for r, row in RECIPES.items() if row), *MIXED])
-@pytest.mark.parametrize("shape", [(140, 144, 128), (140, 160, 128), (64, 128, 256)])
+@pytest.mark.parametrize("recipe, shape", [*((r, (20, 160, 128)) for r in [*RECIPES, *MIXED] if r != "bf16"), *(
+    (r, shape) for r in ("nvidia", "quartet2") for shape in ((140, 144, 128), (64, 160, 256)))])
 def test_linear_gives_the_same_bits_with_kernels_and_on_fp4_tensor_cores(recipe, shape, monkeypatch):
     real, meta = F.scaled_mm, lambda t: [*map(meta, t)] if isinstance(t, list) else t.to("meta")
     def scaled_mm(a, b, a_scales, kinds, b_scales, *rest):                          # imitates FP4 ones
@@ -582,9 +584,11 @@ def test_linear_gives_the_same_bits_with_kernels_and_on_fp4_tensor_cores(recipe,
     for native in (False, True) if K % 32 == 0 and recipe not in MIXED else (False,):
         monkeypatch.setattr(kernels, "native", lambda w, row: native)
         assert same(step(linear, x, dy), expected)
-        with quartet.quantized_weights(linear): assert same(step(linear, x, dy), expected)
+    with quartet.quantized_weights(linear): assert same(step(linear, x, dy), expected)
+    if native: return
     torch._dynamo.reset()
-    assert same(step(torch.compile(linear, backend="aot_eager", fullgraph=True), x, dy), expected)
+    linear.compile(backend="aot_eager", fullgraph=True)
+    assert same(step(linear, x, dy), expected)
 
 def test_gemm_multiplies_what_it_is_given(monkeypatch):                             # interpreted: E4M3 scales
     if GPU and kernels.major(torch.device("cuda")) < 10: pytest.skip("no FP4 tensor cores here")
@@ -678,17 +682,19 @@ def test_a_recipe_without_kernels_takes_the_reference(monkeypatch):
         assert quartet.resolve("auto", *case) == backend
 
 def test_the_check_of_kernels_passes_and_sees_a_wrong_bit(monkeypatch, capsys):
-    assert bench.check(DEVICE, [(140, 128)])
+    assert bench.check(DEVICE, [(20, 128)])
     monkeypatch.setitem(quartet.QUANTIZERS, "rtn", quartet.QUANTIZERS["four_six"])
     assert not bench.check(DEVICE, [(16, 128)]) and "16 x 128, rtn: codes" in capsys.readouterr().out
 
-@pytest.mark.parametrize("target", ["sm_90a", "sm_100a", "sm_120a"])
-def test_kernels_compile_for_every_target_without_spills(target, tmp_path):
-    command = [sys.executable, HERE / "kernels.py", f"--target={target}", f"--dump={tmp_path}"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    lines = 8 if target == "sm_90a" else 15                              # and a prediction, with FP4
-    assert done.returncode == 0 and done.stdout.count("\n") == lines, done.stdout + done.stderr
-    assert f".target {target}" in (tmp_path / f"{target}-both-ms_eden.ptx").read_text()
+def test_kernels_compile_for_every_target_without_spills(tmp_path):
+    lines = {"sm_90a": 8, "sm_100a": 15, "sm_120a": 15}                  # with a prediction where there is FP4
+    running = {target: subprocess.Popen(
+        [sys.executable, HERE / "kernels.py", f"--target={target}", f"--dump={tmp_path}"],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for target in lines}
+    for target, process in running.items():
+        out = process.communicate()[0]
+        assert process.returncode == 0 and out.count("\n") == lines[target], out
+        assert f".target {target}" in (tmp_path / f"{target}-both-ms_eden.ptx").read_text()
 
 # ---- train_gpt.py ------------------------------------------------------------------------------------------
 TINY = ("--layers=1 --width=128 --heads=2 --hidden=128 --sequence=32 --tokens_per_step=128 --eval_tokens=256 "
@@ -716,8 +722,7 @@ def test_presets_have_the_sizes_of_the_paper(preset, size):
     with torch.device("meta"): model = train_gpt.GPT(train_gpt.Config(**train_gpt.PRESETS[preset]))
     assert sum(p.numel() for p in [*model.blocks.parameters(), *model.norm.parameters()]) == size
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("recipe, zeros", [*((recipe, False) for recipe in RECIPES), ("quartet2", True)])
 def test_twenty_steps_lower_the_loss_also_from_output_projections_of_zeros(tiny, monkeypatch, recipe, zeros):
     def initial(w, mean=0.0, std=1.0): w.data.normal_(mean, 0.0 if std == 0.01 else std)     # 0.02 / 2
     if zeros: monkeypatch.setattr(torch.nn.init, "normal_", initial)
@@ -859,7 +864,13 @@ def test_commands_of_the_readme_run(tmp_path):
     commands = [c for c in commands if c[0] != "pip" and c != ["python", "-m", "pytest"]]
     assert len(commands) > 6 and all(c[0] == "python" for c in commands)
     short = "--steps=2 --eval_tokens=1024 --sample_tokens=4 --device=cpu --batch=4 --tokens_per_step=1024"
-    for _, script, *words in commands:
-        command = [sys.executable, HERE / script, *words, *short.split() * (script == "train_gpt.py")]
-        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout, (command, done.stderr)
+    environment = ENVIRONMENT | dict(OMP_NUM_THREADS="1")                # two commands at a time
+    def run(commands):
+        for _, script, *words in commands:
+            command = [sys.executable, HERE / script, *words, *short.split() * (script == "train_gpt.py")]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0 and done.stdout, (command, done.stderr)
+    trains = [c for c in commands if c[1] == "train_gpt.py"]              # these need each other
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(run, [c for c in commands if c not in trains])
+        run(trains), other.result()
