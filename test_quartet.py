@@ -565,8 +565,9 @@ def test_swizzled_scales_are_the_plain_ones_elsewhere_and_zeros(quantizer, shape
 MIXED = {"mixed 1": Recipe("bf16", "four_six", ("rht16", "bf16", "sr"), (None, "bf16", "rtn")),
          "mixed 2": Recipe("rtn", "bf16", (None, "sr", "bf16"), ("rht16", "rtn", "bf16"), True),
          "mixed 3": Recipe("bf16", "bf16", (None, "bf16", "bf16"), (None, "bf16", "bf16"))}
-@pytest.mark.parametrize("recipe, shape", [*((r, (20, 160, 128)) for r in [*RECIPES, *MIXED] if r != "bf16"), *(
-    (r, shape) for r in ("nvidia", "quartet2") for shape in ((140, 144, 128), (64, 160, 256)))])
+@pytest.mark.parametrize("recipe, shape", [
+    *((r, (20, 160, 128)) for r in [*RECIPES, *MIXED] if r != "bf16"),
+    *((r, shape) for r in ("nvidia", "quartet2") for shape in ((140, 144, 128), (64, 160, 256)))])
 def test_linear_gives_the_same_bits_with_kernels_and_on_fp4_tensor_cores(recipe, shape, monkeypatch):
     real, meta = F.scaled_mm, lambda t: [*map(meta, t)] if isinstance(t, list) else t.to("meta")
     def scaled_mm(a, b, a_scales, kinds, b_scales, *rest):                          # imitates FP4 ones
@@ -687,7 +688,7 @@ def test_the_check_of_kernels_passes_and_sees_a_wrong_bit(monkeypatch, capsys):
     assert not bench.check(DEVICE, [(16, 128)]) and "16 x 128, rtn: codes" in capsys.readouterr().out
 
 def test_kernels_compile_for_every_target_without_spills(tmp_path):
-    lines = {"sm_90a": 8, "sm_100a": 15, "sm_120a": 15}                  # with a prediction where there is FP4
+    lines = {"sm_90a": 8, "sm_100a": 15, "sm_120a": 15}                  # with FP4, a prediction too
     running = {target: subprocess.Popen(
         [sys.executable, HERE / "kernels.py", f"--target={target}", f"--dump={tmp_path}"],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for target in lines}

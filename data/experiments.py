@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch
-import quartet, train_gpt
+import quartet, train_gpt, variants
 from quartet import Recipe
 
 RESULTS = HERE / "results"
@@ -42,6 +42,7 @@ ROWS = {
     "quartet2_x2": both("four_six", "rht128x2", "ms_eden", "ms_eden"),
     "quartet2_46": both("four_six", "rht128x2", "ms_eden_46", "ms_eden_46"),
 }
+KNOBS = {"quartet2_end": ("quartet2", "--bf16_end=0.1")}                  # rows with knobs: recipe, knobs
 GROUPS = {
     "recipes": "bf16 nvidia four_six tetrajet2 quartet2 quintet",
     "close": "bf16 quartet2 quintet",
@@ -52,9 +53,9 @@ GROUPS = {
 }
 
 def register():
-    """Make ROWS recipes, and SR with 4/6, which is biased, a quantizer."""
+    """Make ROWS recipes, variants.py's too (they replace bf16's layers), and SR with 4/6 a quantizer."""
     quartet.QUANTIZERS["sr_46"] = lambda x, R, seed: quartet.sr(quartet.rotate(x, R), seed, four_six=True)
-    quartet.RECIPES.update(ROWS)
+    quartet.RECIPES.update(ROWS | dict.fromkeys(variants.VARIANTS))
 
 def log_of(size, corpus, row, seed):
     return RESULTS / f"{size}-{corpus}-{row}-{seed}.jsonl"
@@ -63,8 +64,9 @@ def train(size, corpus, row, seed, gpu, knobs):
     """One run, in a process of its own on one GPU: leaves its log in RESULTS, or prints what went wrong."""
     target = log_of(size, corpus, row, seed)
     with tempfile.TemporaryDirectory() as directory:
-        arguments = [*SIZES[size].split(), *COMMON.split(), f"--recipe={row}", f"--seed={seed}",
-                     f"--corpus={corpus}", "--name=run", *knobs]
+        recipe, *more = KNOBS.get(row, (row,))
+        arguments = [*SIZES[size].split(), *COMMON.split(), f"--recipe={recipe}", f"--seed={seed}",
+                     f"--corpus={corpus}", "--name=run", *more, *knobs]
         done = subprocess.run([sys.executable, __file__, "train", *arguments], cwd=directory, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               env=os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if gpu >= 0 else {}))
@@ -95,12 +97,15 @@ def queue(size, rows, seeds, corpus, knobs):
 
 def main(arguments):
     register()
-    if arguments[:1] == ["train"]: return train_gpt.main(arguments[1:])
+    if arguments[:1] == ["train"]:
+        for name in variants.VARIANTS:
+            if f"--recipe={name}" in arguments: variants.install(name)
+        return train_gpt.main(arguments[1:])
     words = [a for a in arguments if not a.startswith("--")]
     knobs = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--"))
     if len(words) != 2 or words[0] not in SIZES: sys.exit(__doc__)
     rows = GROUPS[words[1]].split() if words[1] in GROUPS else words[1].split(",")
-    for row in rows: train_gpt.known(row, quartet.RECIPES, f"unknown row {row!r}")
+    for row in rows: train_gpt.known(row, quartet.RECIPES | KNOBS, f"unknown row {row!r}")
     seeds, corpus = [*map(int, knobs.pop("seeds", "1").split(","))], knobs.pop("corpus", "novels")
     queue(words[0], rows, seeds, corpus, [f"--{k}={v}" for k, v in knobs.items()])
 

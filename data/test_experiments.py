@@ -1,5 +1,4 @@
 """Tests of experiments.py and figures.py: runs are kept and not repeated; tables pair seeds."""
-import json
 import pytest
 import experiments, figures
 import quartet, train_gpt

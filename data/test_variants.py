@@ -1,0 +1,66 @@
+"""Tests of variants.py: what it multiplies is NVFP4, what must cancel cancels, and its weights count."""
+import pytest
+import torch
+import quartet, train_gpt, variants
+from variants import LAYERS, Variant, decoded
+
+def normal(*shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+def layer(weight, **fields):
+    made = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    made.__class__, made.kind, made.variant = variants.Layer, "up", Variant(**fields)
+    made.weight.data = weight
+    return made
+
+@pytest.mark.parametrize("quantizer", ["rtn", "four_six", "scale_search"])
+def test_values_are_those_of_quartet(quantizer):
+    x = normal(64, 256) * 2.0 ** torch.arange(-4, 4).repeat_interleave(32)
+    assert torch.equal(decoded(x, quantizer), quartet.decode(quartet.QUANTIZERS[quantizer](x, None, None)))
+
+def test_gradients_pass_straight_through_to_the_operands_that_were_multiplied():
+    x, w, dy = normal(32, 128).bfloat16().requires_grad_(), normal(64, 128), normal(32, 64).bfloat16()
+    y = layer(w, x="four_six", w="rtn")(x)
+    a, b = decoded(x.detach().float(), "four_six").bfloat16(), decoded(w.bfloat16().float(), "rtn").bfloat16()
+    assert torch.equal(y, a @ b.T) and torch.equal(torch.autograd.grad(y, x, dy)[0], dy @ b)
+
+@pytest.mark.parametrize("fields", [dict(equalize=0.5), dict(rotate=("up",)), dict(layers=("down",))])
+def test_what_is_done_to_both_operands_cancels(fields):
+    x, w = (normal(64, 256) * 2.0 ** (torch.arange(256) % 7)).bfloat16(), normal(128, 256).bfloat16().float()
+    exact, plain = x.double() @ w.double().T, dict(x="bf16", w="bf16") if "layers" not in fields else {}
+    error = (layer(w, **plain, **fields)(x) - exact).norm() / exact.norm()
+    assert error < 2.0**-7                              # bf16: of y, and of rotated operands
+    if "equalize" in fields: assert torch.equal(layer(w, **plain, **fields)(x), layer(w, **plain)(x))
+
+def test_equalizing_levels_columns_and_a_weighed_search_lowers_the_weighed_error():
+    x, weight = normal(512, 64), 2.0 ** (torch.arange(64) % 5)
+    errors = [((decoded(x, "scale_search", m) - x).square() * weight).sum() for m in (None, weight)]
+    assert errors[1] < errors[0]
+    for share in 1.0, 0.5:
+        a, b = variants.equalized(x * weight, normal(256, 64), share)
+        in_a, in_b = (t.log2() / 2 for t in variants.columns(a, b))
+        assert (in_a if share == 1 else in_a - in_b).abs().max() <= (0.5 if share == 1 else 1)
+
+def test_a_pulled_weight_comes_to_rest_on_the_grid(monkeypatch):
+    for module, name in (train_gpt.Block, "__init__"), (train_gpt, "make_optimizer"):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setitem(variants.VARIANTS, "v_far", Variant(pull=1e3))
+    variants.install("v_far")
+    c = train_gpt.Config(**train_gpt.PRESETS["cpu"] | dict(layers=1, width=128, heads=1, hidden=128, steps=4))
+    model = train_gpt.GPT(c)
+    optimizer, w = train_gpt.make_optimizer(model, c, "cpu"), model.blocks[0].up.weight
+    off = lambda: (decoded(w.detach(), "four_six") - w).norm() / w.norm()
+    before = off()
+    for p in model.parameters(): p.grad = torch.zeros_like(p)
+    for _ in range(4): optimizer.step()
+    assert before > 0.07 and off() < 0.01
+
+def test_the_command_prints_every_variant_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    knobs = dict(layers=1, width=128, heads=1, hidden=128, sequence=32, batch=2, steps=1, tokens_per_step=64,
+                 eval_tokens=64, sample_tokens=1, device="cpu", recipe="bf16", name="a")
+    train_gpt.main(["cpu", *(f"--{knob}={value}" for knob, value in knobs.items())])
+    capsys.readouterr()
+    variants.main(["a", "v_four_six", "v_all"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["bf16", "v_four_six", "v_all"]
+    with pytest.raises(train_gpt.UserError, match="'v_al'.*did you mean 'v_"): variants.main(["a", "v_al"])
+    assert {layer for v in variants.VARIANTS.values() for layer in v.layers} == {*LAYERS}

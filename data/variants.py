@@ -1,0 +1,133 @@
+"""Forward passes that are not recipes: what else might bring a quantized forward closer to bf16.
+
+    python data/variants.py RUN [VARIANT ...]       loss of a trained model, 1e-3 nats above its bf16 forward
+
+RUN is a run of train_gpt.py, by name or path. Without a list: all of VARIANTS. As rows of data/experiments.py
+they train instead: forward quantized, backward in bf16, straight through.
+"""
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import torch, torch.nn.functional as F
+import quartet, train_gpt
+from quartet import e2m1, over, ratio, rotation_from, round_scale
+
+LAYERS = "qkv", "out", "up", "down"
+
+class Variant(NamedTuple):
+    """y = x w^T of a layer, computed on decoded values."""
+    x: str = "four_six"         # quantizer of x: bf16, rtn, four_six, scale_search, deep: from -4 to 8
+    w: str = "four_six"         # of w
+    layers: tuple = LAYERS      # quantized; the others stay in bf16
+    rotate: tuple = ()          # layers whose x and w are turned by one fixed H128, signs first
+    weigh: bool = False         # errors count by the other operand's mean square in that column
+    equalize: float = 0.0       # x / c and w c, c a power of two: 1 levels the columns of x, 0.5 both alike
+    pull: float = 0.0           # training: towards its quantized value, as weight decay pulls towards 0
+
+SIGNS = torch.arange(128)[None] * 37 % 128 % 3 % 2 * 2.0 - 1.0       # any will do
+search = dict(x="scale_search", w="scale_search")
+VARIANTS = {
+    "v_rtn": Variant("rtn", "rtn"), "v_four_six": Variant(), "v_search": Variant(**search),
+    "v_deep": Variant("deep", "deep"), "v_x": Variant(w="bf16"), "v_w": Variant("bf16"),
+    **{f"v_x_{layer}": Variant(w="bf16", layers=(layer,)) for layer in LAYERS},
+    **{f"v_w_{layer}": Variant("bf16", layers=(layer,)) for layer in LAYERS},
+    "v_rotate": Variant(rotate=("qkv", "up")),
+    **{f"v_rotate_{layer}": Variant(rotate=(layer,)) for layer in LAYERS},
+    "v_weigh": Variant(**search, weigh=True),
+    "v_equalize": Variant(equalize=0.5), "v_equalize_x": Variant(equalize=1.0),
+    "v_all": Variant(**search, weigh=True, equalize=0.5),
+    "v_pull": Variant(pull=1.0), "v_pull_10": Variant(pull=10.0),
+}
+
+def decoded(b, quantizer, weight=None):
+    """b (..., K) float32 -> what `quantizer` makes of it, decoded, scales of 4 bits and any exponent.
+
+    weight (K,): of squared errors, where a scale is chosen.
+    """
+    if quantizer == "bf16": return b
+    shape, b = b.shape, b.reshape(-1, b.shape[-1] // 16, 16)
+    amax = b.abs().amax(-1, keepdim=True)
+    s = round_scale(over(amax, 6.0))
+    steps = dict(rtn=(0,), four_six=(0,), scale_search=quartet.SEARCH, deep=(0, *range(-4, 0), *range(1, 9)))
+    code = s.view(torch.int32)
+    scales = [torch.where(code > 0, code + (n << 20), 0).view(torch.float32) for n in steps[quantizer]]
+    if quantizer == "four_six": scales.append(round_scale(over(amax, 4.0)))
+    weight = 1.0 if weight is None else weight.view(-1, 16)
+    found = None
+    for s in scales:
+        q = e2m1(ratio(b, s))
+        new = ((q * s - b).square() * weight).sum(-1, keepdim=True), q, s
+        found = [torch.where(new[0] < found[0], n, f) for n, f in zip(new, found)] if found else new
+    _, q, s = found
+    return (q * s).view(shape)
+
+def columns(x, w):
+    """x (..., K), w (N, K) -> their mean squares by column, (K,) float32."""
+    return [t.detach().float().square().flatten(0, -2).mean(0).clamp(min=1e-30) for t in (x, w)]
+
+def equalized(x, w, share):
+    """x / c, w c, exact, for the power of two nearest to c = rms(x)^share rms(w)^(share - 1), by column."""
+    in_x, in_w = (t.log2() / 2 for t in columns(x, w))
+    c = torch.exp2((share * in_x - (1 - share) * in_w).round()).to(x.dtype)
+    return x / c, w * c
+
+class Layer(torch.nn.Linear):
+    """nn.Linear by a Variant. Gradients are those of the decoded operands, straight through the rounding."""
+    def forward(self, x):
+        v, x, w = self.variant, x.bfloat16(), self.weight.bfloat16()
+        if self.kind not in v.layers: return F.linear(x, w)
+        if self.kind in v.rotate:
+            R = rotation_from("rht128", SIGNS.to(x.device))[0].bfloat16() * 128**-0.5
+            x, w = ((t.unflatten(-1, (-1, 128)) @ R).flatten(-2) for t in (x, w))
+        if v.equalize: x, w = equalized(x, w, v.equalize)
+        in_x, in_w = columns(x, w) if v.weigh else (None, None)
+        x, w = (decoded(t.detach().float(), *how).bfloat16() + (t - t.detach())
+                for t, how in ((x, (v.x, in_w)), (w, (v.w, in_x))))
+        return F.linear(x, w)
+
+def apply(blocks, name):
+    """Make the layers of train_gpt.Blocks compute by VARIANTS[name]."""
+    for block in blocks:
+        for kind in LAYERS:
+            layer = getattr(block, kind)
+            layer.__class__, layer.kind, layer.variant = Layer, kind, VARIANTS[name]
+
+def install(name):
+    """Let train_gpt.py train by VARIANTS[name] from now on, in this process."""
+    init, make = train_gpt.Block.__init__, train_gpt.make_optimizer
+    def block(self, *args):
+        init(self, *args)
+        apply([self], name)
+    def optimizer(model, c, device):
+        made, v = make(model, c, device), VARIANTS[name]
+        quantize = torch.compile(decoded) if device == "cuda" else decoded
+        def pull(*_):                           # grows from nothing to v.pull: first find the place
+            for w in (getattr(block, kind).weight for block in model.blocks for kind in v.layers):
+                share = made.param_groups[0]["lr"] * v.pull * made.state[w]["step"] / c.steps
+                w.data.lerp_(quantize(w.data.bfloat16().float(), v.w), share.to(w.device))
+        if v.pull: made.register_step_post_hook(pull)
+        return made
+    train_gpt.Block.__init__, train_gpt.make_optimizer = block, optimizer
+
+def main(arguments):
+    if not arguments or arguments[0].startswith("-"): sys.exit(__doc__)
+    names = arguments[1:] or [*VARIANTS]
+    for name in names: train_gpt.known(name, VARIANTS, f"unknown variant {name!r}")
+    c, _, checkpoint = train_gpt.load("eval", arguments[0], {})
+    device, compiled = train_gpt.pick_device(c)
+    model, data = train_gpt.GPT(c).to(device), train_gpt.Shards(c, "val")
+    model.load_state_dict(checkpoint["model"])
+    base = train_gpt.evaluate(model, data, c, device)
+    print(f"bf16 {base:.4f} nats; above it, in 1e-3 nats:")
+    for name in names:
+        apply(model.blocks, name)
+        torch.compiler.reset()
+        loss = train_gpt.evaluate(torch.compile(model) if compiled else model, data, c, device)
+        print(f"{name:16}{1e3 * (loss - base):8.2f}", flush=True)
+
+if __name__ == "__main__":
+    try: main(sys.argv[1:])
+    except (train_gpt.UserError, ValueError, OSError) as e: sys.exit(f"variants.py: {e}")
