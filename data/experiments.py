@@ -3,10 +3,10 @@
     python data/experiments.py SIZE GROUP [--seeds=1,2,3] [--corpus=novels] [--steps=N]
 
 SIZE is one of SIZES below, GROUP one of GROUPS or names of rows by commas. Each GPU trains one run at a time.
-A finished run leaves its log, data/results/SIZE-CORPUS-ROW-SEED.jsonl, and is not repeated: stop and start
-at will. data/figures.py makes tables and pictures of what is there.
+A finished run leaves its log, data/results/SIZE-CORPUS-ROW-SEED.jsonl, and is not repeated; one stopped by
+Ctrl-C or SIGTERM goes on from there. data/figures.py makes tables and pictures of what is there.
 """
-import json, os, subprocess, sys, tempfile, threading
+import json, os, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -15,7 +15,7 @@ import torch
 import quartet, train_gpt, variants
 from quartet import Recipe
 
-RESULTS = HERE / "results"
+RESULTS, RUNS = HERE / "results", HERE.parent / "runs" / "experiments"
 SIZES = {   # arguments of train_gpt.py
     "10m": "30m --layers=6 --width=384 --heads=3 --hidden=1024 --batch=128 --tokens_per_step=65536"
            " --steps=4000 --lr=1.5e-3",
@@ -61,39 +61,43 @@ def log_of(size, corpus, row, seed):
     return RESULTS / f"{size}-{corpus}-{row}-{seed}.jsonl"
 
 def train(size, corpus, row, seed, gpu, knobs):
-    """One run, in a process of its own on one GPU: leaves its log in RESULTS, or prints what went wrong."""
+    """One run, in a process of its own on one GPU: leaves its log in RESULTS, or prints why there is none."""
     target = log_of(size, corpus, row, seed)
-    with tempfile.TemporaryDirectory() as directory:
-        recipe, *more = KNOBS.get(row, (row,))
-        arguments = [*SIZES[size].split(), *COMMON.split(), f"--recipe={recipe}", f"--seed={seed}",
-                     f"--corpus={corpus}", "--name=run", *more, *knobs]
-        done = subprocess.run([sys.executable, __file__, "train", *arguments], cwd=directory, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              env=os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if gpu >= 0 else {}))
-        run = Path(directory, "runs", "run")
-        if done.returncode or not (run / "result.json").exists():
-            return print(f"{target.stem} failed:\n{done.stdout[-3000:]}", flush=True)
-        records = [json.loads(line) for line in open(run / "log.jsonl")]
-        kept = [r for r in records if "loss" not in r or r["step"] % 20 == 0]   # training losses: each 20th
-        kept.append(json.loads((run / "result.json").read_text()))
+    directory = RUNS / target.stem
+    run, (recipe, *more) = directory / "runs" / "run", KNOBS.get(row, (row,))
+    arguments = [*SIZES[size].split(), *COMMON.split(), f"--recipe={recipe}", f"--seed={seed}",
+                 f"--corpus={corpus}", "--name=run", *more, *knobs]
+    if (run / "checkpoint.pt").exists(): arguments = ["resume", "run", f"--recipe={recipe}"]
+    else: shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run([sys.executable, __file__, "train", *arguments], cwd=directory, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if gpu >= 0 else {}))
+    if done.returncode or not (run / "result.json").exists():
+        return print(f"{target.stem} has not finished:\n{done.stdout[-3000:]}", flush=True)
+    records = [json.loads(line) for line in open(run / "log.jsonl")]
+    kept = [r for r in records if "loss" not in r or r["step"] % 20 == 0]       # training losses: each 20th
+    kept.append(json.loads((run / "result.json").read_text()))
     part = target.with_suffix(".part")
     part.write_text("".join(json.dumps(r) + "\n" for r in kept))
     os.replace(part, target)
+    shutil.rmtree(directory)
     print(f"{target.stem}: {kept[-1]}", flush=True)
 
 def queue(size, rows, seeds, corpus, knobs):
-    """Train what has no log yet, seed by seed, on all GPUs; stop after the running ones at Ctrl-C."""
+    """Train what has no log yet, seed by seed, on all GPUs. Ctrl-C and SIGTERM reach the running ones too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     RESULTS.mkdir(exist_ok=True)
     todo = [(row, seed) for seed in seeds for row in rows
             if not log_of(size, corpus, row, seed).exists()][::-1]
     def work(gpu):
         while todo: train(size, corpus, *todo.pop(), gpu, knobs)
-    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in range(torch.cuda.device_count())]
-    if not workers: return work(-1)
-    try:
-        for w in workers: w.start()
-        for w in workers: w.join()
-    except KeyboardInterrupt: todo.clear()
+    gpus = range(torch.cuda.device_count()) or [-1]
+    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus]
+    for w in workers: w.start()
+    while any(w.is_alive() for w in workers):               # an interrupted join would not wait for the saving
+        try: time.sleep(0.2)
+        except KeyboardInterrupt: todo.clear()
 
 def main(arguments):
     register()

@@ -1,5 +1,7 @@
 """Tests of experiments.py and figures.py: runs are kept and not repeated; tables pair seeds."""
+import json, os, signal, threading, time
 import pytest
+import torch
 import experiments, figures
 import quartet, train_gpt
 
@@ -8,6 +10,7 @@ SHORT = ["--corpus=python", "--steps=2", "--eval_tokens=128", "--eval_every=1", 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     for module in experiments, figures: monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
     for name in "QUANTIZERS", "RECIPES":                                 # main() adds to them
         monkeypatch.setattr(quartet, name, dict(getattr(quartet, name)))
     return tmp_path / "results"
@@ -28,6 +31,26 @@ def test_runs_are_kept_not_repeated_and_paired_by_seed(results, capsys):
     capsys.readouterr()
     figures.main()
     assert f"{sum(expected) / 2:9.2f} +-" in capsys.readouterr().out
+
+def test_a_stopped_run_goes_on(results, monkeypatch, capsys):
+    place = experiments.RUNS / "tiny-python-bf16-1"
+    place.mkdir(parents=True)
+    monkeypatch.chdir(place)
+    train_gpt.main([*experiments.SIZES["tiny"].split(), *SHORT, "--name=run", "--recipe=bf16"])
+    (place / "runs/run/result.json").unlink()
+    experiments.main(["tiny", "bf16", "--corpus=python"])
+    log = [json.loads(line) for line in open(results / "tiny-python-bf16-1.jsonl")]
+    assert [r["start"] for r in log if "start" in r] == [0, 2] and log[-1]["recipe"] == "bf16"
+    assert not place.exists() and "tiny-python-bf16-1: {" in capsys.readouterr().out
+
+def test_sigterm_waits_for_the_running_ones_and_starts_no_others(results, monkeypatch):
+    before, done = signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setattr(experiments, "train", lambda *run: time.sleep(1) or done.append(run[2]))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    experiments.main(["tiny", "bf16,rtn,quartet2"])
+    signal.signal(signal.SIGTERM, before)
+    assert sorted(done) == ["bf16", "rtn"]
 
 def test_the_interval_is_students():
     mean, half = figures.interval([1.0, 2.0, 3.0, 4.0])                  # deviation 1.291, t 3.182
