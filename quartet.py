@@ -158,8 +158,7 @@ def scale_search(x):
     """4/6 to its end: the scale near amax / 6 of least error. Else as four_six. NMSE 6.7e-3 on N(0, 1)."""
     b, amax, unit = blocks(x)
     code = round_scale(over(amax, E2M1_MAX)).abs().view(torch.int32)    # NaN may be negative
-    s = (torch.where(code > 0, code + (n << 20), 0).view(torch.float32) for n in SEARCH)    # 0 stays
-    q, s = nearest(b / unit, s)
+    q, s = nearest(b / unit, (torch.where(code > 0, code + (n << 20), 0).view(torch.float32) for n in SEARCH))
     return assemble(x.shape, q, s * unit)
 
 # ---- 5. Stochastic rounding (SR) ---------------------------------------------------------------------------

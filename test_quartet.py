@@ -3,6 +3,7 @@
 Tolerances are exhaustive or derived, else bits are compared; "5 sigma": 5 standard errors. Seeds are fixed.
 """
 import copy, dataclasses, functools, json, math, os, pickle, re, shlex, shutil, signal, subprocess, sys
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
@@ -831,6 +832,28 @@ def test_mistakes_get_one_line_that_names_the_value_and_the_way_out(tiny, args, 
     with pytest.raises((train_gpt.UserError, ValueError), match=message) as error:
         train_gpt.main([*TINY, *args.split()])
     assert "\n" not in str(error.value) and [*Path("runs").rglob("*")] == [Path("runs/taken")]
+
+def test_checkpoints_are_whole_or_not_there_and_the_last_two_are_kept(tiny, monkeypatch):
+    tiny("--steps=6", "--name=straight")
+    tiny("--steps=6", "--save_every=2", "--sample_tokens=1")
+    new, old, log = (Path(f"runs/a/{name}") for name in (*train_gpt.CHECKPOINTS, "log.jsonl"))
+    assert torch.load(old, weights_only=True)["step"] == 4 and saved()["step"] == 6
+    whole = new.read_bytes()
+    new.write_bytes(whole[:9999] + bytes([whole[9999] ^ 1]) + whole[10000:])                # one bit
+    with pytest.raises(train_gpt.UserError, match="not a whole checkpoint.*take .*resume runs/a/previous.pt"):
+        train_gpt.main(["resume", "a"])
+    log.write_text(log.read_text() + '{"step": 7, "lo')                  # torn
+    train_gpt.main(["resume", "runs/a/previous.pt"])
+    assert losses() == losses("straight") and same(*(saved(n)["model"].values() for n in ("a", "straight")))
+    os.replace(new, old)                                                 # as if stopped between two renames
+    train_gpt.main(["resume", "a", "--steps=7"])
+    assert saved()["step"] == 7
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), new.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))        # as if the disk were full
+    with pytest.raises(train_gpt.UserError, match="cannot write runs/a/.*too large.*make room"):
+        train_gpt.main(["resume", "a", "--steps=8"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert new.read_bytes() == before and not Path("runs/a/checkpoint.part").exists()
 
 def test_a_loss_that_is_not_finite_leaves_a_good_checkpoint_and_bad_ones_are_never_executed(tiny, tmp_path):
     class Evil:

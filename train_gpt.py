@@ -6,9 +6,10 @@
     python train_gpt.py sample RUN --prompt="def "      text from a trained model
 
 A comma list, --recipe=bf16,nvidia,quartet2, trains each recipe in turn on the same data, seed and steps, and
-ends with a table. A run writes runs/NAME/: log.jsonl, checkpoint.pt, sample.txt.
+ends with a table. A run writes runs/NAME/: log.jsonl, checkpoint.pt, previous.pt, sample.txt.
 """
 import ctypes, dataclasses, difflib, hashlib, json, math, os, pickle, platform, shutil, signal, sys, time
+import zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -73,6 +74,7 @@ PRESETS = {  # what differs from the defaults above, the 30m of arXiv:2601.22813
 CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
                device=("auto", "cpu", "cuda"))
 CODE = ("quartet.py", "kernels.py", "train_gpt.py")
+CHECKPOINTS = ("checkpoint.pt", "previous.pt")  # the last one, and the one before
 MODEL_KNOBS = ("layers", "width", "heads", "hidden", "vocab_size", "sequence")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16, datasheets
 
@@ -262,14 +264,18 @@ def load(mode, word, knobs):
     path = Path(word) if Path(word).exists() else Path("runs") / word
     if mode == "resume" and (path / "compare.json").exists():
         return Config(**json.loads((path / "compare.json").read_text()) | knobs), path, None
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    if path.is_dir():  # without the last one: stopped between two renames of save
+        path = next((p for p in (path / name for name in CHECKPOINTS) if p.exists()), path / CHECKPOINTS[0])
     if not path.exists():
         runs = sorted(str(p.parent.relative_to("runs")) for p in Path("runs").rglob("checkpoint.pt"))
         known(word, runs, f"no checkpoint {path}: in runs/")
     try:
+        if damaged := zipfile.ZipFile(path).testzip(): raise ValueError(damaged)  # by its checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing of it
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as e:
-        raise UserError(f"{path} is not a whole checkpoint ({type(e).__name__}): train again") from None
+    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+        older = path.with_name(CHECKPOINTS[1])
+        advice = f"take the one before, {mode} {older}" if older.exists() and older != path else "train again"
+        raise UserError(f"{path} is not a whole checkpoint ({type(e).__name__}): {advice}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "train_gpt 1":
         raise UserError(f"{path} was not written by this version of train_gpt.py")
     old = checkpoint["config"]
@@ -278,12 +284,27 @@ def load(mode, word, knobs):
         raise UserError(f"the checkpoint holds another model: {', '.join(other)}; leave these knobs out")
     return Config(**old | knobs), path.parent, checkpoint
 
+def save(directory, **state):
+    """Write a checkpoint whole or not at all; the last two are kept."""
+    part, (new, old) = directory / "checkpoint.part", (directory / name for name in CHECKPOINTS)
+    try:
+        with open(part, "wb") as f:
+            torch.save(dict(format="train_gpt 1", **state), f)
+            f.flush(), os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:  # torch.save turns the first into the second
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {part} ({e.__context__ or e}): stopped. The last good checkpoint stays,"
+                        f" if any: make room, then resume {directory}") from None
+    if new.exists(): os.replace(new, old)
+    os.replace(part, new)
+
 class Log:
     """log.jsonl, one line a record, and what is printed. Losses stay on the device until a line is due."""
     def __init__(self, c, directory, start, model, data, device, compiled):
         self.c, self.start, self.pending, self.rates, self.path = c, start, [], [], directory / "log.jsonl"
         if self.path.exists():  # resumed: drop what is done again
             lines = self.path.read_text().splitlines(keepends=True)
+            lines = [line for line in lines if line.endswith("\n")]  # the last may be torn
             self.path.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= start))
         cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
         name = torch.cuda.get_device_name() if device == "cuda" else cpu
@@ -414,10 +435,8 @@ def train(c, data, directory, stop, checkpoint=None):
         if saving:
             cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
             rng = dict(cpu=torch.get_rng_state(), cuda=cuda)
-            with open(directory / "checkpoint.part", "wb") as f:  # a checkpoint is whole or not there at all
-                torch.save(dict(format="train_gpt 1", config=vars(c), step=step, model=model.state_dict(),
-                                optimizer=optimizer.state_dict(), rng=rng), f)
-            os.replace(directory / "checkpoint.part", directory / "checkpoint.pt")
+            save(directory, config=vars(c), step=step, model=model.state_dict(),
+                 optimizer=optimizer.state_dict(), rng=rng)
         if stopping:
             print(f"stopped after step {step}, saved. To go on: python train_gpt.py resume {directory}")
             sys.exit(0 if stop[0] == signal.SIGTERM else 130)
@@ -466,7 +485,8 @@ def compare(c, data, directory, stop):
         if not (run / "result.json").exists():
             print(f"\n==== {recipe}", flush=True)
             torch._dynamo.reset()
-            saved = load("resume", run, vars(one))[2] if (run / "checkpoint.pt").exists() else None
+            begun = any((run / name).exists() for name in CHECKPOINTS)
+            saved = load("resume", run, vars(one))[2] if begun else None
             train(one, data, run, stop, saved)
         results.append(json.loads((run / "result.json").read_text()))
     base = next((r["val_loss"] for r in results if r["recipe"] == "bf16"), math.nan)

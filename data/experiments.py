@@ -95,7 +95,7 @@ def queue(size, rows, seeds, corpus, knobs):
     gpus = range(torch.cuda.device_count()) or [-1]
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus]
     for w in workers: w.start()
-    while any(w.is_alive() for w in workers):               # an interrupted join would not wait for the saving
+    while any(w.is_alive() for w in workers):               # an interrupted join would not wait for them
         try: time.sleep(0.2)
         except KeyboardInterrupt: todo.clear()
 
