@@ -293,8 +293,8 @@ def save(directory, **state):
             f.flush(), os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # torch.save turns the first into the second
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {part} ({e.__context__ or e}): stopped. The last good checkpoint stays,"
-                        f" if any: make room, then resume {directory}") from None
+        raise UserError(f"cannot write {part} ({e.__context__ or e}): stopped. The last good checkpoint, if"
+                        f" any, stays: make room, then resume {directory}") from None
     if new.exists(): os.replace(new, old)
     os.replace(part, new)
 
