@@ -6,7 +6,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import numpy as np
 import pytest
-import torch, torch._dynamo        # the latter here, not in every fork
+import torch
 from torch.utils._pytree import tree_leaves
 import prepare, train_gpt
 
