@@ -67,7 +67,8 @@ def train(size, corpus, row, seed, gpu, knobs):
     run, (recipe, *more) = directory / "runs" / "run", KNOBS.get(row, (row,))
     arguments = [*SIZES[size].split(), *COMMON.split(), f"--recipe={recipe}", f"--seed={seed}",
                  f"--corpus={corpus}", "--name=run", *more, *knobs]
-    if (run / "checkpoint.pt").exists(): arguments = ["resume", "run", f"--recipe={recipe}"]
+    begun = any((run / name).exists() for name in train_gpt.CHECKPOINTS)
+    if begun: arguments = ["resume", "run", f"--recipe={recipe}"]
     else: shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([sys.executable, __file__, "train", *arguments], cwd=directory, text=True,

@@ -2,8 +2,8 @@
 
     python data/variants.py RUN [VARIANT ...]       loss of a trained model, 1e-3 nats above its bf16 forward
 
-RUN is a run of train_gpt.py, by name or path. Without a list: all of VARIANTS. As rows of data/experiments.py
-they train instead: forward quantized, backward in bf16, straight through.
+RUN is a run of train_gpt.py, by name or path. Without a list: all of VARIANTS that do not need training. As
+rows of data/experiments.py they train instead: forward quantized, backward in bf16, straight through.
 """
 import sys
 from pathlib import Path
@@ -114,7 +114,7 @@ def install(name):
 
 def main(arguments):
     if not arguments or arguments[0].startswith("-"): sys.exit(__doc__)
-    names = arguments[1:] or [*VARIANTS]
+    names = arguments[1:] or [name for name, v in VARIANTS.items() if not v.pull]
     for name in names: train_gpt.known(name, VARIANTS, f"unknown variant {name!r}")
     c, _, checkpoint = train_gpt.load("eval", arguments[0], {})
     device, compiled = train_gpt.pick_device(c)
