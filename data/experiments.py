@@ -73,7 +73,7 @@ def train(size, corpus, row, seed, gpu, knobs):
     directory.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([sys.executable, __file__, "train", *arguments], cwd=directory, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if gpu >= 0 else {}))
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
     if done.returncode or not (run / "result.json").exists():
         return print(f"{target.stem} has not finished:\n{done.stdout[-3000:]}", flush=True)
     records = [json.loads(line) for line in open(run / "log.jsonl")]
@@ -93,8 +93,8 @@ def queue(size, rows, seeds, corpus, knobs):
             if not log_of(size, corpus, row, seed).exists()][::-1]
     def work(gpu):
         while todo: train(size, corpus, *todo.pop(), gpu, knobs)
-    gpus = range(torch.cuda.device_count()) or [-1]
-    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus]
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus.split(",")]       # "": a CPU
     for w in workers: w.start()
     while any(w.is_alive() for w in workers):               # an interrupted join would not wait for them
         try: time.sleep(0.2)

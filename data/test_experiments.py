@@ -1,7 +1,6 @@
 """Tests of experiments.py and figures.py: runs are kept and not repeated; tables pair seeds."""
 import json, os, signal, threading, time
 import pytest
-import torch
 import experiments, figures
 import quartet, train_gpt
 
@@ -44,12 +43,12 @@ def test_a_stopped_run_goes_on(results, monkeypatch, capsys):
 
 def test_sigterm_waits_for_the_running_ones_and_starts_no_others(results, monkeypatch):
     before, done = signal.getsignal(signal.SIGTERM), []
-    monkeypatch.setattr(experiments, "train", lambda *run: time.sleep(1) or done.append(run[2]))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(experiments, "train", lambda *run: time.sleep(1) or done.append(run[2:5:2]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")                   # of more: these alone
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     experiments.main(["tiny", "bf16,rtn,quartet2"])
     signal.signal(signal.SIGTERM, before)
-    assert sorted(done) == ["bf16", "rtn"]
+    assert sorted(row for row, _ in done) == ["bf16", "rtn"] and sorted(gpu for _, gpu in done) == ["2", "3"]
 
 def test_the_interval_is_students():
     mean, half = figures.interval([1.0, 2.0, 3.0, 4.0])                  # deviation 1.291, t 3.182

@@ -25,6 +25,7 @@ class Variant(NamedTuple):
     rotate: tuple = ()          # layers whose x and w are turned by one fixed H128, signs first
     weigh: bool = False         # errors count by the other operand's mean square in that column
     equalize: float = 0.0       # x / c and w c, c a power of two: 1 levels the columns of x, 0.5 both alike
+    extra: float = 0.0          # this share of the columns, where errors cost most, takes two terms of x
     pull: float = 0.0           # training: towards its quantized value, as weight decay pulls towards 0
 
 SIGNS = torch.arange(128)[None] * 37 % 128 % 3 % 2 * 2.0 - 1.0       # any will do
@@ -39,6 +40,7 @@ VARIANTS = {
     "v_weigh": Variant(**search, weigh=True),
     "v_equalize": Variant(equalize=0.5), "v_equalize_x": Variant(equalize=1.0),
     "v_all": Variant(**search, weigh=True, equalize=0.5),
+    "v_extra": Variant(**search, weigh=True, extra=1 / 8),
     "v_pull": Variant(pull=1.0), "v_pull_10": Variant(pull=10.0),
 }
 
@@ -84,8 +86,13 @@ class Layer(torch.nn.Linear):
             x, w = ((t.unflatten(-1, (-1, 128)) @ R).flatten(-2) for t in (x, w))
         if v.equalize: x, w = equalized(x, w, v.equalize)
         in_x, in_w = columns(x, w) if v.weigh else (None, None)
-        x, w = (decoded(t.detach().float(), *how).bfloat16() + (t - t.detach())
-                for t, how in ((x, (v.x, in_w)), (w, (v.w, in_x))))
+        x_hat, w_hat = decoded(x.detach().float(), v.x, in_w), decoded(w.detach().float(), v.w, in_x)
+        if v.extra:
+            rest = x.detach() - x_hat
+            cost = rest.square().flatten(0, -2).mean(0) * columns(x, w)[1]
+            worst = cost >= cost.topk(int(v.extra * len(cost))).values[-1]
+            x_hat = x_hat + decoded(rest, "rtn") * worst
+        x, w = (t_hat.bfloat16() + (t - t.detach()) for t, t_hat in ((x, x_hat), (w, w_hat)))
         return F.linear(x, w)
 
 def apply(blocks, name):
