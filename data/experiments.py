@@ -24,8 +24,8 @@ SIZES = {   # arguments of train_gpt.py
             " --steps=20 --lr=1e-3 --compile=off --device=cpu"}
 COMMON = "--eval_tokens=4194304 --eval_every=500 --save_every=1000000 --sample_tokens=64 --log_every=20"
 
-plain = None, "bf16", "bf16"                # a backward GEMM of unquantized operands
-forward = lambda x, w: Recipe(x, w, plain, plain)
+exact = None, "bf16", "bf16"                # a backward GEMM of unquantized operands
+forward = lambda x, w: Recipe(x, w, exact, exact)
 backward = lambda *gemm: Recipe("bf16", "bf16", gemm, gemm)
 both = lambda q, *gemm: Recipe(q, q, gemm, gemm)
 eden = "rht128", "ms_eden", "ms_eden"
@@ -38,9 +38,12 @@ ROWS = {
     "bwd_sr": backward("rht128", "sr", "sr"), "bwd_sr_46": backward("rht128", "sr_46", "sr_46"),
     "bwd_eden": backward(*eden), "bwd_eden_x2": backward("rht128x2", "ms_eden", "ms_eden"),
     "bwd_eden_46": backward("rht128x2", "ms_eden_46", "ms_eden_46"),
+    "bwd_four_six": backward("rht128x2", "four_six", "four_six"),
+    "bwd_search": backward("rht128x2", "scale_search", "scale_search"),
     "quartet2_rtn": both("rtn", *eden), "quartet2_search": both("scale_search", *eden),
     "quartet2_x2": both("four_six", "rht128x2", "ms_eden", "ms_eden"),
     "quartet2_46": both("four_six", "rht128x2", "ms_eden_46", "ms_eden_46"),
+    "plain": both("scale_search", "rht128x2", "four_six", "four_six"),
 }
 KNOBS = {"quartet2_end": ("quartet2", "--bf16_end=0.1")}                  # rows with knobs: recipe, knobs
 GROUPS = {
@@ -48,7 +51,7 @@ GROUPS = {
     "close": "bf16 quartet2 quintet",
     "forward": "bf16 fwd_rtn_16x16 fwd_four_six_16x16 fwd_rtn fwd_four_six fwd_search",
     "operands": "bf16 x_four_six w_four_six x_search w_search",
-    "backward": "bf16 bwd_sr bwd_sr_46 bwd_eden bwd_eden_x2 bwd_eden_46",
+    "backward": "bf16 bwd_sr bwd_sr_46 bwd_eden bwd_eden_x2 bwd_eden_46 bwd_four_six bwd_search",
     "parts": "bf16 quartet2_rtn quartet2 quartet2_search quartet2_x2 quartet2_46 quintet",
 }
 

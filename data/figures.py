@@ -1,15 +1,19 @@
-"""Tables and pictures of the runs that data/experiments.py keeps in data/results/.
+"""Tables and pictures of the runs that data/experiments.py keeps in data/results/, and of quantizers.
 
     python data/figures.py          tables; pictures too, into data/figures/, where matplotlib is installed
 
 Losses are final validation losses in nats; a gap is to bf16 of the same seed, in 1e-3 nats, with the 95%
-interval of its mean over seeds (Student's t).
+interval of its mean over seeds (Student's t). data/results/bias-*.jsonl, written by data/bias.py --out, become
+a picture too.
 """
 import json, math, sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import torch
+import quartet
+
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
 # 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the normal's is close
 T = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131
@@ -49,8 +53,16 @@ def table(size, corpus, rows):
                          for k in ("tokens_per_s", "peak_gib"))
         print(f"{row:20}{len(rows[row]):6}{mean[row]:10.4f}{''.join(cells)}{speed / 1e3:8.0f}{memory:6.1f}")
 
+def nmse(name):
+    """NMSE of a quantizer on N(0, 1), rotated if it takes that."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1024, 1024, generator=g)
+    R = quartet.rotation("rht128x2", g)[0] if name.startswith("ms_eden") else None
+    y = quartet.rotate(x, R)
+    return ((quartet.decode(quartet.QUANTIZERS[name](x, R, 1)) - y).square().sum() / y.square().sum()).item()
+
 def draw(runs):
-    """Pictures into FIGURES: gap to bf16 by step, one for each size and corpus; NMSE of the quantizers."""
+    """Pictures into FIGURES: by size and corpus, gap to bf16 by step and speed; NMSE; means of gradients."""
     import matplotlib
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "q", "axes.spines.top": False, "axes.spines.right": False})
@@ -72,6 +84,29 @@ def draw(runs):
                                  color=line.get_color(), alpha=0.15, linewidth=0)
         plt.xlabel("step"), plt.ylabel("loss gap to bf16, 1e-3 nats"), plt.legend(fontsize=7), plt.ylim(0)
         save(f"gap-{size}-{corpus}")
+        names = [row for row in quartet.RECIPES if row in rows]
+        _, axes = plt.subplots(1, 2, figsize=(6, 2.2), sharey=True)
+        for ax, key, unit in zip(axes, ("tokens_per_s", "peak_gib"), ("tokens/s", "peak memory, GiB")):
+            ax.barh(names, [max(result[key] for _, result in rows[name].values()) for name in names])
+            ax.set_xlabel(unit)
+        axes[0].invert_yaxis()
+        save(f"speed-{size}-{corpus}")
+    names = [name for name in quartet.QUANTIZERS if name != "bf16"]
+    plt.figure(figsize=(6, 2.6))
+    plt.barh(names, values := [1e3 * nmse(name) for name in names])
+    for i, v in enumerate(values): plt.text(v, i, f" {v:.1f}", va="center", fontsize=7)
+    plt.gca().invert_yaxis(), plt.xlabel("NMSE on N(0, 1), 1e-3")
+    save("nmse")
+    for path in sorted(RESULTS.glob("bias-*.jsonl")):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        _, axes = plt.subplots(1, 2, figsize=(6, 3), sharey=True)
+        for ax, gemm in zip(axes, ("dx", "dw")):
+            for color, method in enumerate(dict.fromkeys(r["method"] for r in records)):
+                for i, r in enumerate(r for r in records if (r["gemm"], r["method"]) == (gemm, method)):
+                    ax.loglog(r["B"], r["error"], color=f"C{color}", linewidth=0.7, label="" if i else method)
+            ax.set_title(gemm), ax.set_xlabel("draws in the mean")
+        axes[0].set_ylabel("squared error of the mean"), axes[0].legend(fontsize=6)
+        save(path.stem)
 
 def main():
     runs = read()

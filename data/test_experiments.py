@@ -54,6 +54,19 @@ def test_the_interval_is_students():
     mean, half = figures.interval([1.0, 2.0, 3.0, 4.0])                  # deviation 1.291, t 3.182
     assert mean == 2.5 and abs(half - 3.182 * 1.29099 / 2) < 1e-4
 
+def test_pictures_of_runs_quantizers_and_means(results, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    monkeypatch.setattr(figures, "FIGURES", tmp_path / "figures")
+    results.mkdir()
+    for row, loss in ("bf16", 1.0), ("quartet2", 1.1):
+        log = dict(step=1, val_loss=loss), dict(val_loss=loss, tokens_per_s=1e6, peak_gib=1.0)
+        (results / f"10m-a-{row}-1.jsonl").write_text("\n".join(map(json.dumps, log)))
+    means = (dict(gemm=gemm, method="sr", B=[1, 4], error=[0.1, 0.02]) for gemm in ("dx", "dw"))
+    (results / "bias-10m.jsonl").write_text("\n".join(map(json.dumps, means)))
+    figures.main()
+    names = {path.name for path in figures.FIGURES.iterdir()}
+    assert names == {"gap-10m-a.svg", "speed-10m-a.svg", "nmse.svg", "bias-10m.svg"}
+
 def test_what_is_unknown_is_an_error(results):
     with pytest.raises(train_gpt.UserError, match="'quartet3'.*did you mean 'quartet2'"):
         experiments.main(["tiny", "quartet3"])
