@@ -22,7 +22,8 @@ def test_gradients_pass_straight_through_to_the_operands_that_were_multiplied():
     a, b = decoded(x.detach().float(), "four_six").bfloat16(), decoded(w.bfloat16().float(), "rtn").bfloat16()
     assert torch.equal(y, a @ b.T) and torch.equal(torch.autograd.grad(y, x, dy)[0], dy @ b)
 
-@pytest.mark.parametrize("fields", [dict(equalize=0.5), dict(rotate=("up",)), dict(layers=("down",))])
+@pytest.mark.parametrize("fields", [dict(equalize=0.5), dict(order="spread"), dict(rotate=("up",)),
+                                    dict(layers=("down",))])
 def test_what_is_done_to_both_operands_cancels(fields):
     x, w = (normal(64, 256) * 2.0 ** (torch.arange(256) % 7)).bfloat16(), normal(128, 256).bfloat16().float()
     exact, plain = x.double() @ w.double().T, dict(x="bf16", w="bf16") if "layers" not in fields else {}
@@ -38,6 +39,12 @@ def test_equalizing_levels_columns_and_a_weighed_search_lowers_the_weighed_error
         a, b = variants.equalized(x * weight, normal(256, 64), share)
         in_a, in_b = (t.log2() / 2 for t in variants.columns(a, b))
         assert (in_a if share == 1 else in_a - in_b).abs().max() <= (0.5 if share == 1 else 1)
+
+def test_a_second_term_of_x_lowers_its_error_where_it_costs_most():
+    x, w = (normal(512, 256) * 2.0 ** (torch.arange(256) % 5)).bfloat16(), normal(128, 256).bfloat16().float()
+    exact = x.double() @ w.double().T
+    errors = [(layer(w, w="bf16", extra=extra)(x) - exact).square().sum() for extra in (0.0, 0.25, 1.0)]
+    assert errors[1] < 0.7 * errors[0] and errors[2] < 0.02 * errors[0]         # by chance: 0.75
 
 def test_a_pulled_weight_comes_to_rest_on_the_grid(monkeypatch):
     for module, name in (train_gpt.Block, "__init__"), (train_gpt, "make_optimizer"):

@@ -25,6 +25,7 @@ class Variant(NamedTuple):
     rotate: tuple = ()          # layers whose x and w are turned by one fixed H128, signs first
     weigh: bool = False         # errors count by the other operand's mean square in that column
     equalize: float = 0.0       # x / c and w c, c a power of two: 1 levels the columns of x, 0.5 both alike
+    order: str = ""             # of columns, by mean square of x: sort: alike side by side; spread: apart
     extra: float = 0.0          # this share of the columns, where errors cost most, takes two terms of x
     pull: float = 0.0           # training: towards its quantized value, as weight decay pulls towards 0
 
@@ -40,6 +41,8 @@ VARIANTS = {
     "v_weigh": Variant(**search, weigh=True),
     "v_equalize": Variant(equalize=0.5), "v_equalize_x": Variant(equalize=1.0),
     "v_all": Variant(**search, weigh=True, equalize=0.5),
+    "v_sort": Variant(**search, weigh=True, order="sort"),
+    "v_spread": Variant(**search, weigh=True, order="spread"),
     "v_extra": Variant(**search, weigh=True, extra=1 / 8),
     "v_pull": Variant(pull=1.0), "v_pull_10": Variant(pull=10.0),
 }
@@ -85,6 +88,10 @@ class Layer(torch.nn.Linear):
             R = rotation_from("rht128", SIGNS.to(x.device))[0].bfloat16() * 128**-0.5
             x, w = ((t.unflatten(-1, (-1, 128)) @ R).flatten(-2) for t in (x, w))
         if v.equalize: x, w = equalized(x, w, v.equalize)
+        if v.order:
+            index = columns(x, w)[0].argsort()
+            index = index.view(16, -1).T.flatten() if v.order == "spread" else index
+            x, w = x[..., index], w[:, index]
         in_x, in_w = columns(x, w) if v.weigh else (None, None)
         x_hat, w_hat = decoded(x.detach().float(), v.x, in_w), decoded(w.detach().float(), v.w, in_x)
         if v.extra:
