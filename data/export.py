@@ -1,0 +1,138 @@
+"""Write a trained model in the layout of Hugging Face's Llama, for transformers, vLLM and what else reads it.
+
+    python data/export.py RUN DIR [--format=hf|compressed-tensors]
+
+RUN is a run of train_gpt.py, by name or path; DIR must not exist. Needs the package safetensors.
+
+hf                  linear layers in bf16, the values that the forward pass multiplied; all else in float32
+compressed-tensors  the same values in 4 bits, `nvfp4-pack-quantized`: codes and scales as trained; all else
+                    in bf16, which is what the package of that name decodes the codes to
+
+A recipe like quartet2 trains with weights that are NVFP4, so neither rounds those again. Inputs are not
+quantized: software that loads the files multiplies these weights by inputs of its own precision.
+"""
+import argparse, json, sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import torch
+import quartet, train_gpt
+from train_gpt import UserError
+
+def half_split(w, heads):
+    """Rows of w (heads * D, K) of q or k, so that RoPE turns row i with i + D/2 of a head, not 2i with 2i+1.
+
+    train_gpt.rotary turns neighbours, transformers' Llama halves. Rows move, so blocks of 16 stay whole.
+    """
+    return w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+def split(layer, w, heads):
+    """A tensor with a row for every output of train_gpt.Block's layer -> {name in Llama: its rows}."""
+    if layer == "qkv":
+        q, k, v = w.chunk(3)
+        return {"self_attn.q_proj": half_split(q, heads), "self_attn.k_proj": half_split(k, heads),
+                "self_attn.v_proj": v}
+    if layer == "up": return dict(zip(("mlp.gate_proj", "mlp.up_proj"), w.chunk(2)))
+    return {dict(out="self_attn.o_proj", down="mlp.down_proj")[layer]: w}
+
+def tensors(c, state, packed):
+    """Config and state dict of a run -> {name: tensor} in Llama's layout, and names of layers left as is.
+
+    packed: of a quantized layer its weight_packed (N, K/2) uint8, weight_scale (N, K/16) E4M3 and
+    weight_global_scale (1,), which divides: the inverse of the tensor scale, a power of two; all else is
+    bf16. If not, its weight, bf16, exact; all else in float32.
+    """
+    row = quartet.RECIPES[c.recipe]
+    quantized = max(0, c.layers - c.bf16_blocks) if row and row.w != "bf16" and c.bf16_end == 0 else 0
+    out, ignore = {}, ["lm_head"]
+    for ours, theirs in (("embedding", "model.embed_tokens"), ("norm", "model.norm"), ("head", "lm_head")):
+        out[f"{theirs}.weight"] = state[f"{ours}.weight"]
+    for i in range(c.layers):
+        for ours, theirs in ("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"):
+            out[f"model.layers.{i}.{theirs}.weight"] = state[f"blocks.{i}.{ours}.weight"]
+        for layer in ("qkv", "out", "up", "down"):
+            w, put = state[f"blocks.{i}.{layer}.weight"], {}
+            if i < quantized:
+                t = quartet.NVFP4(*quartet.quantized(w.bfloat16(), c.recipe))
+                put = (dict(weight_packed=t.codes, weight_scale=t.block_scale) if packed else
+                       dict(weight=quartet.decode(t, torch.bfloat16)))
+            for kind, value in (put or dict(weight=w)).items():
+                for name, part in split(layer, value, c.heads).items():
+                    name = f"model.layers.{i}.{name}"
+                    out[f"{name}.{kind}"] = part.contiguous()
+                    if put and packed: out[f"{name}.weight_global_scale"] = 1 / t.tensor_scale.view(1)
+                    if not put: ignore.append(name)
+    if packed and not quantized:
+        raise UserError(f"--recipe={c.recipe} --bf16_blocks={c.bf16_blocks} --bf16_end={c.bf16_end}: no "
+                        "weights are NVFP4 in the end: take --format=hf, or train otherwise")
+    if packed: out = {n: t if ".weight_" in n else t.bfloat16() for n, t in out.items()}
+    return out, ignore
+
+def config(c, ignore):
+    """config.json. ignore: the layers that are not NVFP4, or None if none is."""
+    end = 0 if c.vocab_size == 256 else 50256           # what ends a document: data/prepare.py
+    dtype = "float32" if ignore is None else "bfloat16"
+    made = dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", dtype=dtype, torch_dtype=dtype,
+        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
+        num_attention_heads=c.heads, num_key_value_heads=c.heads, head_dim=c.width // c.heads,
+        max_position_embeddings=c.sequence, rms_norm_eps=1e-5, rope_theta=1e4, hidden_act="silu",
+        attention_bias=False, mlp_bias=False, tie_word_embeddings=False, bos_token_id=end, eos_token_id=end)
+    if ignore is not None:
+        weights = dict(num_bits=4, type="float", strategy="tensor_group", group_size=16, symmetric=True,
+                       dynamic=False, scale_dtype="torch.float8_e4m3fn")
+        group = dict(targets=["Linear"], weights=weights, input_activations=None, output_activations=None,
+                     format="nvfp4-pack-quantized")
+        made["quantization_config"] = dict(
+            quant_method="compressed-tensors", format=group["format"], quantization_status="compressed",
+            config_groups=dict(group_0=group), ignore=ignore)
+    return made
+
+def byte_tokenizer():
+    """tokenizer.json and tokenizer_config.json of bytes: token i is byte i, and 0 ends a document."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]   # byte-level BPE writes others
+    others = [b for b in range(256) if b not in printable]                      # as 256, 257, ...
+    letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
+    return dict(version="1.0", truncation=None, padding=None, added_tokens=[], normalizer=None,
+                pre_tokenizer=level, post_processor=None, decoder=level,
+                model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+                           end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=False,
+                           vocab={letter[b]: b for b in range(256)}, merges=[])), dict(
+                tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
+
+def export(run, directory, packed):
+    """Write config.json, model.safetensors and, for bytes, a tokenizer into a new directory."""
+    try: from safetensors.torch import save_file
+    except ImportError as e: raise UserError(f"{e}: pip install safetensors") from None
+    c, _, checkpoint = train_gpt.load("eval", run, {})
+    if directory.exists(): raise UserError(f"{directory} exists: take another name, nothing is overwritten")
+    found, ignore = tensors(c, checkpoint["model"], packed)
+    part = directory.with_name(directory.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
+    files = {"config.json": config(c, ignore if packed else None)}
+    if c.vocab_size == 256: files |= zip(("tokenizer.json", "tokenizer_config.json"), byte_tokenizer())
+    for name, content in files.items(): (part / name).write_text(json.dumps(content, indent=1) + "\n")
+    save_file(found, part / "model.safetensors", metadata=dict(format="pt"))
+    part.rename(directory)                              # all of it or nothing
+    size = sum(t.nbytes for t in found.values())
+    values = sum(t.numel() for t in checkpoint["model"].values())
+    print(f"{directory}: {values:,} parameters, {size:,} bytes, {8 * size / values:.2f} bits each")
+    if packed:
+        values = 2 * sum(t.numel() for name, t in found.items() if name.endswith("weight_packed"))
+        bits = 8 * sum(t.nbytes for name, t in found.items() if ".weight_" in name)
+        print(f"in NVFP4: {values:,} parameters, {bits / values:.4f} bits each")
+    if c.vocab_size != 256: print("its tokens are GPT-2's: take that tokenizer")
+
+def main(argv):
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", help="of train_gpt.py: its path, or its name in runs/")
+    parser.add_argument("directory", type=Path, help="to be made")
+    parser.add_argument("--format", choices=("hf", "compressed-tensors"), default="hf")
+    a = parser.parse_args(argv)
+    export(a.run, a.directory, a.format == "compressed-tensors")
+
+if __name__ == "__main__":
+    try: main(sys.argv[1:])
+    except (UserError, ValueError, OSError) as e: sys.exit(f"export.py: {e}")
