@@ -536,7 +536,7 @@ def of(x, quantizer, seed=0, block=(1, BLOCK), R=None):
 # As in quartet.py, bitwise equal: x (..., K) on a GPU -> NVFP4
 def rtn(x, block=(1, BLOCK)): return of(x, "rtn", block=block)
 def four_six(x, block=(1, BLOCK)): return of(x, "four_six", block=block)
-def scale_search(x): return of(x, "scale_search")
+def scale_search(x, block=(1, BLOCK)): return of(x, "scale_search", block=block)
 def sr(x, seed): return of(x, "sr", seed)
 def ms_eden(x, R, seed, four_six=False):
     """quartet.ms_eden, for x in bf16, or rotated already if R is None: then bitwise equal.

@@ -213,8 +213,8 @@ def test_codes_and_scales_equal_the_peers_formula(f, most, k):
 
 @pytest.mark.parametrize("name, nmse, bias", [                           # times 1e-3
     ("rtn", 9.0, -4.5), ("rtn_16x16", 12.4, -9.1), ("four_six", 7.6, -3.4), ("four_six_16x16", 12.4, -9.0),
-    ("scale_search", 6.7, -7.4), ("sr", 23.5, 0), ("ms_eden", 9.3, 0), ("ms_eden_46", 8.1, 0),
-    ("sr_four_six", 17.5, 7.3)])
+    ("scale_search", 6.7, -7.4), ("scale_search_16x16", 11.5, -9.6), ("sr", 23.5, 0), ("ms_eden", 9.3, 0),
+    ("ms_eden_46", 8.1, 0), ("sr_four_six", 17.5, 7.3)])
 def test_nmse_and_bias_on_normal_values(name, nmse, bias, monkeypatch):
     x = normal(1024, 1024, seed=3)
     error = decode(quantize(name, x, 1)) - x
@@ -519,7 +519,7 @@ INPUTS = {"ragged": lambda: normal(3, 5, 144), "wide": lambda: wide(40), "below 
 def test_quantizers_and_kernels_give_the_same_bits_on_every_device(name, kind):
     x, rows, seed = INPUTS[kind](), 16 if "16x16" in name else 1, 2**63 - 1
     if math.prod(x.shape[:-1]) % rows: return
-    arguments = {"scale_search": (), "sr": (seed,), "ms_eden": (None, seed), "ms_eden_46": (None, seed, True)}
+    arguments = {"sr": (seed,), "ms_eden": (None, seed), "ms_eden_46": (None, seed, True)}
     arguments, f = arguments.get(name, ((rows, 16),)), name.removesuffix("_16x16").removesuffix("_46")
     f = getattr(kernels, f, None)                                        # None: sr_four_six
     for v in (x, x.bfloat16(), *[x.half()] * (kind == "wide")):

@@ -2,7 +2,7 @@
 
     python train_gpt.py [PRESET] [--knob=value ...]     train; without a preset: cpu, or gpu if there is one
     python train_gpt.py resume RUN [--knob=value ...]   go on, the same to the bit as without the stop
-    python train_gpt.py eval RUN --recipe=bf16,rtn      validation loss under any recipes' forward pass
+    python train_gpt.py eval RUN [--recipe=bf16,rtn]    post-training quantization: validation loss by forward
     python train_gpt.py sample RUN --prompt="def "      text from a trained model
 
 A comma list, --recipe=bf16,nvidia,quartet2, trains each recipe in turn on the same data, seed and steps, and
@@ -21,7 +21,7 @@ if os.name == "posix":  # glibc hands large freed blocks back; to keep them make
     malloc(-3, 2**25), malloc(-1, 2**31 - 1)    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 DATA = Path(__file__).resolve().parent / "data"
 sys.path.append(str(DATA))
-import prepare  # data/prepare.py
+import perplexity, prepare  # of data/
 
 # ---- 1. Config: one knob a line ----------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
@@ -496,15 +496,14 @@ def compare(c, data, directory, stop):
     (directory / "compare.txt").write_text("\n".join(rows) + "\n")
     print("\n".join(["", *rows, f"written to {directory / 'compare.txt'}"]))
 
-def eval_recipes(model, c, device):
-    """Validation loss of a model under each recipe's forward: post-training quantization of a bf16 one."""
-    val, base = Shards(c, "val"), None
-    print(f"{'forward':12}{'val loss':>10}{'difference':>12}{'perplexity':>12}")
-    for recipe in c.recipe.split(","):
-        quartet.quantize_model(model.blocks[:model.nvfp4], recipe, backend=c.backend)
-        loss = evaluate(model, val, c, device)
-        base = loss if base is None else base
-        print(f"{recipe:12}{loss:10.4f}{loss - base:12.4f}{math.exp(loss):12.3f}{bits_per_byte(c, loss)}")
+def eval_recipes(model, c, device, recipes):
+    """Validation loss of a model under each recipe's forward; of none: those of data/perplexity.py."""
+    def losses():
+        for recipe in recipes or perplexity.rows():
+            quartet.quantize_model(model.blocks[:model.nvfp4], recipe, backend=c.backend)
+            yield recipe, evaluate(model, val, c, device)
+    val = Shards(c, "val")
+    perplexity.show(losses(), lambda loss: bits_per_byte(c, loss))
 
 def new_directory(c, preset):
     """Make runs/NAME -> its path. A default name is unique; a given one must be free."""
@@ -531,7 +530,8 @@ def main(argv):
         device, _ = pick_device(c)
         model = GPT(c, partial(quartet.Linear, recipe=c.recipe.split(",")[0], backend=c.backend)).to(device)
         model.load_state_dict(checkpoint["model"])
-        return eval_recipes(model, c, device) if mode == "eval" else print(sample_text(model, c, device))
+        if mode == "sample": return print(sample_text(model, c, device))
+        return eval_recipes(model, c, device, c.recipe.split(",") if "recipe" in knobs else ())
     stop = []
     def on_signal(signum, frame):
         print(f"\n{signal.Signals(signum).name}: this step, then saving (once more: at once)", flush=True)

@@ -1,0 +1,88 @@
+"""Tests of perplexity.py, and of the table that `train_gpt.py eval` prints: post-training quantization."""
+import importlib.util, json
+from types import SimpleNamespace
+import pytest
+import torch, torch.nn.functional as F
+import perplexity, quartet, train_gpt
+
+needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None,
+                                        reason="needs transformers")
+
+@pytest.fixture(autouse=True)
+def recipes(monkeypatch): monkeypatch.setattr(quartet, "RECIPES", dict(quartet.RECIPES))     # rows() adds
+
+class Bigram(torch.nn.Module):
+    """Logits of the next token from this one alone, called as transformers' models are."""
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.linear, self.head = (torch.nn.Embedding(32, 64), torch.nn.Linear(64, 128),
+                                                  torch.nn.Linear(128, 32))
+        self.device = torch.device("cpu")
+    def get_output_embeddings(self): return self.head
+    def forward(self, tokens, use_cache):
+        return SimpleNamespace(logits=self.head(self.linear(self.embedding(tokens))))
+
+def test_the_loss_is_the_mean_over_all_tokens_but_a_windows_first_and_the_head_is_left_alone(capsys):
+    torch.manual_seed(0)
+    model, windows = Bigram(), torch.randint(0, 32, (5, 16))
+    logits = model(windows, False).logits.double()
+    places = [(i, t) for i in range(5) for t in range(1, 16)]
+    expected = -sum(F.log_softmax(logits[i, t - 1], 0)[windows[i, t]] for i, t in places) / len(places)
+    assert abs(perplexity.evaluate(model, windows, 2) - expected) < 1e-6
+    perplexity.show(perplexity.losses(model, windows, 2))
+    lines = capsys.readouterr().out.splitlines()[1:]
+    loss = {line[:30].strip(): float(line[30:39]) for line in lines}
+    assert len(loss) == 14 and type(model.head) is torch.nn.Linear and type(model.linear) is quartet.Linear
+    w = quartet.decode(quartet.rtn(model.linear.weight.detach().bfloat16()))
+    with torch.no_grad(): logits = model.head(F.linear(model.embedding(windows), w, model.linear.bias))
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    assert abs(loss["rtn, weights"] - expected) < 3e-4 < abs(loss["rtn, weights"] - loss["as it is"])  # bf16
+
+def test_eval_without_recipes_prints_the_table_and_a_trained_forward_is_in_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    knobs = dict(layers=1, width=128, heads=1, hidden=128, sequence=32, batch=2, steps=3, tokens_per_step=64,
+                 lr=0.02, eval_tokens=2048, sample_tokens=1, device="cpu", recipe="quartet2", name="a")
+    train_gpt.main(["cpu", *(f"--{knob}={value}" for knob, value in knobs.items())])
+    capsys.readouterr()
+    train_gpt.main(["eval", "a"])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line[:30].strip() for line in lines] == perplexity.rows() and len(lines) == 13
+    loss = {line[:30].strip(): line[30:39].strip() for line in lines}
+    assert loss["four_six, and inputs"] == f"{json.load(open('runs/a/result.json'))['val_loss']:.4f}"
+    assert len({*loss.values()}) > 6
+
+@needs_transformers
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_layers_but_the_head_are_swapped_and_bf16_changes_nothing(family, tied):
+    import transformers
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, tie_word_embeddings=tied)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    tokens = torch.randint(0, 64, (2, 16))
+    with torch.no_grad(): before = model(tokens).logits
+    names = quartet.quantize_model(model, "bf16", skip=perplexity.head_of(model))
+    linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert set(linears) == {*names, "lm_head"} and len(names) == 14 and type(model.lm_head) is torch.nn.Linear
+    with torch.no_grad(): assert torch.equal(model(tokens).logits, before)
+    quartet.quantize_model(model, "rtn", skip=perplexity.head_of(model))
+    with torch.no_grad(): assert 0 < (model(tokens).logits - before).norm() < 0.5 * before.norm()
+
+@needs_transformers
+def test_the_command_measures_a_model_on_a_text(tmp_path, capsys):
+    import export, transformers
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=False)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    for name, content in zip(("tokenizer.json", "tokenizer_config.json"), export.byte_tokenizer()):
+        (tmp_path / "model" / name).write_text(json.dumps(content))
+    (tmp_path / "text").write_text("abcd" * 40)
+    perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=64", "--tokens=150"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "7 linear layers, 2 windows of 64 tokens" in lines[0] and len(lines) == 16
+    with pytest.raises(ValueError, match="160 tokens.*--window=999"):
+        perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=999"])
