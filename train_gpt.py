@@ -21,7 +21,7 @@ if os.name == "posix":  # glibc hands large freed blocks back; to keep them make
     malloc(-3, 2**25), malloc(-1, 2**31 - 1)    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 DATA = Path(__file__).resolve().parent / "data"
 sys.path.append(str(DATA))
-import perplexity, prepare  # of data/
+import diagnose, perplexity, prepare  # of data/
 
 # ---- 1. Config: one knob a line ----------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,6 @@ MODEL_KNOBS = ("layers", "width", "heads", "hidden", "vocab_size", "sequence")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16, datasheets
 
 class UserError(Exception): """A mistake of the user's: shown as one line, without a traceback."""
-
 def known(word, words, problem):
     """Raise UserError, with the closest of words as a hint, unless word is one of them."""
     if word not in words:
@@ -150,7 +149,6 @@ def rotary(x, rope):
     cos, sin = rope[:, :x.shape[2]]
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
-
 class GPT(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, vocab_size); with targets (B, T), mean cross-entropy in nats."""
     def __init__(self, c, linear=plain):
@@ -248,13 +246,13 @@ def learning_rate(c, step):
     if step < warmup: return c.lr * (step + 1) / warmup
     return c.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, c.steps - warmup)))
 
-def make_optimizer(model, c, device):
+def make_optimizer(model, c):
     """AdamW; weight decay on the weights of linear layers, none on embedding and norms."""
     decay, rest = [], []
     for name, p in model.named_parameters():
         (decay if p.dim() == 2 and name != "embedding.weight" else rest).append(p)
     groups = [dict(params=decay, weight_decay=c.weight_decay), dict(params=rest, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=device == "cuda")
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)
 
 def load(mode, word, knobs):
     """A preset to train, or a run (its path or name in runs/) -> Config, directory, checkpoint (or None)."""
@@ -302,9 +300,9 @@ class Log:
     """log.jsonl, one line a record, and what is printed. Losses stay on the device until a line is due."""
     def __init__(self, c, directory, start, model, data, device, compiled):
         self.c, self.start, self.pending, self.rates, self.path = c, start, [], [], directory / "log.jsonl"
+        self.skipped = self.in_a_row = 0  # steps whose loss or gradient was not finite
         if self.path.exists():  # resumed: drop what is done again
-            lines = self.path.read_text().splitlines(keepends=True)
-            lines = [line for line in lines if line.endswith("\n")]  # the last may be torn
+            lines = [s for s in self.path.read_text().splitlines(True) if s[-1] == "\n"]  # one may be torn
             self.path.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= start))
         cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
         name = torch.cuda.get_device_name() if device == "cuda" else cpu
@@ -327,9 +325,9 @@ class Log:
         self.write(start=start, config=vars(c), **header)
 
     def write(self, **record):
-        """Append one record to log.jsonl."""
-        with open(self.path, "a") as f: f.write(json.dumps(record) + "\n")
-
+        """Append one record to log.jsonl; null for what is not finite, which JSON lacks."""
+        known = {k: None if type(v) is float and not math.isfinite(v) else v for k, v in record.items()}
+        with open(self.path, "a") as f: f.write(json.dumps(known) + "\n")
     def step(self, *record, flush):
         """Note (step, its begin, loss, norm, lr); write and print the pending if a line is due, or flush."""
         self.pending.append(record)
@@ -341,10 +339,9 @@ class Log:
         if steps[0] > self.start + 1: self.rates.append(rate)  # the first step compiles, or warms up
         for step, loss, norm, lr in zip(steps, losses, norms, lrs):
             self.write(step=step, loss=loss, grad_norm=norm, lr=lr, ms=round(seconds * 1e3, 3))
-            if not math.isfinite(loss + norm):
-                raise UserError(f"step {step}: loss {loss}, gradient norm {norm}. Stopped; the last good "
-                                f"checkpoint, if any, stays in {self.path.parent}. Try a lower --lr or "
-                                "--recipe=bf16")
+            self.in_a_row = 0 if math.isfinite(norm) else self.in_a_row + 1
+            self.skipped += self.in_a_row > 0
+            if self.in_a_row: print(f"step {step} skipped: loss {loss}, norm {norm}; {self.skipped} so far")
         left, mfu = int((self.c.steps - step) * seconds), f"  mfu {rate / self.top:5.1%}" if self.top else ""
         print(f"step {step:{len(str(self.c.steps))}}/{self.c.steps}  loss {loss:7.4f}  norm {norm:6.3f}  "
               f"lr {lr:.2e}  {seconds * 1e3:7.1f} ms  {rate / 1e3:7.1f} ktok/s{mfu}  "
@@ -389,7 +386,7 @@ def train(c, data, directory, stop, checkpoint=None):
     torch.manual_seed(c.seed)
     model = GPT(c, partial(quartet.Linear, recipe=c.recipe, backend=c.backend)).to(device)
     accumulate = c.tokens_per_step // (c.batch * c.sequence)
-    optimizer, start = make_optimizer(model, c, device), 0
+    optimizer, start = make_optimizer(model, c), 0
     if checkpoint:
         start = checkpoint["step"]
         model.load_state_dict(checkpoint["model"])
@@ -423,25 +420,29 @@ def train(c, data, directory, stop, checkpoint=None):
         with quartet.quantized_weights(model):  # once a step; each micro-batch and the gradients use them
             for micro in range(accumulate): run(*data[0].random(c, step, micro, device))
         norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        optimizer.found_inf = (~norm.isfinite()).float()  # then a fused AdamW skips the step, without a sync
         optimizer.step()
         optimizer.zero_grad(set_to_none=run is micro_step)
         stopping, evaluating = bool(stop) and not last, last or step % c.eval_every == 0
         saving = stopping or last or step % c.save_every == 0
-        log.step(step, begin, total.clone(), norm, lr, flush=evaluating or saving)  # raises, saving no NaN
+        log.step(step, begin, total.clone(), norm, lr, flush=evaluating or saving)
+        if log.in_a_row >= 10:
+            first = diagnose.first_not_finite(model, *data[0].random(c, step, 0, device))
+            raise UserError(f"step {step}: {log.in_a_row} steps in a row had no finite gradient; what is not "
+                            f"finite first: {first}. Go on from {directory} with a lower --lr, or start anew")
         if evaluating:
             loss = evaluate(model, data[1], c, device)
             log.write(step=step, val_loss=loss)
             print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(c, loss)}", flush=True)
         if saving:
             cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-            rng = dict(cpu=torch.get_rng_state(), cuda=cuda)
-            save(directory, config=vars(c), step=step, model=model.state_dict(),
-                 optimizer=optimizer.state_dict(), rng=rng)
+            save(directory, config=vars(c), step=step, rng=dict(cpu=torch.get_rng_state(), cuda=cuda),
+                 model=model.state_dict(), optimizer=optimizer.state_dict())
         if stopping:
             print(f"stopped after step {step}, saved. To go on: python train_gpt.py resume {directory}")
             sys.exit(0 if stop[0] == signal.SIGTERM else 130)
     loss = loss if start < c.steps else evaluate(model, data[1], c, device)
-    result = dict(recipe=c.recipe, val_loss=loss, peak_gib=peak_memory(device),
+    result = dict(recipe=c.recipe, val_loss=loss, skipped=log.skipped, peak_gib=peak_memory(device),
                   tokens_per_s=float(np.median(log.rates)) if log.rates else math.nan)
     (directory / "result.json").write_text(json.dumps(result) + "\n")
     (directory / "sample.txt").write_text(text := sample_text(model, c, device), encoding="utf-8")
@@ -450,7 +451,6 @@ def train(c, data, directory, stop, checkpoint=None):
 def bits_per_byte(c, loss):
     """', x bits per byte' where a token is a byte, else nothing."""
     return f", {loss / math.log(2):.4f} bits per byte" if c.vocab_size == 256 else ""
-
 def peak_memory(device, reset=False):
     """GiB at most since the last reset: of the GPU's allocator, or resident in RAM (on Linux; else NaN)."""
     if device == "cuda":

@@ -53,7 +53,7 @@ def test_a_pulled_weight_comes_to_rest_on_the_grid(monkeypatch):
     variants.install("v_far")
     c = train_gpt.Config(**train_gpt.PRESETS["cpu"] | dict(layers=1, width=128, heads=1, hidden=128, steps=4))
     model = train_gpt.GPT(c)
-    optimizer, w = train_gpt.make_optimizer(model, c, "cpu"), model.blocks[0].up.weight
+    optimizer, w = train_gpt.make_optimizer(model, c), model.blocks[0].up.weight
     off = lambda: (decoded(w.detach(), "four_six") - w).norm() / w.norm()
     before = off()
     for p in model.parameters(): p.grad = torch.zeros_like(p)

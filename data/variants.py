@@ -115,9 +115,9 @@ def install(name):
     def block(self, *args):
         init(self, *args)
         apply([self], name)
-    def optimizer(model, c, device):
-        made, v = make(model, c, device), VARIANTS[name]
-        quantize = torch.compile(decoded) if device == "cuda" else decoded
+    def optimizer(model, c):
+        made, v = make(model, c), VARIANTS[name]
+        quantize = torch.compile(decoded) if model.rope.is_cuda else decoded
         def pull(*_):                           # grows from nothing to v.pull: first find the place
             for w in (getattr(block, kind).weight for block in model.blocks for kind in v.layers):
                 share = made.param_groups[0]["lr"] * v.pull * made.state[w]["step"] / c.steps

@@ -1,0 +1,23 @@
+"""Where a run goes wrong: the first tensor that is not finite."""
+import torch, torch.nn as nn
+
+def first_not_finite(model, tokens, targets):
+    """One forward and backward pass of train_gpt.GPT -> the name of the first tensor with NaN or infinity.
+
+    In order of computing: a layer's weight, input, output; the loss; the gradient dy of a layer's output.
+    """
+    found = []
+    def see(name, *values):
+        if not all(v.isfinite().all() for v in values): found.append(name)
+    def hook(name, m, inputs, y):
+        for what, values in dict(weight=[m.weight], input=inputs, output=[y]).items():
+            see(f"the {what} of {name}", *values)
+        y.register_hook(lambda dy: see(f"the gradient dy of {name}", dy))
+    for name, m in model.named_modules():
+        if isinstance(m, (nn.Linear, nn.Embedding, nn.RMSNorm)):
+            m.register_forward_hook(lambda *args, name=name: hook(name, *args))
+    with torch.compiler.set_stance("force_eager"):
+        loss = model(tokens, targets)
+        see("the loss", loss)
+        loss.backward()
+    return found[0] if found else "nothing any more, in this batch"
