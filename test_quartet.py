@@ -647,7 +647,7 @@ def test_a_step_runs_on_any_stream_and_gpu_and_as_a_cuda_graph_without_synchroni
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(stream): there = gradients(run)
-        graph = train_gpt.as_graph(run, *args)
+        graph = train_gpt.launch.as_graph(run, *args)
     finally: torch.cuda.set_sync_debug_mode("default")
     assert same(there, expected) and same(gradients(graph), expected)
     run, gradients, _ = prepared(f"cuda:{torch.cuda.device_count() - 1}")     # while GPU 0 is the current one
@@ -743,7 +743,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, monkeypatch, capsy
     with open("runs/a/log.jsonl", "a") as f: f.write('{"step": 9, "loss": -1.0}\n')      # a crash's, later
     train_gpt.main(["resume", "a"])
     assert losses() == losses("straight") and sorted(losses()) == [*range(1, 9)]
-    a, b = ({**saved(name)["model"], **saved(name)["rng"]} for name in ("straight", "a"))
+    a, b = ({**saved(name)["model"], **saved(name)["rng"][0]} for name in ("straight", "a"))
     assert all(torch.equal(a[k], b[k]) for k in a if a[k] is not None)
 
 def test_data_order_is_a_function_of_seed_and_step(tiny, tmp_path):

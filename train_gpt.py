@@ -6,7 +6,8 @@
     python train_gpt.py sample RUN --prompt="def "      text from a trained model
 
 A comma list, --recipe=bf16,nvidia,quartet2, trains each recipe in turn on the same data, seed and steps, and
-ends with a table. A run writes runs/NAME/: log.jsonl, checkpoint.pt, previous.pt, sample.txt.
+ends with a table. torchrun --nproc_per_node=N train_gpt.py ... shares a step among N GPUs (data/launch.py). A
+run writes runs/NAME/: log.jsonl, checkpoint.pt, previous.pt, sample.txt.
 """
 import ctypes, dataclasses, difflib, hashlib, json, math, os, pickle, platform, shutil, signal, sys, time
 import zipfile
@@ -21,7 +22,7 @@ if os.name == "posix":  # glibc hands large freed blocks back; to keep them make
     malloc(-3, 2**25), malloc(-1, 2**31 - 1)    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 DATA = Path(__file__).resolve().parent / "data"
 sys.path.append(str(DATA))
-import diagnose, perplexity, prepare  # of data/
+import diagnose, launch, perplexity, prepare  # of data/
 
 # ---- 1. Config: one knob a line ----------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Config:
     save_every: int = 500           # steps between checkpoints; the last step always saves
     compile: str = "auto"           # auto | on | off: torch.compile; auto is on with a GPU
     device: str = "auto"            # auto | cpu | cuda
+    shard: str = "false"            # true: by FSDP2, for a model too large for one GPU; needs torchrun
     name: str = ""                  # of the run; "" makes one of preset, recipe and time
     prompt: str = "def "            # what the sample goes on from
     sample_tokens: int = 256        # tokens to sample
@@ -72,7 +74,7 @@ PRESETS = {  # what differs from the defaults above, the 30m of arXiv:2601.22813
                  tokens_per_step=2**19, lr=3e-4, steps=71680, corpus="fineweb"),
 }
 CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
-               device=("auto", "cpu", "cuda"))
+               device=("auto", "cpu", "cuda"), shard=("true", "false"))
 CODE = ("quartet.py", "kernels.py", "train_gpt.py")
 CHECKPOINTS = ("checkpoint.pt", "previous.pt")  # the last one, and the one before
 MODEL_KNOBS = ("layers", "width", "heads", "hidden", "vocab_size", "sequence")
@@ -116,9 +118,9 @@ def check(c):
         raise UserError("--device=cuda: PyTorch sees no GPU here; leave the knob out to train on the CPU")
     if c.width % (2 * c.heads):
         raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
-    if c.tokens_per_step % (c.batch * c.sequence):
-        raise UserError(f"--tokens_per_step={c.tokens_per_step}: must be a multiple of batch x sequence, "
-                        f"{c.batch} x {c.sequence} = {c.batch * c.sequence}")
+    if c.tokens_per_step % (micro := launch.WORLD * c.batch * c.sequence):
+        raise UserError(f"--tokens_per_step={c.tokens_per_step}: must be a multiple of {micro}, "
+                        f"processes x batch x sequence, {launch.WORLD} x {c.batch} x {c.sequence}")
     for recipe in c.recipe.split(","):
         known(recipe, quartet.RECIPES, f"unknown recipe {recipe!r}")
         with torch.device("meta"):  # ValueError for a shape that the recipe cannot take
@@ -235,7 +237,7 @@ class Shards:
 @torch.no_grad()
 def evaluate(model, data, c, device):
     """Mean cross-entropy in nats of the validation split, with the forward pass as trained: quantized."""
-    with quartet.quantized_weights(model):
+    with launch.once(model, c.shard == "true"):
         sums = [(model(x, y).double() * y.numel(), y.numel()) for x, y in data.in_order(c, device)]
     loss, tokens = map(sum, zip(*sums))
     return loss.item() / tokens
@@ -274,7 +276,7 @@ def load(mode, word, knobs):
         older = path.with_name(CHECKPOINTS[1])
         advice = f"take the one before, {mode} {older}" if older.exists() and older != path else "train again"
         raise UserError(f"{path} is not a whole checkpoint ({type(e).__name__}): {advice}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "train_gpt 1":
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "train_gpt 2":
         raise UserError(f"{path} was not written by this version of train_gpt.py")
     old = checkpoint["config"]
     other = [f"--{k}={knobs[k]} (saved: {old[k]})" for k in MODEL_KNOBS if knobs.get(k, old[k]) != old[k]]
@@ -287,7 +289,7 @@ def save(directory, **state):
     part, (new, old) = directory / "checkpoint.part", (directory / name for name in CHECKPOINTS)
     try:
         with open(part, "wb") as f:
-            torch.save(dict(format="train_gpt 1", **state), f)
+            torch.save(dict(format="train_gpt 2", **state), f)
             f.flush(), os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # torch.save turns the first into the second
         part.unlink(missing_ok=True)
@@ -301,7 +303,7 @@ class Log:
     def __init__(self, c, directory, start, model, data, device, compiled):
         self.c, self.start, self.pending, self.rates, self.path = c, start, [], [], directory / "log.jsonl"
         self.skipped = self.in_a_row = 0  # steps whose loss or gradient was not finite
-        if self.path.exists():  # resumed: drop what is done again
+        if self.path.exists() and not launch.RANK:  # resumed: drop what is done again
             lines = [s for s in self.path.read_text().splitlines(True) if s[-1] == "\n"]  # one may be torn
             self.path.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= start))
         cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
@@ -309,15 +311,17 @@ class Log:
         size, vocabulary = sum(p.numel() for p in model.parameters()), c.vocab_size * c.width
         hidden, tokens = size - 2 * vocabulary, c.steps * c.tokens_per_step
         flops = 6 * (size - vocabulary + c.layers * c.width * c.sequence)  # of a token, forward and backward
-        self.top = next((peak / flops for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)  # tokens/s
+        peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
+        self.top = launch.WORLD * peak / flops  # tokens/s, 0 if unknown
         digest = lambda content: hashlib.sha256(content).hexdigest()[:8]
         code = digest(b"".join(Path(__file__).with_name(f).read_bytes() for f in CODE))
-        micro = c.tokens_per_step // (c.batch * c.sequence)
+        micro = c.tokens_per_step // (c.batch * c.sequence * launch.WORLD)
+        processes = f"{launch.WORLD} x " * (launch.WORLD > 1)
         header = dict(  # all that the numbers of a run depend on
-            device=name + ", torch.compile" * compiled,
+            device=processes + name + ", torch.compile" * compiled,
             backend=quartet.resolve(c.backend, device, c.recipe), recipe=c.recipe,
             parameters=f"{size:,}, {hidden:,} without embedding and head",
-            batch=f"{c.tokens_per_step:,} tokens a step, {micro} x {c.batch} x {c.sequence}",
+            batch=f"{c.tokens_per_step:,} tokens a step, {processes}{micro} x {c.batch} x {c.sequence}",
             steps=f"{c.steps:,}: {tokens:,} tokens, {tokens / hidden:.1f} a parameter",
             corpus=f"{c.corpus}, {sum(map(len, data.shards)):,} tokens, sha256 {digest(data.shards[0])}",
             versions=f"python {platform.python_version()}, torch {torch.__version__}, code {code}")
@@ -326,6 +330,7 @@ class Log:
 
     def write(self, **record):
         """Append one record to log.jsonl; null for what is not finite, which JSON lacks."""
+        if launch.RANK: return
         known = {k: None if type(v) is float and not math.isfinite(v) else v for k, v in record.items()}
         with open(self.path, "a") as f: f.write(json.dumps(known) + "\n")
     def step(self, *record, flush):
@@ -357,25 +362,6 @@ def pick_device(c):
         compiled = False
     return device, compiled
 
-def as_graph(f, *args):
-    """f(*args) of CUDA tensors, recorded -> a function of such args that replays it as one launch.
-
-    A step is hundreds of short kernels, and Python launches them more slowly than a GPU runs them. The
-    default generator is left as it was, and gives to a replay what it would give to f.
-    """
-    state, args, side = torch.cuda.get_rng_state(), [a.detach().clone() for a in args], torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2): f(*args)  # compile, and initialise libraries
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): f(*args)
-    torch.cuda.set_rng_state(state)
-    def replay(*new):
-        for a, b in zip(args, new): a.copy_(b)
-        graph.replay()
-    return replay
-
 def train(c, data, directory, stop, checkpoint=None):
     """Train as c says on data = (train, val), or on from a checkpoint; stop: a list that a signal fills."""
     device, compiled = pick_device(c)
@@ -385,21 +371,21 @@ def train(c, data, directory, stop, checkpoint=None):
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(c.seed)
     model = GPT(c, partial(quartet.Linear, recipe=c.recipe, backend=c.backend)).to(device)
-    accumulate = c.tokens_per_step // (c.batch * c.sequence)
+    accumulate, shard = c.tokens_per_step // (c.batch * c.sequence * launch.WORLD), c.shard == "true"
+    net = launch.wrap(model, shard, compiled)
     optimizer, start = make_optimizer(model, c), 0
+    if launch.RANK: torch.manual_seed((c.seed << 20) + launch.RANK)  # of noise; the model is the same in all
     if checkpoint:
-        start = checkpoint["step"]
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"]["cpu"])  # nothing below may draw before the first step
-        if device == "cuda" and checkpoint["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
-    if compiled:
-        for block in model.blocks: block.compile(fullgraph=True)  # they share one graph
-        model.predict = torch.compile(model.predict, fullgraph=True)
+        start, rngs = checkpoint["step"], checkpoint["rng"]
+        launch.load(model, optimizer, checkpoint["model"], checkpoint["optimizer"])
+        if len(rngs) == launch.WORLD:  # as many processes as before; nothing below may draw before a step
+            torch.set_rng_state(rngs[launch.RANK]["cpu"])
+            if device == "cuda" and rngs[launch.RANK]["cuda"] is not None:
+                torch.cuda.set_rng_state(rngs[launch.RANK]["cuda"])
+        else: torch.manual_seed((c.seed << 20) + launch.WORLD * start + launch.RANK)
     total, recipe = torch.zeros((), device=device), None
     def micro_step(x, y):
-        loss = model(x, y) / accumulate
+        loss = net(x, y) / accumulate
         loss.backward()
         total.add_(loss.detach())
     log = Log(c, directory, start, model, data[0], device, compiled)
@@ -410,22 +396,25 @@ def train(c, data, directory, stop, checkpoint=None):
         if recipe != before:
             quartet.quantize_model(model.blocks[:model.nvfp4], recipe, backend=c.backend)
             run = micro_step
-            if compiled and device == "cuda":
+            if compiled and device == "cuda" and launch.WORLD == 1:
                 with quartet.quantized_weights(model):
-                    run = as_graph(micro_step, *data[0].random(c, step, 0, device))
+                    run = launch.as_graph(micro_step, *data[0].random(c, step, 0, device))
                 optimizer.zero_grad(set_to_none=False)  # its gradients stay where they are
         lr = learning_rate(c, step - 1)
         for group in optimizer.param_groups: group["lr"] = lr
         total.zero_()
-        with quartet.quantized_weights(model):  # once a step; each micro-batch and the gradients use them
-            for micro in range(accumulate): run(*data[0].random(c, step, micro, device))
+        with launch.once(model, shard):  # a step quantizes weights once, for all micro-batches and gradients
+            for micro in range(accumulate):
+                launch.reduce_gradients(net, micro == accumulate - 1)
+                run(*data[0].random(c, step, micro * launch.WORLD + launch.RANK, device))
         norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        norm = norm.full_tensor() if shard else norm
         optimizer.found_inf = (~norm.isfinite()).float()  # then a fused AdamW skips the step, without a sync
         optimizer.step()
         optimizer.zero_grad(set_to_none=run is micro_step)
-        stopping, evaluating = bool(stop) and not last, last or step % c.eval_every == 0
+        stopping, evaluating = launch.stopping(stop) and not last, last or step % c.eval_every == 0
         saving = stopping or last or step % c.save_every == 0
-        log.step(step, begin, total.clone(), norm, lr, flush=evaluating or saving)
+        log.step(step, begin, launch.mean(total.clone()), norm, lr, flush=evaluating or saving)
         if log.in_a_row >= 10:
             first = diagnose.first_not_finite(model, *data[0].random(c, step, 0, device))
             raise UserError(f"step {step}: {log.in_a_row} steps in a row had no finite gradient; what is not "
@@ -436,16 +425,20 @@ def train(c, data, directory, stop, checkpoint=None):
             print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(c, loss)}", flush=True)
         if saving:
             cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-            save(directory, config=vars(c), step=step, rng=dict(cpu=torch.get_rng_state(), cuda=cuda),
-                 model=model.state_dict(), optimizer=optimizer.state_dict())
+            rng = launch.gather(dict(cpu=torch.get_rng_state(), cuda=cuda))
+            state = dict(zip(("model", "optimizer"), launch.states(model, optimizer)))
+            if not launch.RANK: save(directory, config=vars(c), step=step, rng=rng, **state)
         if stopping:
             print(f"stopped after step {step}, saved. To go on: python train_gpt.py resume {directory}")
-            sys.exit(0 if stop[0] == signal.SIGTERM else 130)
+            sys.exit(130 if stop and stop[0] == signal.SIGINT else 0)
     loss = loss if start < c.steps else evaluate(model, data[1], c, device)
     result = dict(recipe=c.recipe, val_loss=loss, skipped=log.skipped, peak_gib=peak_memory(device),
                   tokens_per_s=float(np.median(log.rates)) if log.rates else math.nan)
-    (directory / "result.json").write_text(json.dumps(result) + "\n")
-    (directory / "sample.txt").write_text(text := sample_text(model, c, device), encoding="utf-8")
+    text = sample_text(model, c, device)
+    if not launch.RANK:
+        (directory / "result.json").write_text(json.dumps(result) + "\n")
+        (directory / "sample.txt").write_text(text, encoding="utf-8")
+    launch.gather(None)
     print(f"sample:\n{text}\nwritten to {directory}/: log.jsonl, checkpoint.pt, result.json, sample.txt")
 
 def bits_per_byte(c, loss):
@@ -477,7 +470,7 @@ def sample_text(model, c, device):
 # ---- 5. Comparing recipes, evaluating, sampling, and the command line --------------------------------------
 def compare(c, data, directory, stop):
     """Train each recipe of the list, all else equal, and print a table. What has a result is not repeated."""
-    (directory / "compare.json").write_text(json.dumps(vars(c)))
+    if not launch.RANK: (directory / "compare.json").write_text(json.dumps(vars(c)))
     results = []
     for recipe in c.recipe.split(","):
         one, run = dataclasses.replace(c, recipe=recipe), directory / recipe
@@ -493,7 +486,7 @@ def compare(c, data, directory, stop):
     rows = [f"{'recipe':12}{'val loss':>10}{'gap to bf16':>13}{'tokens/s':>12}{'peak GiB':>10}"]
     rows += [f"{r['recipe']:12}{r['val_loss']:10.4f}{r['val_loss'] - base:13.4f}{r['tokens_per_s']:12,.0f}"
              f"{r['peak_gib']:10.2f}" for r in results]
-    (directory / "compare.txt").write_text("\n".join(rows) + "\n")
+    if not launch.RANK: (directory / "compare.txt").write_text("\n".join(rows) + "\n")
     print("\n".join(["", *rows, f"written to {directory / 'compare.txt'}"]))
 
 def eval_recipes(model, c, device, recipes):
@@ -538,8 +531,11 @@ def main(argv):
         stop.append(signum)
         signal.signal(signum, signal.SIG_DFL)
     for signum in (signal.SIGINT, signal.SIGTERM): signal.signal(signum, on_signal)
+    launch.start(pick_device(c)[0], c.shard == "true")
+    if launch.RANK: launch.gather(None)  # until rank 0 has read, or first written, the data
     data = Shards(c, "train"), Shards(c, "val")  # fails before a directory is made
-    directory = directory or new_directory(c, word)
+    if not launch.RANK: launch.gather(None)
+    directory = launch.gather(directory or launch.RANK or new_directory(c, word))[0]
     compare(c, data, directory, stop) if "," in c.recipe else train(c, data, directory, stop, checkpoint)
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""How steps are launched: as one CUDA graph on one GPU; by DistributedDataParallel or FSDP2 on several.
+
+    torchrun --nproc_per_node=N train_gpt.py ... [--shard=true]
+
+starts a process for each of N GPUs (or, to try it out, N on a CPU). Each takes its own micro-batches of every
+step, and its own rounding noise. All hold the whole model, or, sharded, an N-th of weights, gradients and
+optimizer, and of the other weights a block at a time. Rank 0 prints and writes.
+"""
+import atexit, contextlib, os, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+import quartet
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def start(device, shard):
+    """Join the other processes, if there are any, on this one's GPU; only rank 0 prints."""
+    if WORLD == 1 and shard:
+        raise ValueError("--shard=true needs several processes: torchrun --nproc_per_node=N train_gpt.py ...")
+    if WORLD == 1: return
+    if device == "cuda": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+    if RANK: sys.stdout = open(os.devnull, "w")
+def gather(value):
+    """A picklable value of each process -> all of them, a list by rank. Waits for all."""
+    if WORLD == 1: return [value]
+    values = [None] * WORLD
+    dist.all_gather_object(values, value)
+    return values
+def mean(t):
+    """t, made the mean of that tensor over all processes."""
+    if WORLD > 1: dist.all_reduce(t.div_(WORLD))
+    return t
+def stopping(stop):
+    """Whether a signal has reached any process: all must stop at the same step."""
+    if WORLD == 1: return bool(stop)
+    dist.all_reduce(flag := torch.tensor(len(stop)), dist.ReduceOp.MAX)
+    return bool(flag)
+
+def wrap(model, shard, compiled):
+    """train_gpt.GPT -> what to call for a loss; compiles its blocks, and shards its parameters, in place."""
+    if compiled:
+        for block in model.blocks:                          # they share one graph
+            if shard: block.forward = torch.compile(block.forward, fullgraph=True)      # without FSDP's hooks
+            else: block.compile(fullgraph=True)
+        model.predict = torch.compile(model.predict, fullgraph=True)
+    if shard:
+        for block in model.blocks: fully_shard(block)
+        fully_shard(model)
+    elif WORLD > 1:
+        return DistributedDataParallel(model)
+    return model
+def reduce_gradients(net, last):
+    """Whether the next backward pass ends with gradients averaged over processes: the last of a step does."""
+    if isinstance(net, DistributedDataParallel): net.require_backward_grad_sync = last
+    elif WORLD > 1: net.set_requires_gradient_sync(last)
+def once(model, shard):
+    """quartet.quantized_weights; but where no process has whole weights, each pass quantizes them."""
+    return contextlib.nullcontext() if shard else quartet.quantized_weights(model)
+
+def states(model, optimizer):
+    """-> their state dicts, as one process has them; shards only become whole on rank 0."""
+    def whole(t):
+        if isinstance(t, DTensor): t = t.full_tensor()      # all processes take part
+        return None if RANK else t.cpu() if isinstance(t, torch.Tensor) else t
+    return [tree_map(whole, m.state_dict()) for m in (model, optimizer)]
+def load(model, optimizer, saved_model, saved_optimizer):
+    """The inverse of `states`."""
+    def part(t, p):
+        if not isinstance(p, DTensor) or t.shape != p.shape: return t
+        return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
+    params, order = dict(model.named_parameters()), [p for g in optimizer.param_groups for p in g["params"]]
+    model.load_state_dict({name: part(t, params[name]) for name, t in saved_model.items()})
+    state = {i: {k: part(t, order[i]) for k, t in s.items()} for i, s in saved_optimizer["state"].items()}
+    optimizer.load_state_dict(saved_optimizer | dict(state=state))
+
+def as_graph(f, *args):
+    """f(*args) of CUDA tensors, recorded -> a function of such args that replays it as one launch.
+
+    A step is hundreds of short kernels, and Python launches them more slowly than a GPU runs them. The
+    default generator is left as it was, and gives to a replay what it would give to f.
+    """
+    state, args, side = torch.cuda.get_rng_state(), [a.detach().clone() for a in args], torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2): f(*args)  # compile, and initialise libraries
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): f(*args)
+    torch.cuda.set_rng_state(state)
+    def replay(*new):
+        for a, b in zip(args, new): a.copy_(b)
+        graph.replay()
+    return replay

@@ -1,0 +1,122 @@
+"""Tests of launch.py, with two processes on a CPU: the same training as with one, and the same again."""
+import json, os, shutil, socket, subprocess, sys, traceback
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import numpy as np
+import pytest
+import torch
+import launch, prepare, train_gpt
+
+KNOBS = dict(layers=1, width=128, heads=1, hidden=128, sequence=32, batch=1, tokens_per_step=128, steps=6,
+             lr=3e-3, eval_every=3, eval_tokens=64, save_every=3, sample_tokens=1, device="cpu",
+             corpus="tiny", log_every=1)
+
+def run(name, processes, *arguments, broken=None, **knobs):
+    """Train in forked processes, as torchrun would start them -> their exit statuses, by rank.
+
+    arguments of train_gpt.py, or KNOBS and knobs; broken: a rank that fails in its third micro-batch.
+    """
+    arguments = arguments or ("cpu", *(f"--{k}={v}" for k, v in (KNOBS | dict(name=name) | knobs).items()))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    pids = []
+    for rank in range(processes):
+        pids.append(os.fork())
+        if pids[-1]: continue
+        status = 1
+        try:
+            launch.RANK, launch.WORLD = rank, processes
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=port)
+            os.dup2(os.open(f"{name}-{rank}.out", os.O_WRONLY | os.O_CREAT), 1)
+            torch.set_num_threads(1)
+            if rank == broken: train_gpt.Shards.random = fail
+            train_gpt.main(list(arguments))
+            status = 0
+        except BaseException: traceback.print_exc()
+        finally: os._exit(status)
+    return [os.waitpid(pid, 0)[1] for pid in pids]
+
+def fail(*arguments): raise ValueError("broken on purpose")
+
+def main():
+    """Every run that the tests look at, from one process: its imports take longer than a run."""
+    tokens = np.random.default_rng(0).integers(32, 64, 4096, np.uint16)
+    for split in "train", "val": prepare.write_shard(Path(f"tiny_{split}_000000.bin"), tokens)
+    train_gpt.DATA = Path.cwd()
+    for name, processes, shard in ("one", 1, "false"), ("two", 2, "false"), ("shared", 2, "true"):
+        for recipe in "bf16", "quartet2":
+            assert not any(run(f"{name}-{recipe}", processes, recipe=recipe, shard=shard))
+        if processes == 2:                                  # go on from step 3 of 6
+            Path(f"runs/{name}-resumed").mkdir()
+            shutil.copy(f"runs/{name}-quartet2/previous.pt", f"runs/{name}-resumed/checkpoint.pt")
+            assert not any(run(f"{name}-resumed", 2, "resume", f"{name}-resumed"))
+    assert not any(run("compared", 2, recipe="bf16,rtn", steps=2))
+    Path("statuses").write_text(json.dumps(run("broken", 2, broken=1)))
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("launch")
+    done = subprocess.run([sys.executable, __file__], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "broken on purpose" in done.stderr
+    return place
+
+def checkpoint(place, name):
+    return torch.load(place / "runs" / name / "checkpoint.pt", weights_only=True)
+def losses(place, name):
+    records = [json.loads(line) for line in open(place / "runs" / name / "log.jsonl")]
+    return torch.tensor([r.get("loss", r.get("val_loss")) for r in records if "loss" in r or "val_loss" in r])
+
+@pytest.mark.parametrize("name", ["two", "shared"])
+def test_two_processes_train_as_one_does(place, name):
+    one, two = (losses(place, f"{n}-bf16") for n in ("one", name))
+    assert len(one) == len(two) == 8 and (one - two).abs().max() < 1e-5    # float32 sums in another order
+    a, b = (checkpoint(place, f"{n}-bf16") for n in ("one", name))
+    for p, q in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
+        assert p["step"] == q["step"] == 6 and all(p[k].shape == q[k].shape for k in p)
+        assert (p["exp_avg"] - q["exp_avg"]).norm() < 1e-3 * p["exp_avg"].norm()
+    one, two = (losses(place, f"{n}-quartet2") for n in ("one", name))     # here noise differs
+    assert 0 < (one - two).abs().max() < 0.02
+
+@pytest.mark.parametrize("name", ["two", "shared"])
+def test_a_resumed_run_is_the_same_to_the_bit_with_noise_of_its_own_in_each_process(place, name):
+    a, b = (checkpoint(place, f"{name}-{n}") for n in ("quartet2", "resumed"))
+    assert a["step"] == b["step"] == 6 and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    for i, p in a["optimizer"]["state"].items():
+        assert all(torch.equal(p[k], b["optimizer"]["state"][i][k]) for k in p)
+    assert len(a["rng"]) == 2 and not torch.equal(a["rng"][0]["cpu"], a["rng"][1]["cpu"])
+    assert all(torch.equal(p["cpu"], q["cpu"]) for p, q in zip(a["rng"], b["rng"]))
+
+def test_only_rank_0_prints_and_writes(place):
+    for name in "two-quartet2", "shared-quartet2":
+        out = (place / f"{name}-0.out").read_text()
+        assert out.count("step 6/6") == 1 and "2 x CPU" in out and "2 x 2 x 1 x 32" in out
+        assert (place / f"{name}-1.out").read_text() == ""
+        names = {p.name for p in (place / "runs" / name).iterdir()}
+        assert names == {"log.jsonl", "checkpoint.pt", "previous.pt", "result.json", "sample.txt"}
+    assert "gap to bf16" in (place / "compared-0.out").read_text()
+    assert len((place / "runs/compared/compare.txt").read_text().splitlines()) == 3
+
+def test_a_process_that_fails_ends_the_others(place):
+    assert all(json.loads((place / "statuses").read_text()))
+
+def test_one_process_reads_what_two_have_written(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(train_gpt, "DATA", place)
+    train_gpt.main(["eval", "shared-bf16", "--recipe=bf16"])
+    assert abs(float(capsys.readouterr().out.splitlines()[-1][30:39]) - losses(place, "one-bf16")[-1]) < 1e-4
+
+def test_the_documented_command_works_and_what_needs_several_processes_says_so(tmp_path):
+    words = [f"--{k}={v}" for k, v in (KNOBS | dict(steps=1, corpus="python")).items()]
+    script = str(HERE.parent / "train_gpt.py")
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", script, "cpu", *words]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0 and done.stdout.count("step 1/1") == 1, done.stderr
+    with pytest.raises(ValueError, match="shard.*torchrun"): train_gpt.main(["cpu", "--shard=true"])
+
+if __name__ == "__main__": main()
