@@ -16,6 +16,8 @@ from quartet import E2M1_MAX, E4M3_MAX, GROUP, block_sum, blocks, e2m1, e4m3, ov
 def normal(*shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16().float()
 def nmse(a, x): return ((a - x).double().square().sum() / x.double().square().sum()).item()
 
+def exact(v): return f"{v:.1e}" if abs(v) > 1e-6 else "0"      # what float32 sums leave is none
+
 def rtn_by_amax(x):
     """RTN with the tensor scale amax / (6 * 448), which needs all of x before the first block.
 
@@ -68,11 +70,11 @@ def measure():
     tie = torch.stack([v.abs() == t for t in (0.25, 1.25, 2.5, 5.0)]).any(0).float().mean()
     yield "ties: away from zero; to even, as the hardware", "values that this decides", f"{tie:.2%}", "none"
     yield ("EDEN factor: of 128 scaled values; of a block", "1 - <y, Q(y)> / <y, y>, without noise",
-           *(f"{alignment(x, R, group):.1e}" for group in (GROUP, 16)))
+           *(exact(alignment(x, R, group)) for group in (GROUP, 16)))
     H, groups = R * torch.tensor(128**-0.5).bfloat16(), x.double().view(-1, GROUP)
     lost = (1 - (groups @ r.double()).square().sum() / n / groups.square().sum()
             for r, n in ((H, 1), (R, GROUP)))
-    yield "R: entries bf16(128^-0.5) (CUDA); integers", "1 - ||x R||^2 / ||x||^2", *(f"{e:.1e}" for e in lost)
+    yield "R: entries bf16(128^-0.5) (CUDA); integers", "1 - ||x R||^2 / ||x||^2", *map(exact, lost)
     u = torch.rand(10000, generator=torch.Generator().manual_seed(0))
     four = torch.full_like(u, 4.0)
     yield ("SR: a grid point moves; stays", "standard deviation of 4.0 after SR",
@@ -84,6 +86,9 @@ def measure():
     yield ("rounds of RHT: one; two (quintet)", "bias, one 100 in 128; 1024 draws",
            *(f"{bias(outlier, name):.1%}" for name in ("rht128", "rht128x2")))
 
-if __name__ == "__main__":
+def main():
+    """Print all differences."""
     print(f"{'difference: theirs; ours':50}{'measured':44}{'theirs':>8}{'ours':>9}")
     for difference, what, theirs, ours in measure(): print(f"{difference:50}{what:44}{theirs:>8}{ours:>9}")
+
+if __name__ == "__main__": main()

@@ -1,4 +1,6 @@
 """Tests of differences.py: what stands there for the authors' code has the properties of theirs."""
+import re
+from pathlib import Path
 import torch
 import differences, quartet
 
@@ -15,11 +17,16 @@ def test_stochastic_rounding_by_neighbours_is_right_on_average_but_moves_grid_po
         assert ((sr(v, u).mean(0) - v[0]).abs() < 0.02).all()
     assert {*differences.sr_by_neighbours(v, u)[:, 4].tolist()} == {3.0, 6.0}
 
-def test_each_difference_is_seen_on_its_side():
-    rows = {what: (theirs, ours) for _, what, theirs, ours in differences.measure()}
+def test_each_difference_is_seen_on_its_side_and_stands_in_the_readme(capsys):
+    differences.main()
+    printed, readme = capsys.readouterr().out, (Path(__file__).parents[1] / "README.md").read_text()
+    cells = [re.split("  +", line.strip()) for line in printed.splitlines()]
+    shown = [re.split("  +", line.strip()) for line in readme.splitlines()]
+    assert all(shown.count(row) == 1 for row in cells)
+    rows = {what: (theirs, ours) for *_, what, theirs, ours in cells}
     aligned = rows["1 - <y, Q(y)> / <y, y>, without noise"]
-    assert 4e-4 < float(aligned[0]) < 8e-4 and abs(float(aligned[1])) < 1e-6          # their notebook: 5.6e-4
+    assert 4e-4 < float(aligned[0]) < 8e-4 and aligned[1] == "0"          # their notebook: 5.6e-4
     assert rows["decoded values that bf16 changes"][1] == "0%"
-    assert rows["1 - ||x R||^2 / ||x||^2"][1] == "0.0e+00"
+    assert rows["1 - ||x R||^2 / ||x||^2"][1] == "0"
     outlier = [float(t.rstrip("%")) for t in rows["bias, one 100 in 128; 1024 draws"]]
     assert outlier[0] > 3 and outlier[1] < 0.5
