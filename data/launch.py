@@ -9,8 +9,6 @@ optimizer, and of the other weights a block at a time. Rank 0 prints and writes.
 import atexit, contextlib, os, sys
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
@@ -51,6 +49,7 @@ def wrap(model, shard, compiled):
             else: block.compile(fullgraph=True)
         model.predict = torch.compile(model.predict, fullgraph=True)
     if shard:
+        from torch.distributed.fsdp import fully_shard      # here: it takes longer to import than torch
         for block in model.blocks: fully_shard(block)
         fully_shard(model)
     elif WORLD > 1:
@@ -67,13 +66,14 @@ def once(model, shard):
 def states(model, optimizer):
     """-> their state dicts, as one process has them; shards only become whole on rank 0."""
     def whole(t):
-        if isinstance(t, DTensor): t = t.full_tensor()      # all processes take part
+        if hasattr(t, "full_tensor"): t = t.full_tensor()   # of shards; all processes take part
         return None if RANK else t.cpu() if isinstance(t, torch.Tensor) else t
     return [tree_map(whole, m.state_dict()) for m in (model, optimizer)]
 def load(model, optimizer, saved_model, saved_optimizer):
     """The inverse of `states`."""
     def part(t, p):
-        if not isinstance(p, DTensor) or t.shape != p.shape: return t
+        if not hasattr(p, "full_tensor") or t.shape != p.shape: return t
+        from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
     params, order = dict(model.named_parameters()), [p for g in optimizer.param_groups for p in g["params"]]
     model.load_state_dict({name: part(t, params[name]) for name, t in saved_model.items()})
