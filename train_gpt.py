@@ -75,7 +75,7 @@ PRESETS = {  # what differs from the defaults above, the 30m of arXiv:2601.22813
 }
 CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
                device=("auto", "cpu", "cuda"), shard=("true", "false"))
-CODE = ("quartet.py", "kernels.py", "train_gpt.py")
+CODE = ("quartet.py", "kernels.py", "train_gpt.py", "data/launch.py")
 CHECKPOINTS = ("checkpoint.pt", "previous.pt")  # the last one, and the one before
 MODEL_KNOBS = ("layers", "width", "heads", "hidden", "vocab_size", "sequence")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16, datasheets
@@ -314,7 +314,7 @@ class Log:
         peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
         self.top = launch.WORLD * peak / flops  # tokens/s, 0 if unknown
         digest = lambda content: hashlib.sha256(content).hexdigest()[:8]
-        code = digest(b"".join(Path(__file__).with_name(f).read_bytes() for f in CODE))
+        code = digest(b"".join((Path(__file__).parent / f).read_bytes() for f in CODE))
         micro = c.tokens_per_step // (c.batch * c.sequence * launch.WORLD)
         processes = f"{launch.WORLD} x " * (launch.WORLD > 1)
         header = dict(  # all that the numbers of a run depend on
@@ -373,16 +373,9 @@ def train(c, data, directory, stop, checkpoint=None):
     model = GPT(c, partial(quartet.Linear, recipe=c.recipe, backend=c.backend)).to(device)
     accumulate, shard = c.tokens_per_step // (c.batch * c.sequence * launch.WORLD), c.shard == "true"
     net = launch.wrap(model, shard, compiled)
-    optimizer, start = make_optimizer(model, c), 0
+    optimizer, start = make_optimizer(model, c), checkpoint["step"] if checkpoint else 0
     if launch.RANK: torch.manual_seed((c.seed << 20) + launch.RANK)  # of noise; the model is the same in all
-    if checkpoint:
-        start, rngs = checkpoint["step"], checkpoint["rng"]
-        launch.load(model, optimizer, checkpoint["model"], checkpoint["optimizer"])
-        if len(rngs) == launch.WORLD:  # as many processes as before; nothing below may draw before a step
-            torch.set_rng_state(rngs[launch.RANK]["cpu"])
-            if device == "cuda" and rngs[launch.RANK]["cuda"] is not None:
-                torch.cuda.set_rng_state(rngs[launch.RANK]["cuda"])
-        else: torch.manual_seed((c.seed << 20) + launch.WORLD * start + launch.RANK)
+    if checkpoint: launch.restore(model, optimizer, checkpoint, c.seed)  # nothing may draw before a step
     total, recipe = torch.zeros((), device=device), None
     def micro_step(x, y):
         loss = net(x, y) / accumulate
@@ -424,10 +417,8 @@ def train(c, data, directory, stop, checkpoint=None):
             log.write(step=step, val_loss=loss)
             print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(c, loss)}", flush=True)
         if saving:
-            cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-            rng = launch.gather(dict(cpu=torch.get_rng_state(), cuda=cuda))
-            state = dict(zip(("model", "optimizer"), launch.states(model, optimizer)))
-            if not launch.RANK: save(directory, config=vars(c), step=step, rng=rng, **state)
+            state = launch.snapshot(model, optimizer)
+            if not launch.RANK: save(directory, config=vars(c), step=step, **state)
         if stopping:
             print(f"stopped after step {step}, saved. To go on: python train_gpt.py resume {directory}")
             sys.exit(130 if stop and stop[0] == signal.SIGINT else 0)

@@ -63,22 +63,28 @@ def once(model, shard):
     """quartet.quantized_weights; but where no process has whole weights, each pass quantizes them."""
     return contextlib.nullcontext() if shard else quartet.quantized_weights(model)
 
-def states(model, optimizer):
-    """-> their state dicts, as one process has them; shards only become whole on rank 0."""
+def snapshot(model, optimizer):
+    """-> what a checkpoint holds of them, as one process has them, and all processes' generators, by rank."""
     def whole(t):
         if hasattr(t, "full_tensor"): t = t.full_tensor()   # of shards; all processes take part
         return None if RANK else t.cpu() if isinstance(t, torch.Tensor) else t
-    return [tree_map(whole, m.state_dict()) for m in (model, optimizer)]
-def load(model, optimizer, saved_model, saved_optimizer):
-    """The inverse of `states`."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return dict(model=tree_map(whole, model.state_dict()), optimizer=tree_map(whole, optimizer.state_dict()),
+                rng=gather(dict(cpu=torch.get_rng_state(), cuda=cuda)))
+def restore(model, optimizer, saved, seed):
+    """The inverse of `snapshot`; where there were other processes, noise has new seeds."""
     def part(t, p):
         if not hasattr(p, "full_tensor") or t.shape != p.shape: return t
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
     params, order = dict(model.named_parameters()), [p for g in optimizer.param_groups for p in g["params"]]
-    model.load_state_dict({name: part(t, params[name]) for name, t in saved_model.items()})
-    state = {i: {k: part(t, order[i]) for k, t in s.items()} for i, s in saved_optimizer["state"].items()}
-    optimizer.load_state_dict(saved_optimizer | dict(state=state))
+    model.load_state_dict({name: part(t, params[name]) for name, t in saved["model"].items()})
+    state = {i: {k: part(t, order[i]) for k, t in s.items()} for i, s in saved["optimizer"]["state"].items()}
+    optimizer.load_state_dict(saved["optimizer"] | dict(state=state))
+    if len(saved["rng"]) != WORLD: return torch.manual_seed((seed << 20) + saved["step"] * WORLD + RANK)
+    torch.set_rng_state(saved["rng"][RANK]["cpu"])
+    if model.rope.is_cuda and saved["rng"][RANK]["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["rng"][RANK]["cuda"])
 
 def as_graph(f, *args):
     """f(*args) of CUDA tensors, recorded -> a function of such args that replays it as one launch.

@@ -1,5 +1,5 @@
 """Tests of launch.py, with two processes on a CPU: the same training as with one, and the same again."""
-import json, os, shutil, socket, subprocess, sys, traceback
+import json, os, shutil, signal, socket, subprocess, sys, traceback
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -13,10 +13,10 @@ KNOBS = dict(layers=1, width=128, heads=1, hidden=128, sequence=32, batch=1, tok
              lr=3e-3, eval_every=3, eval_tokens=64, save_every=3, sample_tokens=1, device="cpu",
              corpus="tiny", log_every=1)
 
-def run(name, processes, *arguments, broken=None, **knobs):
+def run(name, processes, *arguments, instead=None, **knobs):
     """Train in forked processes, as torchrun would start them -> their exit statuses, by rank.
 
-    arguments of train_gpt.py, or KNOBS and knobs; broken: a rank that fails in its third micro-batch.
+    arguments of train_gpt.py, or KNOBS and knobs; instead: what rank 1 calls instead of Shards.random.
     """
     arguments = arguments or ("cpu", *(f"--{k}={v}" for k, v in (KNOBS | dict(name=name) | knobs).items()))
     with socket.socket() as s:
@@ -33,14 +33,18 @@ def run(name, processes, *arguments, broken=None, **knobs):
                               MASTER_PORT=port)
             os.dup2(os.open(f"{name}-{rank}.out", os.O_WRONLY | os.O_CREAT), 1)
             torch.set_num_threads(1)
-            if rank == broken: train_gpt.Shards.random = fail
+            if instead and rank == 1: train_gpt.Shards.random = instead
             train_gpt.main(list(arguments))
             status = 0
+        except SystemExit as e: status = e.code
         except BaseException: traceback.print_exc()
         finally: os._exit(status)
     return [os.waitpid(pid, 0)[1] for pid in pids]
 
 def fail(*arguments): raise ValueError("broken on purpose")
+def stop(data, c, step, micro, device, random=train_gpt.Shards.random):
+    if step == 4 and micro == 3: signal.raise_signal(signal.SIGTERM)
+    return random(data, c, step, micro, device)
 
 def main():
     """Every run that the tests look at, from one process: its imports take longer than a run."""
@@ -55,7 +59,8 @@ def main():
             shutil.copy(f"runs/{name}-quartet2/previous.pt", f"runs/{name}-resumed/checkpoint.pt")
             assert not any(run(f"{name}-resumed", 2, "resume", f"{name}-resumed"))
     assert not any(run("compared", 2, recipe="bf16,rtn", steps=2))
-    Path("statuses").write_text(json.dumps(run("broken", 2, broken=1)))
+    statuses = [run(f.__name__, 2, instead=f) for f in (fail, stop)]
+    Path("statuses").write_text(json.dumps(statuses))
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -101,8 +106,11 @@ def test_only_rank_0_prints_and_writes(place):
     assert "gap to bf16" in (place / "compared-0.out").read_text()
     assert len((place / "runs/compared/compare.txt").read_text().splitlines()) == 3
 
-def test_a_process_that_fails_ends_the_others(place):
-    assert all(json.loads((place / "statuses").read_text()))
+def test_a_process_that_fails_ends_the_others_and_one_that_gets_a_signal_stops_them_all_at_one_step(place):
+    failed, stopped = json.loads((place / "statuses").read_text())
+    assert all(failed) and stopped == [0, 0]
+    assert checkpoint(place, "stop")["step"] == 4 and len(losses(place, "stop")) == 5       # 4 and 1 of val
+    assert "go on: python train_gpt.py resume runs/stop" in (place / "stop-0.out").read_text()
 
 def test_one_process_reads_what_two_have_written(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
