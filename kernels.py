@@ -534,10 +534,10 @@ def of(x, quantizer, seed=0, block=(1, BLOCK), R=None):
     return NVFP4(codes.view(shape(2)), scale.view(shape(BLOCK)).view(torch.float8_e4m3fn), tensor_scale)
 
 # As in quartet.py, bitwise equal: x (..., K) on a GPU -> NVFP4
-def rtn(x, block=(1, BLOCK)): return of(x, "rtn", block=block)
-def four_six(x, block=(1, BLOCK)): return of(x, "four_six", block=block)
-def scale_search(x, block=(1, BLOCK)): return of(x, "scale_search", block=block)
-def sr(x, seed): return of(x, "sr", seed)
+def rtn(x, block=(1, BLOCK)): "RTN."; return of(x, "rtn", block=block)
+def four_six(x, block=(1, BLOCK)): "4/6."; return of(x, "four_six", block=block)
+def scale_search(x, block=(1, BLOCK)): "Search."; return of(x, "scale_search", block=block)
+def sr(x, seed): "SR."; return of(x, "sr", seed)
 def ms_eden(x, R, seed, four_six=False):
     """quartet.ms_eden, for x in bf16, or rotated already if R is None: then bitwise equal.
 

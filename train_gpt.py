@@ -302,10 +302,12 @@ class Log:
     """log.jsonl, one line a record, and what is printed. Losses stay on the device until a line is due."""
     def __init__(self, c, directory, start, model, data, device, compiled):
         self.c, self.start, self.pending, self.rates, self.path = c, start, [], [], directory / "log.jsonl"
-        self.skipped = self.in_a_row = 0  # steps whose loss or gradient was not finite
+        self.skipped = self.in_a_row = 0  # steps whose gradient was not finite
         if self.path.exists() and not launch.RANK:  # resumed: drop what is done again
             lines = [s for s in self.path.read_text().splitlines(True) if s[-1] == "\n"]  # one may be torn
-            self.path.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= start))
+            lines = [line for line in lines if json.loads(line).get("step", 0) <= start]
+            self.skipped = sum('"grad_norm": null' in line for line in lines)
+            self.path.write_text("".join(lines))
         cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
         name = torch.cuda.get_device_name() if device == "cuda" else cpu
         size, vocabulary = sum(p.numel() for p in model.parameters()), c.vocab_size * c.width

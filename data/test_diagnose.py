@@ -65,6 +65,9 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(tmp_pat
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     for p, q in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
         assert all(torch.equal(p[k], q[k]) for k in p)
+    monkeypatch.setattr(train_gpt, "make_optimizer", make)
+    train_gpt.main(["resume", "spoiled", "--steps=6"])
+    assert json.loads(Path("runs/spoiled/result.json").read_text())["skipped"] == 1     # still known
 
 def test_ten_in_a_row_stop_the_run_and_name_the_first_operand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
