@@ -1,12 +1,15 @@
 """The runs behind the README's results: recipes and their parts, on equal data, seeds and steps.
 
-    python data/experiments.py SIZE GROUP [--seeds=1,2,3] [--corpus=novels] [--steps=N]
+    python data/experiments.py SIZE GROUP [--seeds=1,2,3] [--corpus=novels] [--steps=N] [--jobs=1]
 
-SIZE is one of SIZES below, GROUP one of GROUPS or names of rows by commas. Each GPU trains one run at a time.
-A finished run leaves its log, data/results/SIZE-CORPUS-ROW-SEED.jsonl, and is not repeated; one stopped by
-Ctrl-C or SIGTERM goes on from there. data/figures.py makes tables and pictures of what is there.
+SIZE is one of SIZES below, GROUP one of GROUPS or names of rows by commas. Each GPU trains --jobs runs at a
+time. A finished run leaves its log, data/results/SIZE-CORPUS-ROW-SEED.jsonl, and is not repeated; one stopped
+by Ctrl-C or SIGTERM goes on from there. data/figures.py makes tables and pictures of what is there.
+
+Two seeds differ by what happens early, and far more than two recipes do. So a GROUP may be START+GROUP, where
+START is ROW@STEP, as in quartet2@3400+forward: then all rows of a seed go on from that step of that row.
 """
-import json, os, shutil, signal, subprocess, sys, threading, time
+import json, math, os, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -43,9 +46,11 @@ ROWS = {
     "quartet2_rtn": both("rtn", *eden), "quartet2_search": both("scale_search", *eden),
     "quartet2_x2": both("four_six", "rht128x2", "ms_eden", "ms_eden"),
     "quartet2_46": both("four_six", "rht128x2", "ms_eden_46", "ms_eden_46"),
+    "quartet2_dy": both("four_six", "rht128x2", "ms_eden", "four_six"),
     "plain": both("scale_search", "rht128x2", "four_six", "four_six"),
 }
-KNOBS = {"quartet2_end": ("quartet2", "--bf16_end=0.1")}                  # rows with knobs: recipe, knobs
+KNOBS = {"quartet2_end": ("quartet2", "--bf16_end=0.1"),                  # rows with knobs: recipe, knobs
+         "quartet2_end5": ("quartet2", "--bf16_end=0.05"), "quartet2_end2": ("quartet2", "--bf16_end=0.02")}
 GROUPS = {
     "recipes": "bf16 nvidia four_six tetrajet2 quartet2 quintet",
     "close": "bf16 quartet2 quintet",
@@ -63,18 +68,29 @@ def register():
 def log_of(size, corpus, row, seed):
     return RESULTS / f"{size}-{corpus}-{row}-{seed}.jsonl"
 
-def train(size, corpus, row, seed, gpu, knobs):
-    """One run, in a process of its own on one GPU: leaves its log in RESULTS, or prints why there is none."""
-    target = log_of(size, corpus, row, seed)
+def start_of(size, corpus, start, seed):
+    return RUNS / f"{size}-{corpus}-{start}-{seed}.pt"
+
+def train(size, corpus, row, seed, gpu, knobs, keep=()):
+    """One run, in a process of its own on one GPU: leaves its log in RESULTS, or prints why there is none.
+
+    keep: steps whose checkpoints other runs will start from.
+    """
+    target, (start, _, row) = log_of(size, corpus, row, seed), row.rpartition("+")
     directory = RUNS / target.stem
     run, (recipe, *more) = directory / "runs" / "run", KNOBS.get(row, (row,))
-    arguments = [*SIZES[size].split(), *COMMON.split(), f"--recipe={recipe}", f"--seed={seed}",
-                 f"--corpus={corpus}", "--name=run", *more, *knobs]
     begun = any((run / name).exists() for name in train_gpt.CHECKPOINTS)
-    if begun: arguments = ["resume", "run", f"--recipe={recipe}"]
-    else: shutil.rmtree(directory, ignore_errors=True)
+    if not begun: shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run([sys.executable, __file__, "train", *arguments], cwd=directory, text=True,
+    if start and not begun:
+        run.mkdir(parents=True)
+        shutil.copy(start_of(size, corpus, start, seed), run / "checkpoint.pt")
+    if start or begun: arguments = ["resume", "run", f"--recipe={recipe}", "--save_every=1000000", *more]
+    else: arguments = [*SIZES[size].split(), *COMMON.split(), f"--recipe={recipe}", f"--seed={seed}",
+                       f"--corpus={corpus}", "--name=run", *more, *knobs]
+    if keep: arguments += [f"--save_every={math.gcd(*keep)}"]
+    kept = [f"--keep={step}" for step in keep]
+    done = subprocess.run([sys.executable, __file__, "train", *kept, *arguments], cwd=directory, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
     if done.returncode or not (run / "result.json").exists():
@@ -85,37 +101,62 @@ def train(size, corpus, row, seed, gpu, knobs):
     part = target.with_suffix(".part")
     part.write_text("".join(json.dumps(r) + "\n" for r in kept))
     os.replace(part, target)
+    for step in keep: os.replace(run / f"{step}.pt", start_of(size, corpus, f"{row}@{step}", seed))
     shutil.rmtree(directory)
     print(f"{target.stem}: {kept[-1]}", flush=True)
 
-def queue(size, rows, seeds, corpus, knobs):
+def queue(size, rows, seeds, corpus, knobs, jobs):
     """Train what has no log yet, seed by seed, on all GPUs. Ctrl-C and SIGTERM reach the running ones too."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     RESULTS.mkdir(exist_ok=True)
-    todo = [(row, seed) for seed in seeds for row in rows
-            if not log_of(size, corpus, row, seed).exists()][::-1]
-    def work(gpu):
-        while todo: train(size, corpus, *todo.pop(), gpu, knobs)
+    runs = [(row, seed) for seed in seeds for row in rows if not log_of(size, corpus, row, seed).exists()]
+    starts = {}                                             # what must be trained, up to which steps, before
+    for start, seed in {(row.rpartition("+")[0], seed) for row, seed in runs}:
+        if start and not start_of(size, corpus, start, seed).exists():
+            row, _, step = start.partition("@")
+            starts.setdefault((row, seed), []).append(int(step))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus.split(",")]       # "": a CPU
-    for w in workers: w.start()
-    while any(w.is_alive() for w in workers):               # an interrupted join would not wait for them
-        try: time.sleep(0.2)
-        except KeyboardInterrupt: todo.clear()
+    stopped = []
+    for todo in [(*run, knobs, keep) for run, keep in starts.items()], [(*run, knobs) for run in runs]:
+        todo = todo[::-1] * (not stopped)
+        def work(gpu):
+            while todo:
+                row, seed, *rest = todo.pop()
+                train(size, corpus, row, seed, gpu, *rest)
+        workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus.split(",") * jobs]  # "": a CPU
+        for w in workers: w.start()
+        while any(w.is_alive() for w in workers):           # an interrupted join would not wait for them
+            try: time.sleep(0.2)
+            except KeyboardInterrupt: todo.clear(), stopped.append(True)
+
+def keep_checkpoints(steps):
+    """Let train_gpt.py keep the checkpoints of these steps beside its last two, in this process."""
+    save = train_gpt.save
+    def keeping(directory, **state):
+        save(directory, **state)
+        if state["step"] in steps: shutil.copy(directory / "checkpoint.pt", directory / f"{state['step']}.pt")
+    train_gpt.save = keeping
 
 def main(arguments):
     register()
     if arguments[:1] == ["train"]:
+        keep_checkpoints([int(a[7:]) for a in arguments if a.startswith("--keep=")])
+        arguments = [a for a in arguments if not a.startswith("--keep=")]
         for name in variants.VARIANTS:
             if f"--recipe={name}" in arguments: variants.install(name)
         return train_gpt.main(arguments[1:])
     words = [a for a in arguments if not a.startswith("--")]
     knobs = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--"))
     if len(words) != 2 or words[0] not in SIZES: sys.exit(__doc__)
-    rows = GROUPS[words[1]].split() if words[1] in GROUPS else words[1].split(",")
-    for row in rows: train_gpt.known(row, quartet.RECIPES | KNOBS, f"unknown row {row!r}")
+    start, plus, group = words[1].rpartition("+")
+    first, at, step = start.partition("@")
+    if start and not step.isdigit(): raise train_gpt.UserError(f"{words[1]}: not ROW@STEP+GROUP")
+    rows = GROUPS[group].split() if group in GROUPS else group.split(",")
+    for row in [*rows, *[first] * bool(start)]:
+        train_gpt.known(row, quartet.RECIPES | KNOBS, f"unknown row {row!r}")
     seeds, corpus = [*map(int, knobs.pop("seeds", "1").split(","))], knobs.pop("corpus", "novels")
-    queue(words[0], rows, seeds, corpus, [f"--{k}={v}" for k, v in knobs.items()])
+    rows, jobs = [start + plus + row for row in rows if not start or row != first], int(knobs.pop("jobs", 1))
+    queue(words[0], rows, seeds, corpus, [f"--{k}={v}" for k, v in knobs.items()], jobs)
 
 if __name__ == "__main__":
     try: main(sys.argv[1:])

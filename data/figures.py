@@ -3,8 +3,8 @@
     python data/figures.py          tables; pictures too, into data/figures/, where matplotlib is installed
 
 Losses are final validation losses in nats; a gap is to bf16 of the same seed, in 1e-3 nats, with the 95%
-interval of its mean over seeds (Student's t). data/results/bias-*.jsonl, written by data/bias.py --out, become
-a picture too.
+interval of its mean over seeds (Student's t). data/results/bias-*.jsonl, of data/bias.py --out, become a
+picture too.
 """
 import json, math, sys
 from pathlib import Path
@@ -26,13 +26,22 @@ def interval(values):
     return mean, (T[n - 2] if n - 2 < len(T) else 1.96) * deviation / math.sqrt(n)
 
 def read():
-    """The logs of RESULTS -> {(size, corpus): {row: {seed: (validation losses by step, result)}}}."""
+    """The logs of RESULTS -> {(size, corpus, start): {row: {seed: (validation losses by step, result)}}}.
+
+    start: ROW@STEP, from which runs went on, or "". That ROW, which went on as it was, is among them.
+    """
     runs = {}
     for path in sorted(RESULTS.glob("*-*-*-*.jsonl")):
         size, corpus, row, seed = path.stem.rsplit("-", 3)
+        start, _, row = row.rpartition("+")
         *records, result = map(json.loads, path.read_text().splitlines())
         losses = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
-        runs.setdefault((size, corpus), {}).setdefault(row, {})[int(seed)] = losses, result
+        runs.setdefault((size, corpus, start), {}).setdefault(row, {})[int(seed)] = losses, result
+    for (size, corpus, start), rows in runs.items():
+        row, _, step = start.partition("@")
+        for seed, (losses, result) in runs.get((size, corpus, ""), {}).get(row, {}).items():
+            late = {s: loss for s, loss in losses.items() if s > int(step)}
+            if any(seed in v for v in rows.values()): rows.setdefault(row, {})[seed] = late, result
     return runs
 
 def paired(rows, row, base, value=lambda losses, result: result["val_loss"]):
@@ -40,18 +49,19 @@ def paired(rows, row, base, value=lambda losses, result: result["val_loss"]):
     return [1e3 * (value(*rows[row][seed]) - value(*rows[base][seed]))
             for seed in rows.get(base, ()) if seed in rows[row]]
 
-def table(size, corpus, rows):
-    """Print every row, best first: seeds, loss, gap to bf16, difference to quartet2, speed, memory."""
-    print(f"\n{size}, {corpus}: differences in 1e-3 nats, paired by seed, +- 95% interval")
-    print(f"{'row':20}{'seeds':>6}{'val loss':>10}{'gap to bf16':>17}{'to quartet2':>17}{'ktok/s':>8}"
-          f"{'GiB':>6}")
+def table(size, corpus, start, rows):
+    """Print every row, best first: seeds, loss, gap to bf16 and to quartet2; of whole runs speed, memory."""
+    print(f"\n{size}, {corpus}{', from ' * bool(start)}{start}: differences in 1e-3 nats, by seed, +- 95%")
+    print(f"{'row':20}{'seeds':>6}{'val loss':>10}{'gap to bf16':>17}{'to quartet2':>17}"
+          + f"{'ktok/s':>8}{'GiB':>6}" * (not start))
     mean = {row: interval([result["val_loss"] for _, result in v.values()])[0] for row, v in rows.items()}
     for row in sorted(rows, key=mean.get):
         cells = [f"{a:9.2f} +-{b:5.2f}" if found else " " * 17 for base in ("bf16", "quartet2")
                  for found in [paired(rows, row, base)] for a, b in [interval(found or [math.nan])]]
         speed, memory = (max(result[k] for _, result in rows[row].values())
                          for k in ("tokens_per_s", "peak_gib"))
-        print(f"{row:20}{len(rows[row]):6}{mean[row]:10.4f}{''.join(cells)}{speed / 1e3:8.0f}{memory:6.1f}")
+        print(f"{row:20}{len(rows[row]):6}{mean[row]:10.4f}{''.join(cells)}"
+              + f"{speed / 1e3:8.0f}{memory:6.1f}" * (not start))
 
 def nmse(name):
     """NMSE of a quantizer on N(0, 1), rotated if it takes that."""
@@ -62,7 +72,7 @@ def nmse(name):
     return ((quartet.decode(quartet.QUANTIZERS[name](x, R, 1)) - y).square().sum() / y.square().sum()).item()
 
 def draw(runs):
-    """Pictures into FIGURES: by size and corpus, gap to bf16 by step and speed; NMSE; means of gradients."""
+    """Pictures into FIGURES: of each table gaps to bf16, at the end and by step; speed; NMSE; gradients."""
     import matplotlib
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "q", "axes.spines.top": False, "axes.spines.right": False})
@@ -73,24 +83,33 @@ def draw(runs):
         plt.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
         plt.close()
         print(f"wrote {FIGURES / name}.svg")
-    for (size, corpus), rows in runs.items():
+    for key, rows in runs.items():
+        name, base = "-".join(filter(None, key)), rows.get("bf16", {})
+        gaps = {row: paired(rows, row, "bf16") for row in rows if row != "bf16"}
+        gaps = {row: interval(found) for row, found in gaps.items() if found}
+        order = sorted(gaps, key=lambda row: gaps[row][0])
+        plt.figure(figsize=(6, 1 + 0.2 * len(order)))
+        plt.barh(order, [gaps[row][0] for row in order], xerr=[gaps[row][1] for row in order])
+        plt.gca().invert_yaxis(), plt.xlabel("loss gap to bf16 at the end, 1e-3 nats")
+        save(f"rows-{name}")
         plt.figure(figsize=(6, 3.5))
-        for row in [row for row in rows if row != "bf16" and paired(rows, row, "bf16")]:
-            steps = sorted(next(iter(rows[row].values()))[0])
-            gaps = [interval(paired(rows, row, "bf16", lambda losses, _: losses[step])) for step in steps]
-            line, = plt.plot(steps, [g for g, _ in gaps], label=row)
+        for row in [row for row in gaps if row in quartet.RECIPES]:
+            steps = sorted(set.intersection(*(set(run[0]) for run in [*rows[row].values(), *base.values()])))
+            curve = [interval(paired(rows, row, "bf16", lambda losses, _: losses[step])) for step in steps]
+            line, = plt.plot(steps, [g for g, _ in curve], label=row)
             if len(rows[row]) > 1:
-                plt.fill_between(steps, [g - h for g, h in gaps], [g + h for g, h in gaps],
+                plt.fill_between(steps, [g - h for g, h in curve], [g + h for g, h in curve],
                                  color=line.get_color(), alpha=0.15, linewidth=0)
         plt.xlabel("step"), plt.ylabel("loss gap to bf16, 1e-3 nats"), plt.legend(fontsize=7), plt.ylim(0)
-        save(f"gap-{size}-{corpus}")
+        save(f"gap-{name}")
+        if key[2]: continue                     # speed is that of whole runs
         names = [row for row in quartet.RECIPES if row in rows]
         _, axes = plt.subplots(1, 2, figsize=(6, 2.2), sharey=True)
         for ax, key, unit in zip(axes, ("tokens_per_s", "peak_gib"), ("tokens/s", "peak memory, GiB")):
             ax.barh(names, [max(result[key] for _, result in rows[name].values()) for name in names])
             ax.set_xlabel(unit)
         axes[0].invert_yaxis()
-        save(f"speed-{size}-{corpus}")
+        save(f"speed-{name}")
     names = [name for name in quartet.QUANTIZERS if name != "bf16"]
     plt.figure(figsize=(6, 2.6))
     plt.barh(names, values := [1e3 * nmse(name) for name in names])
@@ -111,7 +130,7 @@ def draw(runs):
 def main():
     runs = read()
     if not runs: sys.exit(f"figures.py: nothing in {RESULTS}: run data/experiments.py first")
-    for (size, corpus), rows in runs.items(): table(size, corpus, rows)
+    for name, rows in runs.items(): table(*name, rows)
     try: draw(runs)
     except ImportError as e: print(f"no pictures: {e} (pip install matplotlib)")
 

@@ -21,7 +21,7 @@ def test_runs_are_kept_not_repeated_and_paired_by_seed(results, capsys):
     names = sorted(path.name for path in results.iterdir())
     assert names == [f"tiny-python-{row}-{seed}.jsonl" for row in ("bf16", "fwd_rtn") for seed in (1, 2)]
     assert len(before) == 2 and all(path.stat().st_mtime_ns == time for path, time in before.items())
-    rows = figures.read()["tiny", "python"]
+    rows = figures.read()["tiny", "python", ""]
     loss = {row: {seed: run[1]["val_loss"] for seed, run in rows[row].items()} for row in rows}
     assert loss["bf16"][1] != loss["bf16"][2] and loss["bf16"][1] != loss["fwd_rtn"][1]
     expected = [1e3 * (loss["fwd_rtn"][seed] - loss["bf16"][seed]) for seed in (1, 2)]
@@ -40,6 +40,18 @@ def test_a_stopped_run_goes_on(results, monkeypatch, capsys):
     log = [json.loads(line) for line in open(results / "tiny-python-bf16-1.jsonl")]
     assert [r["start"] for r in log if "start" in r] == [0, 2] and log[-1]["recipe"] == "bf16"
     assert not place.exists() and "tiny-python-bf16-1: {" in capsys.readouterr().out
+
+def test_rows_go_on_from_a_step_of_another(results, monkeypatch, capsys):
+    experiments.main(["tiny", "rtn@1+rtn,bf16", *SHORT])                # trains rtn first, and keeps its step 1
+    names = sorted(path.name for path in results.iterdir())
+    assert names == [f"tiny-python-{row}-1.jsonl" for row in ("rtn", "rtn@1+bf16")]
+    log = [json.loads(line) for line in open(results / "tiny-python-rtn@1+bf16-1.jsonl")]
+    assert [r.get("start") for r in log][0] == 1 and log[-1]["recipe"] == "bf16"
+    rows = figures.read()["tiny", "python", "rtn@1"]
+    assert {row: [*v[1][0]] for row, v in rows.items()} == {"bf16": [2], "rtn": [2]}    # evaluated after it
+    monkeypatch.setattr(experiments, "train", lambda *run: pytest.fail(f"trained again: {run}"))
+    experiments.main(["tiny", "rtn@1+bf16", *SHORT])
+    with pytest.raises(train_gpt.UserError, match="not ROW@STEP"): experiments.main(["tiny", "rtn+bf16"])
 
 def test_sigterm_waits_for_the_running_ones_and_starts_no_others(results, monkeypatch):
     before, done = signal.getsignal(signal.SIGTERM), []
@@ -65,7 +77,7 @@ def test_pictures_of_runs_quantizers_and_means(results, tmp_path, monkeypatch):
     (results / "bias-10m.jsonl").write_text("\n".join(map(json.dumps, means)))
     figures.main()
     names = {path.name for path in figures.FIGURES.iterdir()}
-    assert names == {"gap-10m-a.svg", "speed-10m-a.svg", "nmse.svg", "bias-10m.svg"}
+    assert names == {"rows-10m-a.svg", "gap-10m-a.svg", "speed-10m-a.svg", "nmse.svg", "bias-10m.svg"}
 
 def test_what_is_unknown_is_an_error(results):
     with pytest.raises(train_gpt.UserError, match="'quartet3'.*did you mean 'quartet2'"):

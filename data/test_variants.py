@@ -46,19 +46,52 @@ def test_a_second_term_of_x_lowers_its_error_where_it_costs_most():
     errors = [(layer(w, w="bf16", extra=extra)(x) - exact).square().sum() for extra in (0.0, 0.25, 1.0)]
     assert errors[1] < 0.7 * errors[0] and errors[2] < 0.02 * errors[0]         # by chance: 0.75
 
-def test_a_pulled_weight_comes_to_rest_on_the_grid(monkeypatch):
+def install(monkeypatch, **fields):
+    """A small model, its optimizer and the weight of a layer, after `variants.install` of a Variant."""
     for module, name in (train_gpt.Block, "__init__"), (train_gpt, "make_optimizer"):
         monkeypatch.setattr(module, name, getattr(module, name))
-    monkeypatch.setitem(variants.VARIANTS, "v_far", Variant(pull=1e3))
-    variants.install("v_far")
+    monkeypatch.setitem(variants.VARIANTS, "v_new", Variant(**fields))
+    variants.install("v_new")
     c = train_gpt.Config(**train_gpt.PRESETS["cpu"] | dict(layers=1, width=128, heads=1, hidden=128, steps=4))
     model = train_gpt.GPT(c)
-    optimizer, w = train_gpt.make_optimizer(model, c), model.blocks[0].up.weight
+    for p in model.parameters(): p.grad = torch.zeros_like(p)
+    return train_gpt.make_optimizer(model, c), model.blocks[0].up.weight
+
+def test_a_pulled_weight_comes_to_rest_on_the_grid(monkeypatch):
+    optimizer, w = install(monkeypatch, pull=1e3)
     off = lambda: (decoded(w.detach(), "four_six") - w).norm() / w.norm()
     before = off()
-    for p in model.parameters(): p.grad = torch.zeros_like(p)
     for _ in range(4): optimizer.step()
     assert before > 0.07 and off() < 0.01
+
+def test_a_weight_that_oscillates_is_reset_and_others_are_not(monkeypatch):
+    optimizer, w = install(monkeypatch, w="rtn", reset=(6, 4, 8.0))
+    grid = torch.tensor([6, 1, 0.5, 2, 3, 4, 1.5, 0.5] * 2).repeat(8) * 2.0**-5
+    w.data[:] = grid
+    w.data[:, 1] += 2.0**-7                                             # between 1 and 1.5, ties to even
+    jump = torch.zeros_like(w).index_fill(1, torch.tensor(1), 2.0**-9)
+    steady = torch.zeros_like(w).index_fill(1, torch.tensor(2), 2.0**-10)
+    for step in range(5):
+        w.data += jump * (-1) ** step + steady
+        moved = w.data.clone()
+        for group in optimizer.param_groups: group["lr"] = 0.0
+        optimizer.step()
+        assert torch.equal(w.data, moved) or step == 4
+    reset = decoded(moved.bfloat16().float(), "rtn")
+    assert torch.equal(w.data[:, 1], reset[:, 1]) and not torch.equal(w.data[:, 1], moved[:, 1])
+    assert torch.equal(w.data[:, 2:], moved[:, 2:])
+
+def test_codes_stay_until_others_are_much_better():
+    made = layer(normal(64, 128), x="bf16", w="scale_search", stay=0.1)
+    made.register_buffer("before", torch.zeros_like(made.weight))
+    decode = lambda: made(torch.eye(128)).T.float()
+    first = decode()
+    assert torch.equal(first, decoded(made.weight.detach().bfloat16().float(), "scale_search"))
+    made.weight.data += 3e-3 * normal(64, 128).flip(0)
+    nearest = decoded(made.weight.detach().bfloat16().float(), "scale_search")
+    assert (decode() != first).sum() < 0.1 * (nearest != first).sum()
+    made.weight.data = normal(64, 128).flip(0)
+    assert torch.equal(decode(), decoded(made.weight.detach().bfloat16().float(), "scale_search"))
 
 def test_the_command_prints_every_variant_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

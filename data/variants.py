@@ -19,7 +19,8 @@ LAYERS = "qkv", "out", "up", "down"
 
 class Variant(NamedTuple):
     """y = x w^T of a layer, computed on decoded values."""
-    x: str = "four_six"         # quantizer of x: bf16, rtn, four_six, scale_search, deep: from -4 to 8
+    x: str = "four_six"         # quantizer of x: bf16, rtn, four_six, scale_search, deep: from -4 to 8,
+                                # eden: rtn, its scale corrected as in MS-EDEN and rounded to nearest
     w: str = "four_six"         # of w
     layers: tuple = LAYERS      # quantized; the others stay in bf16
     rotate: tuple = ()          # layers whose x and w are turned by one fixed H128, signs first
@@ -28,8 +29,10 @@ class Variant(NamedTuple):
     order: str = ""             # of columns, by mean square of x: sort: alike side by side; spread: apart
     extra: float = 0.0          # this share of the columns, where errors cost most, takes two terms of x
     pull: float = 0.0           # training: towards its quantized value, as weight decay pulls towards 0
+    reset: tuple = ()           # training: period, watched, ratio of OsciReset, see `install`
+    stay: float = 0.0           # a block of w keeps its codes until others' squared error is less by this share
 
-SIGNS = torch.arange(128)[None] * 37 % 128 % 3 % 2 * 2.0 - 1.0       # any will do
+def signs(device): return torch.arange(128, device=device)[None] * 37 % 128 % 3 % 2 * 2.0 - 1.0  # any will do
 search = dict(x="scale_search", w="scale_search")
 VARIANTS = {
     "v_rtn": Variant("rtn", "rtn"), "v_four_six": Variant(), "v_search": Variant(**search),
@@ -44,7 +47,14 @@ VARIANTS = {
     "v_sort": Variant(**search, weigh=True, order="sort"),
     "v_spread": Variant(**search, weigh=True, order="spread"),
     "v_extra": Variant(**search, weigh=True, extra=1 / 8),
-    "v_pull": Variant(pull=1.0), "v_pull_10": Variant(pull=10.0),
+    "v_eden": Variant("eden", "eden"), "v_turn": Variant(**search, rotate=("qkv", "up")),
+    "v_pull": Variant(pull=1.0), "v_pull_10": Variant(pull=10.0), "v_reset": Variant(reset=(200, 50, 8.0)),
+    "v_w_reset": Variant("bf16", reset=(200, 50, 8.0)),
+    **{f"v_search_{name}": Variant(**search, reset=r) for name, r in dict(
+        reset=(200, 50, 8.0), reset_often=(100, 50, 8.0), reset_always=(50, 50, 8.0),
+        reset_more=(200, 50, 4.0), reset_less=(200, 50, 16.0), reset_all=(200, 1, 0.0)).items()},
+    **{f"v_search_pull_{pull}": Variant(**search, pull=pull) for pull in (10, 100, 1000)},
+    **{f"v_search_stay_{stay}": Variant(**search, stay=stay / 100) for stay in (10, 30)},
 }
 
 def decoded(b, quantizer, weight=None):
@@ -56,9 +66,9 @@ def decoded(b, quantizer, weight=None):
     shape, b = b.shape, b.reshape(-1, b.shape[-1] // 16, 16)
     amax = b.abs().amax(-1, keepdim=True)
     s = round_scale(over(amax, 6.0))
-    steps = dict(rtn=(0,), four_six=(0,), scale_search=quartet.SEARCH, deep=(0, *range(-4, 0), *range(1, 9)))
+    steps = dict(scale_search=quartet.SEARCH, deep=(0, *range(-4, 0), *range(1, 9))).get(quantizer, (0,))
     code = s.view(torch.int32)
-    scales = [torch.where(code > 0, code + (n << 20), 0).view(torch.float32) for n in steps[quantizer]]
+    scales = [torch.where(code > 0, code + (n << 20), 0).view(torch.float32) for n in steps]
     if quantizer == "four_six": scales.append(round_scale(over(amax, 4.0)))
     weight = 1.0 if weight is None else weight.view(-1, 16)
     found = None
@@ -67,6 +77,7 @@ def decoded(b, quantizer, weight=None):
         new = ((q * s - b).square() * weight).sum(-1, keepdim=True), q, s
         found = [torch.where(new[0] < found[0], n, f) for n, f in zip(new, found)] if found else new
     _, q, s = found
+    if quantizer == "eden": s = round_scale(ratio((b * b).sum(-1, True), (q * b).sum(-1, True)))
     return (q * s).view(shape)
 
 def columns(x, w):
@@ -85,7 +96,7 @@ class Layer(torch.nn.Linear):
         v, x, w = self.variant, x.bfloat16(), self.weight.bfloat16()
         if self.kind not in v.layers: return F.linear(x, w)
         if self.kind in v.rotate:
-            R = rotation_from("rht128", SIGNS.to(x.device))[0].bfloat16() * 128**-0.5
+            R = rotation_from("rht128", signs(x.device))[0].bfloat16() * 128**-0.5
             x, w = ((t.unflatten(-1, (-1, 128)) @ R).flatten(-2) for t in (x, w))
         if v.equalize: x, w = equalized(x, w, v.equalize)
         if v.order:
@@ -94,6 +105,11 @@ class Layer(torch.nn.Linear):
             x, w = x[..., index], w[:, index]
         in_x, in_w = columns(x, w) if v.weigh else (None, None)
         x_hat, w_hat = decoded(x.detach().float(), v.x, in_w), decoded(w.detach().float(), v.w, in_x)
+        if v.stay:
+            error = lambda t: (t - w.float()).unflatten(-1, (-1, 16)).square().sum(-1, True)
+            new = error(w_hat) < error(self.before) * (1 - v.stay)
+            w_hat = torch.where(new, *(t.unflatten(-1, (-1, 16)) for t in (w_hat, self.before))).flatten(-2)
+            self.before.copy_(w_hat.detach())
         if v.extra:
             rest = x.detach() - x_hat
             cost = rest.square().flatten(0, -2).mean(0) * columns(x, w)[1]
@@ -108,6 +124,7 @@ def apply(blocks, name):
         for kind in LAYERS:
             layer = getattr(block, kind)
             layer.__class__, layer.kind, layer.variant = Layer, kind, VARIANTS[name]
+            if layer.variant.stay: layer.register_buffer("before", torch.zeros_like(layer.weight), False)
 
 def install(name):
     """Let train_gpt.py train by VARIANTS[name] from now on, in this process."""
@@ -119,16 +136,28 @@ def install(name):
         made, v = make(model, c), VARIANTS[name]
         quantize = torch.compile(decoded) if model.rope.is_cuda else decoded
         def pull(*_):                           # grows from nothing to v.pull: first find the place
-            for w in (getattr(block, kind).weight for block in model.blocks for kind in v.layers):
+            for w in weights:
                 share = made.param_groups[0]["lr"] * v.pull * made.state[w]["step"] / c.steps
                 w.data.lerp_(quantize(w.data.bfloat16().float(), v.w), share.to(w.device))
+        def reset(*_):      # OsciReset, arXiv:2510.27527: at the end of a period, what moved `ratio` times
+            period, window, least = v.reset                 # as far quantized as it did itself, rests
+            step = int(made.state[weights[0]]["step"]) % period + window - period
+            for w in weights if step >= 0 else ():
+                now = torch.stack([w.data, quantize(w.data.bfloat16().float(), v.w)])
+                path, last = watched.get(w, (None, None)) if step else (torch.zeros_like(now), now)
+                if path is None: continue                           # resumed within a window
+                path += (now - last).abs()
+                watched[w] = path, now
+                if step == window - 1: w.data.copy_(torch.where(path[1] >= least * path[0], now[1], now[0]))
+        weights, watched = [getattr(block, kind).weight for block in model.blocks for kind in v.layers], {}
         if v.pull: made.register_step_post_hook(pull)
+        if v.reset: made.register_step_post_hook(reset)
         return made
     train_gpt.Block.__init__, train_gpt.make_optimizer = block, optimizer
 
 def main(arguments):
     if not arguments or arguments[0].startswith("-"): sys.exit(__doc__)
-    names = arguments[1:] or [name for name, v in VARIANTS.items() if not v.pull]
+    names = arguments[1:] or [name for name, v in VARIANTS.items() if not (v.pull or v.reset)]
     for name in names: train_gpt.known(name, VARIANTS, f"unknown variant {name!r}")
     c, _, checkpoint = train_gpt.load("eval", arguments[0], {})
     device, compiled = train_gpt.pick_device(c)
