@@ -895,6 +895,6 @@ def test_commands_of_the_readme_run(tmp_path):
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                                   env=ENVIRONMENT | dict(OMP_NUM_THREADS="1"))      # two commands at a time
             assert done.returncode == 0 and done.stdout, (command, done.stderr)
-    trains = [c for c in commands if c[1] == "train_gpt.py"]              # these need each other
+    trains = [c for c in commands if c[1] == "train_gpt.py" or c[-1] == "runs/mine"]     # need each other
     with ThreadPoolExecutor() as pool:
         [*pool.map(run, (trains, [c for c in commands if c not in trains]))]

@@ -3,14 +3,14 @@
     python train_gpt.py [PRESET] [--knob=value ...]     train; without a preset: cpu, or gpu if there is one
     python train_gpt.py resume RUN [--knob=value ...]   go on, the same to the bit as without the stop
     python train_gpt.py eval RUN [--recipe=bf16,rtn]    post-training quantization: validation loss by forward
-    python train_gpt.py sample RUN --prompt="def "      text from a trained model
+    python train_gpt.py sample RUN --prompt="def "      text from a trained model, by any --recipe's forward
 
 A comma list, --recipe=bf16,nvidia,quartet2, trains each recipe in turn on the same data, seed and steps, and
 ends with a table. torchrun --nproc_per_node=N train_gpt.py ... shares a step among N GPUs (data/launch.py). A
 run writes runs/NAME/: log.jsonl, checkpoint.pt, previous.pt, sample.txt.
 """
-import ctypes, dataclasses, difflib, hashlib, json, math, os, pickle, platform, shutil, signal, sys, time
-import zipfile
+import codecs, ctypes, dataclasses, difflib, hashlib, itertools, json, math, os, pickle, platform, shutil
+import signal, sys, time, zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -182,15 +182,15 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def sample(model, tokens, c, device):
-    """Continue tokens [int, ...] -> c.sample_tokens ints. Slow: it caches no keys and values."""
-    generator, start = torch.Generator(device).manual_seed(c.seed), len(tokens)
+    """Continue tokens [int, ...]: yield c.sample_tokens ints. Slow: it caches no keys and values."""
+    generator = torch.Generator(device).manual_seed(c.seed)
     for _ in range(c.sample_tokens):
         with torch.compiler.set_stance("force_eager"):  # else every length compiles anew
             logits = model(torch.tensor([tokens[-c.sequence:]], device=device))[0, -1].float()
         best, index = logits.topk(min(c.top_k, c.vocab_size) if c.temperature else 1)
         chances = (best / (c.temperature or 1)).softmax(-1)
         tokens = tokens + [index[torch.multinomial(chances, 1, generator=generator)].item()]
-    return tokens[start:]
+        yield tokens[-1]
 
 # ---- 3. Data: windows of shards, a function of (seed, step) ------------------------------------------------
 class Shards:
@@ -427,7 +427,7 @@ def train(c, data, directory, stop, checkpoint=None):
     loss = loss if start < c.steps else evaluate(model, data[1], c, device)
     result = dict(recipe=c.recipe, val_loss=loss, skipped=log.skipped, peak_gib=peak_memory(device),
                   tokens_per_s=float(np.median(log.rates)) if log.rates else math.nan)
-    text = sample_text(model, c, device)
+    text = "".join(sample_text(model, c, device))
     if not launch.RANK:
         (directory / "result.json").write_text(json.dumps(result) + "\n")
         (directory / "sample.txt").write_text(text, encoding="utf-8")
@@ -448,17 +448,19 @@ def peak_memory(device, reset=False):
     except (OSError, IndexError): return math.nan
 
 def sample_text(model, c, device):
-    """The prompt and what the model makes of it: UTF-8 bytes if vocab_size is 256, else GPT-2's tokens."""
-    if c.vocab_size == 256:
-        tokens = list(c.prompt.encode()) or [0]  # a new document
-        return bytes(tokens + sample(model, tokens, c, device)).decode(errors="replace").replace("\0", "\n")
-    try:
-        import tiktoken
-        gpt2 = tiktoken.get_encoding("gpt2")
-    except Exception as e:  # not installed, or no download
-        return f"(text of vocabulary {c.vocab_size} needs the package tiktoken, pip install tiktoken: {e})"
-    tokens = gpt2.encode_ordinary(c.prompt) or [gpt2.eot_token]
-    return gpt2.decode([t for t in tokens + sample(model, tokens, c, device) if t < gpt2.n_vocab])
+    """Yield the prompt and what the model makes of it, as it comes: UTF-8 bytes, or GPT-2's tokens."""
+    if c.vocab_size == 256: prompt, text_of = list(c.prompt.encode()) or [0], lambda t: bytes([t or 10])
+    else:
+        try:
+            import tiktoken
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except Exception as e:  # not installed, or no download
+            return (yield f"(text of vocabulary {c.vocab_size} needs tiktoken, pip install tiktoken: {e})")
+        prompt = gpt2.encode_ordinary(c.prompt) or [gpt2.eot_token]
+        text_of = lambda t: gpt2.decode_single_token_bytes(t) if t < gpt2.n_vocab else b""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
+    for t in itertools.chain(prompt, sample(model, prompt, c, device)): yield decoder.decode(text_of(t))
+    yield decoder.decode(b"", final=True)
 
 # ---- 5. Comparing recipes, evaluating, sampling, and the command line --------------------------------------
 def compare(c, data, directory, stop):
@@ -516,8 +518,10 @@ def main(argv):
         device, _ = pick_device(c)
         model = GPT(c, partial(quartet.Linear, recipe=c.recipe.split(",")[0], backend=c.backend)).to(device)
         model.load_state_dict(checkpoint["model"])
-        if mode == "sample": return print(sample_text(model, c, device))
-        return eval_recipes(model, c, device, c.recipe.split(",") if "recipe" in knobs else ())
+        recipes = c.recipe.split(",") if "recipe" in knobs else ()
+        if mode == "eval": return eval_recipes(model, c, device, recipes)
+        for piece in sample_text(model, c, device): print(piece, end="", flush=True)
+        return print()
     stop = []
     def on_signal(signum, frame):
         print(f"\n{signal.Signals(signum).name}: this step, then saving (once more: at once)", flush=True)
@@ -537,3 +541,4 @@ if __name__ == "__main__":
     except (RuntimeError, MemoryError) as e:
         if "allocate" not in str(e): raise
         sys.exit(f"train_gpt.py: out of memory, try a smaller --batch. {str(e).splitlines()[0]}")
+    except KeyboardInterrupt: sys.exit(130)

@@ -1,12 +1,13 @@
 """Tables and pictures of the runs that data/experiments.py keeps in data/results/, and of quantizers.
 
     python data/figures.py          tables; pictures too, into data/figures/, where matplotlib is installed
+    python data/figures.py runs/*   your own runs, going on or done: a table, and curves into runs/curves.png
 
 Losses are final validation losses in nats; a gap is to bf16 of the same seed, in 1e-3 nats, with the 95%
 interval of its mean over seeds (Student's t). data/results/bias-*.jsonl, of data/bias.py --out, become a
 picture too.
 """
-import json, math, sys
+import json, math, os, sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -127,11 +128,53 @@ def draw(runs):
         axes[0].set_ylabel("squared error of the mean"), axes[0].legend(fontsize=6)
         save(path.stem)
 
-def main():
+def follow(paths):
+    """Print a table of runs of train_gpt.py, directories, also of comparisons; draw their losses and gaps.
+
+    A gap, in 1e-3 nats, is to the bf16 run that is the same in all else, at the last validation of both.
+    """
+    logs = sorted({log for path in paths for log in Path(path).rglob("log.jsonl")})
+    if not logs: sys.exit(f"figures.py: no log.jsonl in {', '.join(paths)}: give directories that hold runs")
+    runs, free = {}, ("recipe", "backend", "name", "log_every", "save_every")
+    for log in logs:
+        lines = log.read_text().splitlines(True)                # the last one may be half written
+        records = [json.loads(line) for line in lines if line[-1] == "\n"]
+        config = next(r["config"] for r in records[::-1] if "config" in r)
+        runs[str(log.parent)] = (config, {r["step"]: r["loss"] for r in records if r.get("loss")},
+                                 {r["step"]: r["val_loss"] for r in records if r.get("val_loss")},
+                                 [r["ms"] for r in records if "ms" in r] or [math.nan])
+    same = {name: {k: v for k, v in run[0].items() if k not in free} for name, run in runs.items()}
+    def gaps(name):
+        like = [other for other in runs if same[other] == same[name] and runs[other][0]["recipe"] == "bf16"]
+        base, own = runs[like[0]][2] if like else {}, runs[name][2]
+        return {step: 1e3 * (own[step] - base[step]) for step in own if step in base}
+    width = max(map(len, runs))
+    print(f"{'run':{width}}  {'recipe':10}{'step':>14}{'loss':>8}{'val loss':>10}{'gap':>7}{'ktok/s':>8}")
+    for name, (c, losses, validated, ms) in runs.items():
+        last = lambda by_step: [*by_step.values(), math.nan][max(0, len(by_step) - 1)]
+        rate = c["tokens_per_step"] / sorted(ms)[len(ms) // 2]
+        print(f"{name:{width}}  {c['recipe']:10}{max(losses, default=0):7}/{c['steps']:<6}{last(losses):8.4f}"
+              f"{last(validated):10.4f}{last(gaps(name)):7.1f}{rate:8.1f}")
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    _, axes = plt.subplots(1, 3, figsize=(13, 4))
+    for name, (_, losses, validated, _) in runs.items():
+        for ax, curve in zip(axes, (losses, validated, gaps(name))): ax.plot(*zip(*curve.items()), label=name)
+    for ax, title in zip(axes, ("training loss", "validation loss", "gap to bf16, 1e-3")):
+        ax.set_title(title), ax.set_xlabel("step")
+    axes[0].legend(fontsize=6), plt.tight_layout()
+    target = Path(os.path.commonpath([Path(path).absolute().parent for path in paths])) / "curves.png"
+    plt.savefig(target, dpi=120)
+    print(f"wrote {target}")
+
+def main(arguments=()):
+    if arguments: return follow(arguments)
     runs = read()
     if not runs: sys.exit(f"figures.py: nothing in {RESULTS}: run data/experiments.py first")
     for name, rows in runs.items(): table(*name, rows)
-    try: draw(runs)
-    except ImportError as e: print(f"no pictures: {e} (pip install matplotlib)")
+    draw(runs)
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    try: main(sys.argv[1:])
+    except ImportError as e: print(f"no pictures: {e} (pip install matplotlib)")

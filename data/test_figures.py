@@ -1,0 +1,55 @@
+"""Tests of figures.py on runs of one's own, and of what train_gpt.py prints as it samples."""
+import json, math, runpy, sys
+from pathlib import Path
+import pytest
+import torch
+import figures, train_gpt
+
+def write(path, recipe, losses, **config):
+    """A log as train_gpt.py writes it, whose last line is torn."""
+    path.mkdir(parents=True)
+    config = dict(recipe=recipe, steps=9, tokens_per_step=4000, name=path.name, **config)
+    records = [dict(start=0, config=config)]
+    for step, loss in enumerate(losses, 1): records += [dict(step=step, loss=loss + 1, ms=2.0)]
+    records += [dict(step=step, val_loss=loss) for step, loss in enumerate(losses, 1)]
+    (path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 4, "lo')
+
+def test_runs_are_tabled_beside_the_bf16_run_that_is_like_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "runs/c/bf16", "bf16", [3.0, 2.0, 1.5], seed=1)
+    write(tmp_path / "runs/c/rtn", "rtn", [3.0, 2.25], seed=1)          # still training
+    write(tmp_path / "runs/other", "rtn", [3.0, 2.0, 1.0], seed=2)
+    try: figures.main(["runs/c", "runs/other"])
+    except ImportError: pass
+    else: assert (tmp_path / "runs/curves.png").stat().st_size > 1000
+    _, bf16, rtn, other, *_ = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert bf16 == ["runs/c/bf16", "bf16", "3/9", "2.5000", "1.5000", "0.0", "2000.0"]
+    assert rtn == ["runs/c/rtn", "rtn", "2/9", "3.2500", "2.2500", "250.0", "2000.0"]   # bf16's 2.0
+    assert other[-2] == "nan"
+    with pytest.raises(SystemExit, match="no log.jsonl in nothing"): figures.main(["nothing"])
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A run "a" of one step, in runs/."""
+    monkeypatch.chdir(tmp_path)
+    train_gpt.main("cpu --layers=1 --width=128 --heads=1 --hidden=128 --sequence=64 --batch=2 --steps=1 "
+                   "--name=a --tokens_per_step=128 --eval_tokens=128 --sample_tokens=9 --device=cpu".split())
+
+def test_a_sample_streams_in_whole_characters_and_by_any_recipe(trained, monkeypatch, capsys):
+    capsys.readouterr()
+    train_gpt.main(["sample", "a"])
+    own = Path("runs/a/sample.txt").read_text(encoding="utf-8")
+    assert own.startswith("def ") and capsys.readouterr().out == own + "\n"
+    train_gpt.main(["sample", "a", "--recipe=rtn", "--seed=2"])
+    assert capsys.readouterr().out.startswith("def ")
+    c = train_gpt.Config(prompt="x")
+    monkeypatch.setattr(train_gpt, "sample", lambda *_: iter([*"\u20ac".encode(), 0xff, 0xe2]))
+    pieces = [*train_gpt.sample_text(None, c, "cpu")]
+    assert pieces == ["x", "", "", "\u20ac", "\ufffd", "", "\ufffd"]     # at once, but bytes of one wait
+
+def test_ctrl_c_ends_a_sample_without_a_traceback(trained, monkeypatch):
+    def interrupt(*_, **__): raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "load", interrupt)
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", "sample", "a"])
+    with pytest.raises(SystemExit) as stop: runpy.run_path(train_gpt.__file__, run_name="__main__")
+    assert stop.value.code == 130
