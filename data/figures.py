@@ -169,12 +169,12 @@ def follow(paths):
     print(f"wrote {target}")
 
 def main(arguments=()):
-    if arguments: return follow(arguments)
-    runs = read()
-    if not runs: sys.exit(f"figures.py: nothing in {RESULTS}: run data/experiments.py first")
-    for name, rows in runs.items(): table(*name, rows)
-    draw(runs)
-
-if __name__ == "__main__":
-    try: main(sys.argv[1:])
+    try:
+        if arguments: return follow(arguments)
+        runs = read()
+        if not runs: sys.exit(f"figures.py: nothing in {RESULTS}: run data/experiments.py first")
+        for name, rows in runs.items(): table(*name, rows)
+        draw(runs)
     except ImportError as e: print(f"no pictures: {e} (pip install matplotlib)")
+
+if __name__ == "__main__": main(sys.argv[1:])

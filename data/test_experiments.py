@@ -14,10 +14,11 @@ def results(tmp_path, monkeypatch):
         monkeypatch.setattr(quartet, name, dict(getattr(quartet, name)))
     return tmp_path / "results"
 
-def test_runs_are_kept_not_repeated_and_paired_by_seed(results, capsys):
-    experiments.main(["tiny", "bf16,fwd_rtn", *SHORT])
+def test_runs_are_kept_not_repeated_and_paired_by_seed(results, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    experiments.main(["tiny", "bf16,fwd_rtn", "--jobs=2", *SHORT])
     before = {path: path.stat().st_mtime_ns for path in results.iterdir()}
-    experiments.main(["tiny", "bf16,fwd_rtn", "--seeds=1,2", *SHORT])    # trains what is missing alone
+    experiments.main(["tiny", "bf16,fwd_rtn", "--jobs=2", "--seeds=1,2", *SHORT])    # the missing
     names = sorted(path.name for path in results.iterdir())
     assert names == [f"tiny-python-{row}-{seed}.jsonl" for row in ("bf16", "fwd_rtn") for seed in (1, 2)]
     assert len(before) == 2 and all(path.stat().st_mtime_ns == time for path, time in before.items())
@@ -42,7 +43,7 @@ def test_a_stopped_run_goes_on(results, monkeypatch, capsys):
     assert not place.exists() and "tiny-python-bf16-1: {" in capsys.readouterr().out
 
 def test_rows_go_on_from_a_step_of_another(results, monkeypatch, capsys):
-    experiments.main(["tiny", "rtn@1+rtn,bf16", *SHORT])                # trains rtn first, and keeps its step 1
+    experiments.main(["tiny", "rtn@1+rtn,bf16", *SHORT])            # trains rtn first, and keeps its step 1
     names = sorted(path.name for path in results.iterdir())
     assert names == [f"tiny-python-{row}-1.jsonl" for row in ("rtn", "rtn@1+bf16")]
     log = [json.loads(line) for line in open(results / "tiny-python-rtn@1+bf16-1.jsonl")]

@@ -64,8 +64,9 @@ def test_a_pulled_weight_comes_to_rest_on_the_grid(monkeypatch):
     for _ in range(4): optimizer.step()
     assert before > 0.07 and off() < 0.01
 
-def test_a_weight_that_oscillates_is_reset_and_others_are_not(monkeypatch):
-    optimizer, w = install(monkeypatch, w="rtn", reset=(6, 4, 8.0))
+@pytest.mark.parametrize("least", [8.0, -3.0])
+def test_a_weight_that_oscillates_is_reset_and_others_are_not(monkeypatch, least):
+    optimizer, w = install(monkeypatch, w="rtn", reset=(6, 4, least))
     grid = torch.tensor([6, 1, 0.5, 2, 3, 4, 1.5, 0.5] * 2).repeat(8) * 2.0**-5
     w.data[:] = grid
     w.data[:, 1] += 2.0**-7                                             # between 1 and 1.5, ties to even

@@ -29,8 +29,8 @@ class Variant(NamedTuple):
     order: str = ""             # of columns, by mean square of x: sort: alike side by side; spread: apart
     extra: float = 0.0          # this share of the columns, where errors cost most, takes two terms of x
     pull: float = 0.0           # training: towards its quantized value, as weight decay pulls towards 0
-    reset: tuple = ()           # training: period, watched, ratio of OsciReset, see `install`
-    stay: float = 0.0           # a block of w keeps its codes until others' squared error is less by this share
+    reset: tuple = ()           # training: period, window, ratio of OsciReset, see `install`; -n: n changes
+    stay: float = 0.0           # a block of w keeps its codes until others have an error less by this share
 
 def signs(device): return torch.arange(128, device=device)[None] * 37 % 128 % 3 % 2 * 2.0 - 1.0  # any will do
 search = dict(x="scale_search", w="scale_search")
@@ -52,7 +52,8 @@ VARIANTS = {
     "v_w_reset": Variant("bf16", reset=(200, 50, 8.0)),
     **{f"v_search_{name}": Variant(**search, reset=r) for name, r in dict(
         reset=(200, 50, 8.0), reset_often=(100, 50, 8.0), reset_always=(50, 50, 8.0),
-        reset_more=(200, 50, 4.0), reset_less=(200, 50, 16.0), reset_all=(200, 1, 0.0)).items()},
+        reset_more=(200, 50, 4.0), reset_less=(200, 50, 16.0), reset_all=(200, 1, 0.0),
+        reset_all_often=(50, 1, 0.0), reset_3=(200, 50, -3.0), reset_6=(200, 50, -6.0)).items()},
     **{f"v_search_pull_{pull}": Variant(**search, pull=pull) for pull in (10, 100, 1000)},
     **{f"v_search_stay_{stay}": Variant(**search, stay=stay / 100) for stay in (10, 30)},
 }
@@ -146,9 +147,10 @@ def install(name):
                 now = torch.stack([w.data, quantize(w.data.bfloat16().float(), v.w)])
                 path, last = watched.get(w, (None, None)) if step else (torch.zeros_like(now), now)
                 if path is None: continue                           # resumed within a window
-                path += (now - last).abs()
+                path += (now - last).abs() if least >= 0 else (now != last).float()
                 watched[w] = path, now
-                if step == window - 1: w.data.copy_(torch.where(path[1] >= least * path[0], now[1], now[0]))
+                rests = path[1] >= (least * path[0] if least >= 0 else -least)
+                if step == window - 1: w.data.copy_(torch.where(rests, now[1], now[0]))
         weights, watched = [getattr(block, kind).weight for block in model.blocks for kind in v.layers], {}
         if v.pull: made.register_step_post_hook(pull)
         if v.reset: made.register_step_post_hook(reset)
