@@ -17,7 +17,6 @@ less, which way a value goes) is specified to the bit: float32, true division, a
 import contextlib, math, os, shutil, sys, warnings
 from typing import NamedTuple
 import torch, torch.nn.functional as F
-from torch import library
 
 BLOCK, GROUP = 16, 128            # values that share a block scale, fixed by NVFP4; and that a rotation mixes
 E2M1_MAX, E4M3_MAX, EXPONENT = 6.0, 448.0, 0x7F800000       # EXPONENT: that field of a float32
@@ -182,21 +181,17 @@ def uniform(seed, *likes):
     u = (philox(seed, counter).flatten()[:sum(sizes)] >> 8).float().mul_(2.0**-24)
     return [part.view(t.shape) for part, t in zip(u.split(sizes), likes)]
 
-def sr(x, seed, four_six=False):
+def sr(x, seed):
     """SR: each value goes to one of its two E2M1 neighbours at random, with mean x; grid points stay put.
 
     x (..., K) of any float dtype, K % 16 == 0; seed int or 0-d int64 tensor on x's device -> NVFP4. Nothing
-    clips: unbiased element by element. NMSE 23.5e-3 on N(0, 1). four_six=True only demonstrates a mistake:
-    the better of two draws has NMSE 17.5e-3 and a bias. arXiv:2509.25149; for the 16/17, arXiv:2601.22813.
+    clips: unbiased element by element. NMSE 23.5e-3 on N(0, 1). (The better of two draws, with amax to 6 and
+    to 4, has 17.5e-3 and a bias: data/demonstrate.py.) arXiv:2509.25149; for the 16/17, arXiv:2601.22813.
     """
     b, amax, unit = blocks(x)
     b, s = b / unit, round_scale(over(amax, SR_MAX))
     u, again = uniform(seed, b, s)
-    q = e2m1(ratio(b, s), u)
-    if four_six:
-        s4 = round_scale(over(amax, SR_MAX * 4 / 6))
-        q, s = best(b, ((q, s), (e2m1(ratio(b, s4), uniform(seed + 1, b)[0]), s4)))
-    return assemble(x.shape, q, s * unit, again)
+    return assemble(x.shape, e2m1(ratio(b, s), u), s * unit, again)
 
 # ---- 6. Rotations ------------------------------------------------------------------------------------------
 # x w^T = (x R)(w R)^T / n if R R^T = n I, so both operands of a GEMM may be rotated along the axis it sums
@@ -228,20 +223,49 @@ def rotate(x, R):
     # The last bit of float32 sums depends on the device. TF32, if on, is exact for bf16 values, as Linear's.
     return (x.reshape(-1, GROUP).float() @ R).view(x.shape)
 
+# Any T and U with T U^T = I cancel as well. If operands err by a share of their energy, (x T)(w U)^T errs by
+# tr(T^T A T) tr(U^T B U), A and B the second moments of x and w: least where these are made equal. Then two
+# rounds make columns alike. (One would make of a strong direction +-constant, and err along it: section 7.)
+def balance(x, w):
+    """T and U of a forward pass by its x (..., K) and w (N, K), floats of any dtype.
+
+    -> (2, K/128, 128, 128) bf16, for groups of 128 columns; None if K % 128 or if x or w is not finite. T T^T
+    is the geometric mean of A^-1 and B. Source: WUSH, arXiv:2512.00956.
+    """
+    if x.shape[-1] % GROUP: return None
+    def moments(t):                             # scaled to mean 1; at least 1e-3 in any direction
+        t = t.reshape(-1, t.shape[-1] // GROUP, GROUP).transpose(0, 1).float()
+        t = t / t.abs().amax().clamp(min=1e-37)
+        m = (t.mT @ t).double()
+        mean = m.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        return ratio(m, mean) + 1e-3 * torch.eye(GROUP, device=t.device)
+    A, B = moments(x), moments(w)
+    if not (A.isfinite().all() and B.isfinite().all()): return None
+    L = torch.linalg.cholesky(A)
+    D, V = torch.linalg.eigh(L.mT @ B @ L)      # squared
+    R, n = rotation("rht128x2", torch.Generator().manual_seed(0))
+    T = torch.linalg.solve_triangular(L.mT, V * D[:, None] ** 0.25, upper=True)
+    T = (T @ (R.to(T) * n**-0.5)).bfloat16()
+    return torch.stack([T, torch.linalg.inv(T.double()).mT.bfloat16()])
+def turned(t, turn, i, back=False):
+    """t (..., K) bf16, turn of `balance` -> t turn[i], or back t turn[i]^T, (..., K) bf16. turn None: t."""
+    if turn is None: return t
+    dtype = torch.float32 if t.device.type == "cpu" and not NATIVE_BF16 else torch.bfloat16
+    g = t.reshape(-1, t.shape[-1] // GROUP, GROUP).transpose(0, 1).to(dtype)
+    return (g @ (turn[i].mT if back else turn[i]).to(dtype)).bfloat16().transpose(0, 1).reshape(t.shape)
+
 # ---- 7. MS-EDEN --------------------------------------------------------------------------------------------
 # RTN errs less than SR but shrinks: <q, v> < <v, v>. EDEN restores the length. Rotate, round v to q, multiply
 # by S = <v, v> / <v, q>: now <S q, v> = <v, v>, and as a random rotation leaves the error no direction of its
 # own, the mean of S q is v, whatever the rounding: 4/6 may choose it, by the angle between q and v. MS-EDEN
-# puts S into the block scale, the randomness into rounding that to E4M3. The mean is right only as far as the
-# rotated error has no direction. A group dominated by one large value becomes +-constant under signs and one
-# Hadamard, whatever the signs; all 128 values sit on one grid point, RTN erases the rest in every draw, and
-# no averaging brings it back. (The paper's corollary overlooks that.) Two rounds, R = D1 H D2 H, remove this
-# bias at no cost: R is still one 128 x 128 matrix. See section 10.
+# puts S into the block scale, the randomness into rounding that to E4M3. But one large value in a group
+# becomes +-constant under signs and one Hadamard; all 128 values sit on one grid point, RTN erases the rest
+# whatever the signs, and no averaging brings it back. (The paper's corollary overlooks that.) Two rounds,
+# R = D1 H D2 H, remove this bias at no cost: R is still one 128 x 128 matrix.
 EDEN_MAX = SR_MAX / 0.93      # the paper's 6.07: some clipping pays. NMSE 9.32e-3; by .90 and .96, 9.47, 9.58
 def eden_factor(v, q):
     """S (M/rows, 1, K/16, 1) = <v, v> / <v, q> of blocks v (M/rows, rows, K/16, 16) and q; 1 if v = 0."""
-    # One S for 128 scaled values has a bias of -9e-4 on N(0, 1): blocks of a group differ in scale
-    # (test_eden_factor_is_per_block). v is not clamped, so what clipping lost counts too.
+    # One S for 128 scaled values has a bias: blocks differ in scale. v is not clamped: clipping counts.
     vv, vq = block_sum(v * v), block_sum(v * q)
     return torch.where(vq > 0, vv / vq, 1.0)
 def ms_eden(x, R, seed, four_six=False):
@@ -287,6 +311,7 @@ class Recipe(NamedTuple):
     dx: tuple                    # dx = dy w, sums over N: rotation, quantizer of dy, of w (None: as saved)
     dw: tuple                    # dw = dy^T x, over M:    rotation, quantizer of dy, of x
     original_x: bool = False     # dw quantizes the original x
+    balance: bool = False        # y = (x T)(w U)^T, T and U of `calibrate`; needs a quantizer of w in dx
 
 RECIPES = {
     "bf16":      None,           # all three GEMMs as in nn.Linear
@@ -301,18 +326,18 @@ RECIPES = {
     "quartet2":  Recipe("four_six", "four_six", ("rht128", "ms_eden", "ms_eden"),
                                                 ("rht128", "ms_eden", "ms_eden")),
     "quintet":   Recipe("scale_search", "scale_search", ("rht128x2", "ms_eden_46", "ms_eden_46"),    # ours
-                                                        ("rht128x2", "ms_eden_46", "ms_eden_46")),
+                        ("rht128x2", "ms_eden_46", "ms_eden_46"), balance=True),
 }
 
 # ---- 9. The linear layer -----------------------------------------------------------------------------------
 NATIVE_BF16 = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 kernels = None                              # the module kernels.py, once a Linear may use it
-@library.custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@torch.library.custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def draw(like: torch.Tensor, words: int) -> torch.Tensor:
     """(words,) int64 of random bits from the default generator of like's device, compiled or not the same."""
     return torch.randint(-2**63, 2**63 - 1, (words,), device=like.device)
 draw.register_fake(lambda like, words: like.new_empty(words, dtype=torch.int64))
-@library.custom_op("quartet::gemm", mutates_args=())
+@torch.library.custom_op("quartet::gemm", mutates_args=())
 def gemm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a (M, K), b (N, K) of bf16 values -> a b^T (M, N) bf16, from sums in float32 throughout."""
     cublas = torch.backends.cuda.matmul
@@ -337,33 +362,38 @@ def quantized(w, recipe):
     """w (N, K) bf16 -> codes, block_scale, tensor_scale of what y multiplies x by."""
     return tuple(QUANTIZERS[RECIPES[recipe].w](w, None, None))
 class QuantizedMatmul(torch.autograd.Function):
-    """x (M, K), w (N, K) bf16; wq: `quantized` w, or Nones -> x w^T (M, N) bf16, as are the gradients."""
+    """x (M, K), w (N, K) bf16; wq: `quantized` w, or Nones -> x w^T (M, N) bf16, as are the gradients.
+
+    turn: of `balance`, or None. dx = dy (Q(w U) T^T), so that T does not act on noise; dw = dy^T Q(x T) U^T.
+    """
     @staticmethod
-    def forward(ctx, x, w, recipe, *wq):
-        row, ctx.recipe = RECIPES[recipe], recipe
-        xq, wq = QUANTIZERS[row.x](x, None, None), quantized(w, recipe) if wq[0] is None else wq
-        ctx.save_for_backward(*wq, *((x,) if row.original_x else xq))
+    def forward(ctx, x, w, recipe, turn, *wq):
+        row, ctx.recipe, x = RECIPES[recipe], recipe, turned(x, turn, 0)
+        wq = quantized(turned(w, turn, 1), recipe) if wq[0] is None else wq
+        xq = QUANTIZERS[row.x](x, None, None)
+        ctx.save_for_backward(*wq, turn, *((x,) if row.original_x else xq))
         return matmul(xq, NVFP4(*wq))
     @staticmethod
     def backward(ctx, dy):
         row, dx, dw = RECIPES[ctx.recipe], None, None
-        wq, x = NVFP4(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:]
+        wq, turn, *x = NVFP4(*ctx.saved_tensors[:3]), *ctx.saved_tensors[3:]
         with torch.autocast(dy.device.type, enabled=False):
             words = draw(dy, 12)
             if ctx.needs_input_grad[0]:
-                w = decode(wq, torch.bfloat16).T if row.dx[2] else transpose(wq)
+                w = turned(decode(wq, torch.bfloat16), turn, 0, True).T if row.dx[2] else transpose(wq)
                 dx = backward_matmul(row.dx, dy, w, words[:6])
             if ctx.needs_input_grad[1]:
                 x = x[0] if row.original_x else decode(NVFP4(*x), torch.bfloat16)
                 e = F.pad(dy, (0, 0, 0, -len(dy) % GROUP)).T    # tokens of zeros, up to whole groups
-                dw = backward_matmul(row.dw, e, x.T, words[6:])
-        return dx, dw, None, None, None, None
+                dw = turned(backward_matmul(row.dw, e, x.T, words[6:]), turn, 1, True)
+        return dx, dw, *[None] * 5
 class Linear(torch.nn.Linear):
     """nn.Linear with its three GEMMs by a recipe. Same parameters, init and state dict; any leading shape.
 
     Computes on the bf16 values of x and weight; y has autocast's dtype or x's. For backward it keeps x and w
     in NVFP4, 0.56 bytes a value (x in bf16 if the recipe has original_x), and draws from the device's default
     generator. ValueError unless in_features % 16 == 0 and out_features % 16 == 0, % 128 where dx is rotated.
+    If the recipe has `balance`, x and w are turned from the first `calibrate` on, if in_features % 128 == 0.
     """
     weight_nvfp4, once = (), False              # of `quantized_weights`
     def __init__(self, in_features, out_features, bias=False, recipe="quartet2", backend="auto",
@@ -380,9 +410,10 @@ class Linear(torch.nn.Linear):
         with torch.autocast(kind, enabled=False):       # it would change the dtype of the sums in rotations
             x16, w16 = x.reshape(-1, self.in_features).bfloat16(), self.weight.bfloat16()
             matmul = module(self, kind).QuantizedMatmul.apply
-            y = matmul(x16, w16, self.recipe, *(self.weight_nvfp4 if self.once else [None] * 3))
+            y = matmul(x16, w16, self.recipe, self.T_U(), *(self.weight_nvfp4 if self.once else [None] * 3))
             y = y.to(dtype).view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(dtype)
+    def T_U(self): "Or None."; return getattr(self, "turn", None) if RECIPES[self.recipe].balance else None
     def extra_repr(self): return f"{super().extra_repr()}, recipe={self.recipe!r}"
 def load_kernels():
     """Import kernels.py -> what it lacks to run here, or None."""
@@ -431,6 +462,23 @@ def quantize_model(model, recipe, skip=(), backend="auto"):
     for m in linears.values(): m.__class__, m.recipe, m.backend = Linear, recipe, backend
     return list(linears)
 
+@torch.no_grad()
+def calibrate(model, *args):
+    """Choose anew how each Linear of a recipe with `balance` turns its x and w, by the x of model(*args).
+
+    Before training, and a few times during it. They are a buffer, `turn`, which is not in the state dict.
+    """
+    def choose(m, args):
+        with torch.autocast(args[0].device.type, enabled=False): turn = balance(args[0], m.weight)
+        if turn is not None and hasattr(m, "turn"): m.turn.copy_(turn)
+        elif turn is not None: m.register_buffer("turn", turn, persistent=False)
+    layers = [m for m in model.modules() if isinstance(m, Linear) and RECIPES[m.recipe]]
+    hooks = [m.register_forward_pre_hook(choose) for m in layers if RECIPES[m.recipe].balance]
+    try:
+        with torch.compiler.set_stance("force_eager"): return model(*args) if hooks else None
+    finally:
+        for hook in hooks: hook.remove()
+
 @contextlib.contextmanager
 def quantized_weights(model):
     """Within it, each Linear takes its weight as quantized at the start, which has a fixed place in memory.
@@ -440,7 +488,8 @@ def quantized_weights(model):
     layers = [m for m in model.modules() if isinstance(m, Linear) and RECIPES[m.recipe]]
     versions, kind = [m.weight._version for m in layers], lambda q: [(t.shape, t.dtype, t.device) for t in q]
     for m in layers:
-        new, m.once = module(m, m.weight.device.type).quantized(m.weight.detach().bfloat16(), m.recipe), True
+        w = turned(m.weight.detach().bfloat16(), m.T_U(), 1)
+        new, m.once = module(m, m.weight.device.type).quantized(w, m.recipe), True
         if kind(m.weight_nvfp4) != kind(new): m.weight_nvfp4 = new
         for old, t in zip(m.weight_nvfp4, new): old.copy_(t)
     try: yield
@@ -449,52 +498,7 @@ def quantized_weights(model):
     if versions != [m.weight._version for m in layers]:
         raise RuntimeError("a weight changed within quantized_weights: step the optimizer after it")
 
-# ---- 10. The demonstration ---------------------------------------------------------------------------------
-def demonstrate():
-    """Print the sections above in numbers."""
-    g = torch.manual_seed(0)
-    normal = lambda *shape: torch.randn(*shape, generator=g)
-    nmse = lambda a, x: ((a - x).double().square().sum() / x.double().square().sum()).item()
-    print("1. E2M1:", *(f"+-{v:g}" for v in unpack(torch.arange(8, dtype=torch.uint8))[::2]))
-    x, (R, n) = normal(1024, 1024), rotation("rht128", g)
-    (b, amax, unit), t, xR = blocks(x), rtn(x), rotate(x, R)
-    print(f"2. N(0, 1) in NVFP4: {sum(p.nbytes for p in t) * 8 / x.numel():.2f} bits a value, tensor scale "
-          f"{t.tensor_scale:g}, exact in bf16: {torch.equal(decode(t), decode(t, torch.bfloat16).float())}")
-    print(f"3-7. NMSE x 1e3 on N(0, 1){'here':>24}{'paper, table 1':>18}")
-    for name, paper, t, of in (
-            ("RTN", 9.0, t, x), ("RTN, 16x16 blocks", 12.4, rtn(x, (16, 16)), x),
-            ("always 4, never 6", "-", assemble(x.shape, *nearest(b, [round_scale(amax / 4) * unit])), x),
-            ("4/6", 7.6, four_six(x), x), ("4/6, 16x16 blocks", 12.4, four_six(x, (16, 16)), x),
-            ("scale search", "-", scale_search(x), x), ("SR", 23.5, sr(x, 1), x),
-            ("SR with 4/6 (biased)", 17.5, sr(x, 1, True), x),
-            ("MS-EDEN", 9.4, ms_eden(x, R, 1), xR), ("MS-EDEN with 4/6", "-", ms_eden(x, R, 1, True), xR)):
-        print(f"     {name:34}{nmse(decode(t), of) * 1e3:10.2f}{paper:>18}")
-    x = torch.tensor([10.0, 20.0, 30.0, 40.0] + [0.0] * 12)     # the example of arXiv:2512.02010
-    for name, v, top in (("RTN", decode(rtn(x)), 6), ("4/6", decode(four_six(x)), 4)):
-        print(f"4. 10 20 30 40 by {name}: scale {v.max() / top:g}, decoded", *(f"{a:g}" for a in v[:4]),
-              f"- squared error {(v - x).square().sum() / 4:.2f} a value")
-    eden = lambda v, i, R, n, *how: rotate(decode(ms_eden(v, R, i, *how)), R.T) / n     # i: the seed
-    draws = {"sr": lambda v, i: decode(sr(v, i)), "sr with 4/6": lambda v, i: decode(sr(v, i, True)),
-             "ms_eden rht128": lambda v, i: eden(v, i, *rotation("rht128", g)),
-             "ms_eden rht128x2": lambda v, i: eden(v, i, *rotation("rht128x2", g)),
-             "the same with 4/6": lambda v, i: eden(v, i, *rotation("rht128x2", g), True)}
-    sizes, outlier = (1, 4, 16, 64, 256), normal(64, 128).index_fill(1, torch.tensor(0), 100.0)
-    print("5-7. error of the mean of B draws, x B / error of one draw: 1 where unbiased\n" + " " * 42,
-          *(f"{f'B={B}':>8}" for B in sizes))
-    for label, v in (("N(0, 1)", normal(64, 128)), ("one 100 in 128", outlier)):
-        for name, draw in draws.items():
-            sums = torch.stack([draw(v, i).double() for i in range(1, 257)]).cumsum(0)
-            errors = [nmse(sums[B - 1] / B, v) * B for B in sizes]
-            print(f"     {name}, {label}".ljust(42), *(f"{e / errors[0]:8.2f}" for e in errors))
-    print(f"8-9. one linear layer on N(0, 1): NMSE x 1e3\n     {'recipe':12}{'y':>9}{'dx':>9}{'dw':>9}")
-    x, w, dy = (normal(512, 512) for _ in range(3))
-    exact = (x.double() @ w.double().T, dy.double() @ w.double(), dy.double().T @ x.double())
-    for recipe in RECIPES:
-        layer = Linear(512, 512, recipe=recipe)
-        layer.weight.data = w
-        y = layer(x.requires_grad_())
-        found = y, *torch.autograd.grad(y, (x, layer.weight), dy)
-        print(f"     {recipe:12}" + "".join(f"{nmse(a, e) * 1e3:9.2f}" for a, e in zip(found, exact)))
-
-if __name__ == "__main__":
-    demonstrate()
+if __name__ == "__main__":                  # print the sections above in numbers: data/demonstrate.py
+    sys.path.append(os.path.join(os.path.dirname(__file__), "data"))
+    import demonstrate
+    demonstrate.main()

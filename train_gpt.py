@@ -276,7 +276,7 @@ def load(mode, word, knobs):
         older = path.with_name(CHECKPOINTS[1])
         advice = f"take the one before, {mode} {older}" if older.exists() and older != path else "train again"
         raise UserError(f"{path} is not a whole checkpoint ({type(e).__name__}): {advice}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "train_gpt 2":
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "train_gpt 3":
         raise UserError(f"{path} was not written by this version of train_gpt.py")
     old = checkpoint["config"]
     other = [f"--{k}={knobs[k]} (saved: {old[k]})" for k in MODEL_KNOBS if knobs.get(k, old[k]) != old[k]]
@@ -289,7 +289,7 @@ def save(directory, **state):
     part, (new, old) = directory / "checkpoint.part", (directory / name for name in CHECKPOINTS)
     try:
         with open(part, "wb") as f:
-            torch.save(dict(format="train_gpt 2", **state), f)
+            torch.save(dict(format="train_gpt 3", **state), f)
             f.flush(), os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # torch.save turns the first into the second
         part.unlink(missing_ok=True)
@@ -388,6 +388,8 @@ def train(c, data, directory, stop, checkpoint=None):
     for step in range(start + 1, c.steps + 1):
         begin, last = time.perf_counter(), step == c.steps
         before, recipe = recipe, "bf16" if step > c.steps * (1 - c.bf16_end) else c.recipe
+        if step % max(1, c.steps // 20) == 1 or c.steps < 40:  # if the recipe balances x and w: by this step's
+            quartet.calibrate(model, *data[0].random(c, step, 0, device))
         if recipe != before:
             quartet.quantize_model(model.blocks[:model.nvfp4], recipe, backend=c.backend)
             run = micro_step
@@ -518,6 +520,7 @@ def main(argv):
         device, _ = pick_device(c)
         model = GPT(c, partial(quartet.Linear, recipe=c.recipe.split(",")[0], backend=c.backend)).to(device)
         model.load_state_dict(checkpoint["model"])
+        launch.turn(model, checkpoint)
         recipes = c.recipe.split(",") if "recipe" in knobs else ()
         if mode == "eval": return eval_recipes(model, c, device, recipes)
         for piece in sample_text(model, c, device): print(piece, end="", flush=True)

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import quartet, train_gpt
+import demonstrate                          # of data/, which train_gpt.py finds
 
 METHODS = {                                 # the rotation and quantizer of dx and dw
     "sr": (None, "sr"), "sr rht128": ("rht128", "sr"), "sr 4/6": ("rht128", "sr_four_six"),
@@ -32,7 +33,7 @@ PARTS, SIGMAS = 16, 3                       # of the draws; standard errors abov
 
 def register(recipe, operands):
     """Add to quartet.RECIPES a recipe's forward with each backward -> {(method, operand): its new name}."""
-    quartet.QUANTIZERS["sr_four_six"] = lambda x, R, seed: quartet.sr(quartet.rotate(x, R), seed, True)
+    quartet.QUANTIZERS["sr_four_six"] = lambda x, R, seed: demonstrate.sr_four_six(quartet.rotate(x, R), seed)
     (x, w), names = quartet.RECIPES[recipe][:2], {}
     for method, (R, q) in METHODS.items():
         for operand, pair in dict(both=(q, q), dy=(q, "bf16"), other=("bf16", q)).items():

@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch
 import quartet, train_gpt, variants
+from demonstrate import sr_four_six
 from quartet import Recipe
 
 RESULTS, RUNS = HERE / "results", HERE.parent / "runs" / "experiments"
@@ -62,7 +63,7 @@ GROUPS = {
 
 def register():
     """Make ROWS recipes, variants.py's too (they replace bf16's layers), and SR with 4/6 a quantizer."""
-    quartet.QUANTIZERS["sr_46"] = lambda x, R, seed: quartet.sr(quartet.rotate(x, R), seed, four_six=True)
+    quartet.QUANTIZERS["sr_46"] = lambda x, R, seed: sr_four_six(quartet.rotate(x, R), seed)
     quartet.RECIPES.update(ROWS | dict.fromkeys(variants.VARIANTS))
 
 def log_of(size, corpus, row, seed):
