@@ -16,9 +16,7 @@ such that what a thread holds of x R are whole blocks.
 """
 import os, sys
 from pathlib import Path
-import torch
-import torch.nn.functional as F
-from torch import library
+import torch, torch.nn.functional as F
 import triton
 import triton.language as tl
 import quartet
@@ -466,7 +464,7 @@ def encode(out, quantizer, seed, inverse_n=1.0):
                            e4m3.dim() == 1, 1024, **LAUNCH)
     return finished(out)
 
-@library.custom_op("quartet::quantize", mutates_args=())
+@torch.library.custom_op("quartet::quantize", mutates_args=())
 def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | None, codes: bool,
              decoded: bool, swizzled: bool = False) -> list[torch.Tensor]:
     """x (M, K) -> `finished`; blocks of rows x 16."""
@@ -478,7 +476,7 @@ def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | No
                 x, seed, *out[:4], count, x.shape[1] // BLOCK, quantizer, rows, major(x.device) >= 10, B,
                 num_warps=8 if quantizer == "scale_search" else 4, **LAUNCH)        # else 254 registers
         return encode(out, quantizer, seed)
-@library.custom_op("quartet::rotate_quantize", mutates_args=())
+@torch.library.custom_op("quartet::rotate_quantize", mutates_args=())
 def rotate_quantize(
         x: list[torch.Tensor], row: str, row_R: torch.Tensor | None, row_seed: torch.Tensor | None,
         col: str, col_R: torch.Tensor | None, col_seed: torch.Tensor | None, inverse_n: float,
@@ -549,7 +547,7 @@ def ms_eden(x, R, seed, four_six=False):
     return of(x, "ms_eden_46" if four_six else "ms_eden", seed, R=R)
 
 # ---- 6. The GEMM and the linear layer ----------------------------------------------------------------------
-@library.custom_op("quartet::scaled_mm", mutates_args=())
+@torch.library.custom_op("quartet::scaled_mm", mutates_args=())
 def scaled_mm(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
     """a NVFP4 (M, K), b NVFP4 (N, K), scales `swizzled` or not -> a b^T (M, N) bf16, by cuBLASLt.
 
@@ -633,8 +631,7 @@ class QuantizedMatmul(torch.autograd.Function):
                 saved = NVFP4(wq[0], wq[1].view(torch.float8_e4m3fn), wq[2])
                 if row.dx[2]:
                     wq = wq[:1] if row.w == "bf16" else wq
-                    if turn is not None:
-                        wq = [quartet.turned(quartet.decode(saved, torch.bfloat16), turn, 0, back=True)]
+                    if turn is not None: wq = [quartet.turned(quartet.decode(saved), turn, 0, back=True)]
                     w = rotate_quantize(wq, "", None, None, row.dx[2], R1, words[4], inverse1, *form)
                 elif ctx.native:
                     w = quartet.transpose(saved)

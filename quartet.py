@@ -1,12 +1,11 @@
 """Training linear layers in 4 bits: NVFP4, its quantizers, and the recipe Quartet II beside its rivals.
 
-An article, and the project's reference, in plain PyTorch; `python quartet.py` prints its sections in numbers.
-
-A linear layer multiplies three times: y = x w^T forward, dx = dy w and dw = dy^T x backward. FP4 tensor cores
-do that several times faster than bf16 ones if both operands are NVFP4: 4-bit values, a scale for every 16
-along the summed axis. So x, w and dy are rounded to 4 bits. Forward, each error counts once: take the least
-squared error. Backward, errors of many steps add up in the weights and those of mean zero cancel: take a mean
-that is right. Quartet II, arXiv:2601.22813, does so by Four Over Six, section 4, and MS-EDEN, section 7.
+This is the reference, in plain PyTorch; `python quartet.py` prints its sections in numbers. A linear layer
+multiplies three times: y = x w^T forward, dx = dy w and dw = dy^T x backward. FP4 tensor cores do that
+several times faster than bf16 ones if both operands are NVFP4: 4-bit values, a scale for every 16 along the
+summed axis. So x, w and dy are rounded to 4 bits. Forward, each error counts once: take the least squared
+error. Backward, errors of many steps add up in the weights and those of mean zero cancel: take a mean that is
+right. Quartet II, arXiv:2601.22813, does so by Four Over Six, section 4, and MS-EDEN, section 7.
 
 One decision shapes the code: the tensor scale is a power of two, chosen last. Rounding a block scale to E4M3
 is then rounding it to 4 significant bits: a block is final after one look, in one pass. Decoded values have
@@ -234,9 +233,8 @@ def balance(x, w):
     """
     if x.shape[-1] % GROUP: return None
     def moments(t):                             # scaled to mean 1; at least 1e-3 in any direction
-        t = t.reshape(-1, t.shape[-1] // GROUP, GROUP).transpose(0, 1).float()
-        t = t / t.abs().amax().clamp(min=1e-37)
-        m = (t.mT @ t).double()
+        t = t.float() / t.abs().amax().clamp(min=1e-37)
+        m = torch.einsum("mgi,mgj->gij", *[t.reshape(-1, t.shape[-1] // GROUP, GROUP)] * 2).double()
         mean = m.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         return ratio(m, mean) + 1e-3 * torch.eye(GROUP, device=t.device)
     A, B = moments(x), moments(w)
@@ -272,10 +270,9 @@ def ms_eden(x, R, seed, four_six=False):
     """MS-EDEN: rotate, round values to nearest, and the scale times the block's EDEN factor stochastically.
 
     x (..., K) of any float dtype, K % 128 == 0; R of `rotation` (None: x is rotated already); seed as in sr
-    -> NVFP4 of x R, not normalised. NMSE 9.3e-3 on N(0, 1), 8.1e-3 with four_six. Before the scale is
-    rounded, <decode, x R> = <x R, x R> in every block. The mean is x R on N(0, 1), within noise; one value of
-    100 in 128 leaves 0.1 of a draw's squared error, < 1e-4 if R has two rounds; of 300, 0.4 and 2e-4, but
-    5e-3 with four_six. Source: arXiv:2601.22813, Algorithm 1.
+    -> NVFP4 of x R, not normalised. NMSE 9.3e-3 on N(0, 1), 8.1e-3 with four_six. The mean is x R on N(0, 1),
+    within noise; one value of 100 in 128 leaves 0.1 of a draw's squared error, < 1e-4 if R has two rounds; of
+    300, 0.4 and 2e-4, but 5e-3 with four_six. Source: arXiv:2601.22813, Algorithm 1.
     """
     b, amax, unit = blocks(rotate(x, R))
     s = over(amax, EDEN_MAX)                        # this first scale is not rounded
@@ -294,12 +291,11 @@ QUANTIZERS = {                              # name: function of (x, R, seed) -> 
     "bf16":           lambda x, R, seed: NVFP4(rotate(x, R).bfloat16(), x.new_empty(0),  # not quantized, to
                                                torch.ones((), device=x.device)),    # see what the others cost
     "rtn":            lambda x, R, seed: rtn(rotate(x, R)),
-    "rtn_16x16":      lambda x, R, seed: rtn(rotate(x, R), block=(16, 16)),
     "four_six":       lambda x, R, seed: four_six(rotate(x, R)),
-    "four_six_16x16": lambda x, R, seed: four_six(rotate(x, R), block=(16, 16)),
-    "sr":             lambda x, R, seed: sr(rotate(x, R), seed),
     "scale_search":   lambda x, R, seed: scale_search(rotate(x, R)),
-    "scale_search_16x16": lambda x, R, seed: scale_search(rotate(x, R), block=(16, 16)),
+    **{f"{f.__name__}_16x16": lambda x, R, seed, f=f: f(rotate(x, R), (16, 16))
+       for f in (rtn, four_six, scale_search)},
+    "sr":             lambda x, R, seed: sr(rotate(x, R), seed),
     "ms_eden":        ms_eden,
     "ms_eden_46":     lambda x, R, seed: ms_eden(x, R, seed, True),
 }

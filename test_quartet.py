@@ -6,8 +6,7 @@ import copy, dataclasses, functools, json, math, os, pickle, re, resource, shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import numpy as np
-import pytest
+import numpy as np, pytest
 import torch, torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 

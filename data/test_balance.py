@@ -47,9 +47,9 @@ def test_what_cannot_be_turned_is_not():
     assert balance(torch.randn(8, 64), torch.randn(8, 64)) is None
     assert balance(torch.full((8, 128), torch.inf), torch.randn(8, 128)) is None
 
-def run(turn, backend="torch", once=False, recipe="quintet"):
+def run(turn, once=False, recipe="quintet"):
     """y, dx, dw of a Linear on x, dy; turn: calibrated on x."""
-    linear = Linear(256, 384, recipe=recipe, backend=backend)
+    linear = Linear(256, 384, recipe=recipe)
     linear.weight.data = w.clone()
     if turn: calibrate(linear, x)
     leaf = x.clone().requires_grad_()
@@ -77,11 +77,8 @@ def test_a_calibrated_layer_errs_less_and_its_gradients_are_those_of_its_forward
     for m, e in zip(mean, (dy16 @ w_hat, dy16.T @ x_hat)): assert nmse(m, e) < 2e-3    # of one draw: 0.02
     assert "turn" not in linear.state_dict()
 
-triton = dict(backend="triton")
-@pytest.mark.parametrize("options", [triton, dict(once=True), triton | dict(once=True)])
-def test_backends_and_weights_quantized_once_give_the_same_bits(options):
-    if "backend" in options and (lacks := quartet.load_kernels()): pytest.skip(f"kernels.py needs {lacks}")
-    assert all(map(torch.equal, run(True)[1], run(True, **options)[1]))
+def test_weights_turned_and_quantized_once_give_the_same_bits():         # kernels.py too: test_quartet.py
+    assert all(map(torch.equal, run(True)[1], run(True, once=True)[1]))
 
 def test_other_recipes_are_not_turned():
     linear, (y, *_) = run(True, recipe="quartet2")

@@ -1,5 +1,5 @@
 """Tests of export.py: Llama's layout computes what the trained model does, and other software reads it."""
-import importlib.util, json, subprocess, sys
+import importlib.util, subprocess, sys
 import pytest
 import torch, torch.nn.functional as F
 import export, quartet, train_gpt

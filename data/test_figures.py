@@ -1,5 +1,5 @@
 """Tests of figures.py on runs of one's own, and of what train_gpt.py prints as it samples."""
-import json, math, runpy, sys
+import json, runpy, sys
 from pathlib import Path
 import pytest
 import torch
