@@ -526,9 +526,9 @@ def test_quantizers_and_kernels_give_the_same_bits_on_every_device(name, kind):
         assert same(quantize(name, v, on_device), expected) and (not f or same(f(v, *arguments), expected))
 def unflat(t): return NVFP4(t[0].cpu(), t[1].cpu().view(torch.float8_e4m3fn), t[2].cpu()), t[3]
 
-@pytest.mark.parametrize("quantizer, name", [*((q, "rht128x2") for q in kernels.MODES if q != "four_six"), *(
-    ("rtn", name) for name in ROTATIONS if name != "rht128x2")])
-@pytest.mark.parametrize("size", [1, 2.0**-16])                          # of some rows: sub-normal scales
+@pytest.mark.parametrize("quantizer, name, size", [                      # size of some rows: sub-normal scales
+    *((q, "rht128x2", 2.0**-16) for q in kernels.MODES if q != "four_six"),
+    *(("rtn", name, 1) for name in ROTATIONS if name != "rht128x2")])
 def test_one_read_rotates_and_quantizes_both_ways(quantizer, name, size):
     g = generator()
     x = torch.randint(-9, 10, (140, 256), generator=g).float()           # integers: x R is exact
@@ -567,7 +567,7 @@ MIXED = {"mixed 1": Recipe("bf16", "four_six", ("rht16", "bf16", "sr"), (None, "
          "mixed 3": Recipe("bf16", "bf16", (None, "bf16", "bf16"), (None, "bf16", "bf16"))}
 @pytest.mark.parametrize("recipe, shape", [
     *((r, (20, 128 if r == "quintet" else 160, 128)) for r in [*RECIPES, *MIXED] if r != "bf16"),
-    *((r, shape) for r in ("nvidia", "quartet2") for shape in ((140, 144, 128), (64, 160, 256)))])
+    *((r, shape) for r in ("nvidia", "quartet2") for shape in ((140, 144, 128), (20, 160, 256)))])
 def test_linear_gives_the_same_bits_with_kernels_and_on_fp4_tensor_cores(recipe, shape, monkeypatch):
     real, meta = F.scaled_mm, lambda t: [*map(meta, t)] if isinstance(t, list) else t.to("meta")
     def scaled_mm(a, b, a_scales, kinds, b_scales, *rest):                          # imitates FP4 ones
@@ -728,7 +728,7 @@ def test_presets_have_the_sizes_of_the_paper(preset, size):
 def test_twenty_steps_lower_the_loss_also_from_output_projections_of_zeros(tiny, monkeypatch, recipe, zeros):
     def initial(w, mean=0.0, std=1.0): w.data.normal_(mean, 0.0 if std == 0.01 else std)     # 0.02 / 2
     if zeros: monkeypatch.setattr(torch.nn.init, "normal_", initial)
-    tiny("--layers=2", "--steps=20", f"--recipe={recipe}")
+    tiny(f"--layers={1 + zeros}", "--steps=20", f"--recipe={recipe}")
     assert sorted(losses()) == [*range(1, 21)] and losses()[20] < losses()[1] - 1.5  # from log 256 = 5.5 nats
     assert all(w.any() for w in saved()["model"].values())
 
@@ -895,6 +895,6 @@ def test_commands_of_the_readme_run(tmp_path):
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                                   env=ENVIRONMENT | dict(OMP_NUM_THREADS="1"))      # two commands at a time
             assert done.returncode == 0 and done.stdout, (command, done.stderr)
-    trains = [c for c in commands if c[1] == "train_gpt.py" or c[-1] == "runs/mine"]     # need each other
+    trains = [c for c in commands if "mine" in " ".join(c)]                              # need each other
     with ThreadPoolExecutor() as pool:
         [*pool.map(run, (trains, [c for c in commands if c not in trains]))]
