@@ -37,6 +37,8 @@ ROWS = {
     "fwd_rtn": forward("rtn", "rtn"), "fwd_four_six": forward("four_six", "four_six"),
     "fwd_rtn_16x16": forward("rtn", "rtn_16x16"), "fwd_four_six_16x16": forward("four_six", "four_six_16x16"),
     "fwd_search": forward("scale_search", "scale_search"),
+    "fwd_four_six_turned": forward("four_six", "four_six")._replace(balance=True),
+    "fwd_search_turned": forward("scale_search", "scale_search")._replace(balance=True),
     "x_four_six": forward("four_six", "bf16"), "w_four_six": forward("bf16", "four_six"),
     "x_search": forward("scale_search", "bf16"), "w_search": forward("bf16", "scale_search"),
     "bwd_sr": backward("rht128", "sr", "sr"), "bwd_sr_46": backward("rht128", "sr_46", "sr_46"),
@@ -48,6 +50,8 @@ ROWS = {
     "quartet2_x2": both("four_six", "rht128x2", "ms_eden", "ms_eden"),
     "quartet2_46": both("four_six", "rht128x2", "ms_eden_46", "ms_eden_46"),
     "quartet2_dy": both("four_six", "rht128x2", "ms_eden", "four_six"),
+    "quartet2_turned": both("four_six", *eden)._replace(balance=True),
+    "quintet_unturned": quartet.RECIPES["quintet"]._replace(balance=False),
     "plain": both("scale_search", "rht128x2", "four_six", "four_six"),
 }
 KNOBS = {"quartet2_end": ("quartet2", "--bf16_end=0.1"),                  # rows with knobs: recipe, knobs
@@ -55,10 +59,12 @@ KNOBS = {"quartet2_end": ("quartet2", "--bf16_end=0.1"),                  # rows
 GROUPS = {
     "recipes": "bf16 nvidia four_six tetrajet2 quartet2 quintet",
     "close": "bf16 quartet2 quintet",
-    "forward": "bf16 fwd_rtn_16x16 fwd_four_six_16x16 fwd_rtn fwd_four_six fwd_search",
+    "forward": "bf16 fwd_rtn_16x16 fwd_four_six_16x16 fwd_rtn fwd_four_six fwd_search"
+               " fwd_four_six_turned fwd_search_turned",
     "operands": "bf16 x_four_six w_four_six x_search w_search",
     "backward": "bf16 bwd_sr bwd_sr_46 bwd_eden bwd_eden_x2 bwd_eden_46 bwd_four_six bwd_search",
-    "parts": "bf16 quartet2_rtn quartet2 quartet2_search quartet2_x2 quartet2_46 quintet",
+    "parts": "bf16 quartet2_rtn quartet2 quartet2_search quartet2_x2 quartet2_46 quartet2_turned"
+             " quintet_unturned quintet",
 }
 
 def register():

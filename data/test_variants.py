@@ -31,6 +31,18 @@ def test_what_is_done_to_both_operands_cancels(fields):
     assert error < 2.0**-7                              # bf16: of y, and of rotated operands
     if "equalize" in fields: assert torch.equal(layer(w, **plain, **fields)(x), layer(w, **plain)(x))
 
+def test_turning_is_that_of_quartet():
+    x, w = normal(512, 128) * torch.logspace(0, -1.5, 128), normal(128, 128).bfloat16().float()
+    made = layer(w, x="scale_search", w="scale_search", balance=("up",))
+    made.register_buffer("turn", torch.zeros(2, 1, 128, 128, dtype=torch.bfloat16))
+    made.calibrating = True
+    y = made(x)
+    linear = quartet.Linear(128, 128, recipe="quintet")
+    linear.weight.data = w
+    quartet.calibrate(linear, x.bfloat16())
+    expected = linear(x.bfloat16())
+    assert torch.equal(made.turn, linear.turn) and (y - expected).norm() < 2.0**-8 * expected.norm()   # bf16
+
 def test_equalizing_levels_columns_and_a_weighed_search_lowers_the_weighed_error():
     x, weight = normal(512, 64), 2.0 ** (torch.arange(64) % 5)
     errors = [((decoded(x, "scale_search", m) - x).square() * weight).sum() for m in (None, weight)]

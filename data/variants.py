@@ -12,8 +12,8 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch, torch.nn.functional as F
-import launch, quartet, train_gpt
-from quartet import e2m1, over, ratio, rotation_from, round_scale
+import quartet, train_gpt
+from quartet import e2m1, over, ratio, rotation_from, round_scale, turned
 
 LAYERS = "qkv", "out", "up", "down"
 
@@ -24,7 +24,7 @@ class Variant(NamedTuple):
     w: str = "four_six"         # of w
     layers: tuple = LAYERS      # quantized; the others stay in bf16
     rotate: tuple = ()          # layers whose x and w are turned by one fixed H128, signs first
-    balance: tuple = ()         # layers whose x and w are turned by `balancing` matrices
+    balance: tuple = ()         # layers whose x and w are turned by quartet.balance, found once
     weigh: bool = False         # errors count by the other operand's mean square in that column
     equalize: float = 0.0       # x / c and w c, c a power of two: 1 levels the columns of x, 0.5 both alike
     order: str = ""             # of columns, by mean square of x: sort: alike side by side; spread: apart
@@ -44,7 +44,6 @@ VARIANTS = {
     **{f"v_rotate_{layer}": Variant(rotate=(layer,)) for layer in LAYERS},
     "v_balance": Variant(**search, balance=LAYERS),
     **{f"v_balance_{layer}": Variant(**search, balance=(layer,)) for layer in LAYERS},
-    "v_balance_reset": Variant(**search, balance=LAYERS, reset=(200, 50, 8.0)),
     "v_weigh": Variant(**search, weigh=True),
     "v_equalize": Variant(equalize=0.5), "v_equalize_x": Variant(equalize=1.0),
     "v_all": Variant(**search, weigh=True, equalize=0.5),
@@ -95,25 +94,6 @@ def equalized(x, w, share):
     c = torch.exp2((share * in_x - (1 - share) * in_w).round()).to(x.dtype)
     return x / c, w * c
 
-def groups(t): return t.unflatten(-1, (-1, 128))
-def balancing(x, w):
-    """x (M, K), w (N, K) float32 -> T, U (K/128, 128, 128): (x T)(w U)^T = x w^T, by groups of 128 columns.
-
-    x T and w U have the same second moments, D, and the noise of rounding costs least: x w^T errs by a share
-    of tr(D)^2, not of tr(x^T x) tr(w^T w). A random rotation Q then makes the columns alike; with H128
-    instead a strong direction becomes +-constant, its error points in that direction too. arXiv:2512.00956.
-    """
-    moments = lambda t: torch.einsum("mgi,mgj->gij", groups(t), groups(t)) / len(t)
-    a, b, eye = moments(x), moments(w), torch.eye(128, device=x.device)
-    a = a + 1e-3 * a.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * eye
-    L = torch.linalg.cholesky(a.double())
-    D, V = torch.linalg.eigh(L.mT @ b.double() @ L)             # D^2
-    D = D.clamp(min=1e-12 * D.amax(1, True)).sqrt()[:, None]
-    noise = torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).double()
-    Q = torch.linalg.qr(noise)[0].to(x.device)
-    T, U = torch.linalg.solve_triangular(L.mT, V * D.sqrt(), upper=True) @ Q, L @ (V / D.sqrt()) @ Q
-    return T.float(), U.float()
-
 class Layer(torch.nn.Linear):
     """nn.Linear by a Variant. Gradients are those of the decoded operands, straight through the rounding."""
     calibrating = False
@@ -125,10 +105,8 @@ class Layer(torch.nn.Linear):
             x, w = ((t.unflatten(-1, (-1, 128)) @ R).flatten(-2) for t in (x, w))
         if self.kind in v.balance:
             if self.calibrating:
-                found = balancing(x.detach().flatten(0, -2).float(), w.detach().float())
-                for old, new in zip((self.T, self.U), found): old.copy_(new)
-            turn = lambda t, by: torch.einsum("...gi,gij->...gj", groups(t), by).flatten(-2)
-            x, w = turn(x, self.T), turn(w, self.U)
+                with torch.autocast(x.device.type, enabled=False): self.turn.copy_(quartet.balance(x, w))
+            x, w = (turned(t, self.turn, i) for i, t in enumerate((x, w)))
         if v.equalize: x, w = equalized(x, w, v.equalize)
         if v.order:
             index = columns(x, w)[0].argsort()
@@ -155,14 +133,14 @@ def apply(blocks, name):
         for kind in LAYERS:
             layer = getattr(block, kind)
             layer.__class__, layer.kind, layer.variant = Layer, kind, VARIANTS[name]
-            for matrix in "TU" if kind in layer.variant.balance else ():
+            if kind in layer.variant.balance:
                 eye = torch.eye(128, dtype=torch.bfloat16, device=layer.weight.device)
-                layer.register_buffer(matrix, eye.repeat(layer.in_features // 128, 1, 1), False)
+                layer.register_buffer("turn", eye.repeat(2, layer.in_features // 128, 1, 1), False)
             if layer.variant.stay: layer.register_buffer("before", torch.zeros_like(layer.weight), False)
 
 @torch.no_grad()
 def calibrate(model, tokens, targets):
-    """Choose what a Variant turns x and w by: from a batch, once."""
+    """Choose what a Variant turns x and w by: from a batch, once. (To train so: rows of experiments.py.)"""
     layers = [m for m in model.modules() if isinstance(m, Layer)]
     for m in layers: m.calibrating = True
     with torch.compiler.set_stance("force_eager"): model(tokens, targets)
@@ -193,11 +171,6 @@ def install(name):
                 rests = path[1] >= (least * path[0] if least >= 0 else -least)
                 if step == window - 1: w.data.copy_(torch.where(rests, now[1], now[0]))
         weights, watched = [getattr(block, kind).weight for block in model.blocks for kind in v.layers], {}
-        as_graph = launch.as_graph
-        def calibrated(f, *batch):
-            calibrate(model, *batch)
-            return as_graph(f, *batch)
-        if v.balance: launch.as_graph = calibrated
         if v.pull: made.register_step_post_hook(pull)
         if v.reset: made.register_step_post_hook(reset)
         return made
