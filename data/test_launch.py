@@ -52,11 +52,11 @@ def main():
     for split in "train", "val": prepare.write_shard(Path(f"tiny_{split}_000000.bin"), tokens)
     train_gpt.DATA = Path.cwd()
     for name, processes, shard in ("one", 1, "false"), ("two", 2, "false"), ("shared", 2, "true"):
-        for recipe in "bf16", "quartet2":
+        for recipe in "bf16", "quintet":
             assert not any(run(f"{name}-{recipe}", processes, recipe=recipe, shard=shard))
         if processes == 2:                                  # go on from step 3 of 6
             Path(f"runs/{name}-resumed").mkdir()
-            shutil.copy(f"runs/{name}-quartet2/previous.pt", f"runs/{name}-resumed/checkpoint.pt")
+            shutil.copy(f"runs/{name}-quintet/previous.pt", f"runs/{name}-resumed/checkpoint.pt")
             assert not any(run(f"{name}-resumed", 2, "resume", f"{name}-resumed"))
     assert not any(run("compared", 2, recipe="bf16,rtn", steps=2))
     statuses = [run(f.__name__, 2, instead=f) for f in (fail, stop)]
@@ -84,12 +84,12 @@ def test_two_processes_train_as_one_does(place, name):
     for p, q in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
         assert p["step"] == q["step"] == 6 and all(p[k].shape == q[k].shape for k in p)
         assert (p["exp_avg"] - q["exp_avg"]).norm() < 1e-3 * p["exp_avg"].norm()
-    one, two = (losses(place, f"{n}-quartet2") for n in ("one", name))     # here noise differs
+    one, two = (losses(place, f"{n}-quintet") for n in ("one", name))     # here noise differs
     assert 0 < (one - two).abs().max() < 0.02
 
 @pytest.mark.parametrize("name", ["two", "shared"])
 def test_a_resumed_run_is_the_same_to_the_bit_with_noise_of_its_own_in_each_process(place, name):
-    a, b = (checkpoint(place, f"{name}-{n}") for n in ("quartet2", "resumed"))
+    a, b = (checkpoint(place, f"{name}-{n}") for n in ("quintet", "resumed"))
     assert a["step"] == b["step"] == 6 and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     for i, p in a["optimizer"]["state"].items():
         assert all(torch.equal(p[k], b["optimizer"]["state"][i][k]) for k in p)
@@ -97,7 +97,7 @@ def test_a_resumed_run_is_the_same_to_the_bit_with_noise_of_its_own_in_each_proc
     assert all(torch.equal(p["cpu"], q["cpu"]) for p, q in zip(a["rng"], b["rng"]))
 
 def test_only_rank_0_prints_and_writes(place):
-    for name in "two-quartet2", "shared-quartet2":
+    for name in "two-quintet", "shared-quintet":
         out = (place / f"{name}-0.out").read_text()
         assert out.count("step 6/6") == 1 and "2 x CPU" in out and "2 x 2 x 1 x 32" in out
         assert (place / f"{name}-1.out").read_text() == ""
