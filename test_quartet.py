@@ -527,7 +527,7 @@ def test_quantizers_and_kernels_give_the_same_bits_on_every_device(name, kind):
         assert same(quantize(name, v, on_device), expected) and (not f or same(f(v, *arguments), expected))
 def unflat(t): return NVFP4(t[0].cpu(), t[1].cpu().view(torch.float8_e4m3fn), t[2].cpu()), t[3]
 
-@pytest.mark.parametrize("quantizer, name, size", [                      # size of some rows: sub-normal scales
+@pytest.mark.parametrize("quantizer, name, size", [                   # of some rows: sub-normal scales
     *((q, "rht128x2", 2.0**-16) for q in kernels.MODES if q != "four_six"),
     *(("rtn", name, 1) for name in ROTATIONS if name != "rht128x2")])
 def test_one_read_rotates_and_quantizes_both_ways(quantizer, name, size):
