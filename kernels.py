@@ -17,6 +17,7 @@ such that what a thread holds of x R are whole blocks.
 import os, sys
 from pathlib import Path
 import torch, torch.nn.functional as F
+from torch import library
 import triton
 import triton.language as tl
 import quartet
@@ -464,7 +465,7 @@ def encode(out, quantizer, seed, inverse_n=1.0):
                            e4m3.dim() == 1, 1024, **LAUNCH)
     return finished(out)
 
-@torch.library.custom_op("quartet::quantize", mutates_args=())
+@library.custom_op("quartet::quantize", mutates_args=())
 def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | None, codes: bool,
              decoded: bool, swizzled: bool = False) -> list[torch.Tensor]:
     """x (M, K) -> `finished`; blocks of rows x 16."""
@@ -476,7 +477,7 @@ def quantize(x: torch.Tensor, quantizer: str, rows: int, seed: torch.Tensor | No
                 x, seed, *out[:4], count, x.shape[1] // BLOCK, quantizer, rows, major(x.device) >= 10, B,
                 num_warps=8 if quantizer == "scale_search" else 4, **LAUNCH)        # else 254 registers
         return encode(out, quantizer, seed)
-@torch.library.custom_op("quartet::rotate_quantize", mutates_args=())
+@library.custom_op("quartet::rotate_quantize", mutates_args=())
 def rotate_quantize(
         x: list[torch.Tensor], row: str, row_R: torch.Tensor | None, row_seed: torch.Tensor | None,
         col: str, col_R: torch.Tensor | None, col_seed: torch.Tensor | None, inverse_n: float,
@@ -547,7 +548,7 @@ def ms_eden(x, R, seed, four_six=False):
     return of(x, "ms_eden_46" if four_six else "ms_eden", seed, R=R)
 
 # ---- 6. The GEMM and the linear layer ----------------------------------------------------------------------
-@torch.library.custom_op("quartet::scaled_mm", mutates_args=())
+@library.custom_op("quartet::scaled_mm", mutates_args=())
 def scaled_mm(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
     """a NVFP4 (M, K), b NVFP4 (N, K), scales `swizzled` or not -> a b^T (M, N) bf16, by cuBLASLt.
 
@@ -588,8 +589,7 @@ def operand(t, quantizer, seed, codes, decoded, swizzled):
     return quantize(t, quantizer.removesuffix("_16x16"), rows, seed, codes, decoded, swizzled)
 def weight(w, row, decoded):
     """`operand` w; scales `swizzled` if none but FP4 tensor cores and tile_kernel are to read them."""
-    swizzled = native(w, row) and row.dx[2] is not None and not row.balance
-    return operand(w, row.w, None, True, decoded, swizzled)
+    return operand(w, row.w, None, True, decoded, native(w, row) and bool(row.dx[2]) and not row.balance)
 def quantized(w, recipe): "quartet.quantized."; return tuple(weight(w, quartet.RECIPES[recipe], False)[:3])
 
 def rotation(name, words):

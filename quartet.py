@@ -16,6 +16,7 @@ less, which way a value goes) is specified to the bit: float32, true division, a
 import contextlib, math, os, shutil, sys, warnings
 from typing import NamedTuple
 import torch, torch.nn.functional as F
+from torch import library
 
 BLOCK, GROUP = 16, 128            # values that share a block scale, fixed by NVFP4; and that a rotation mixes
 E2M1_MAX, E4M3_MAX, EXPONENT = 6.0, 448.0, 0x7F800000       # EXPONENT: that field of a float32
@@ -226,19 +227,18 @@ def rotate(x, R):
 # tr(T^T A T) tr(U^T B U), A and B the second moments of x and w: least where these are made equal. Then two
 # rounds make columns alike. (One would make of a strong direction +-constant, and err along it: section 7.)
 def balance(x, w):
-    """T and U of a forward pass by its x (..., K) and w (N, K), floats of any dtype.
+    """T and U of a forward pass by its x (..., K) and w (N, K), floats of any dtype, K % 128 == 0.
 
-    -> (2, K/128, 128, 128) bf16, for groups of 128 columns; None if K % 128 or if x or w is not finite. T T^T
+    -> (2, K/128, 128, 128) bf16, for groups of 128 columns; a rotation alone if x or w is not finite. T T^T
     is the geometric mean of A^-1 and B. Source: WUSH, arXiv:2512.00956.
     """
-    if x.shape[-1] % GROUP: return None
     def moments(t):                             # scaled to mean 1; at least 1e-3 in any direction
         t = t.float() / t.abs().amax().clamp(min=1e-37)
         m = torch.einsum("mgi,mgj->gij", *[t.reshape(-1, t.shape[-1] // GROUP, GROUP)] * 2).double()
         mean = m.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         return ratio(m, mean) + 1e-3 * torch.eye(GROUP, device=t.device)
     A, B = moments(x), moments(w)
-    if not (A.isfinite().all() and B.isfinite().all()): return None
+    if not (A + B).isfinite().all(): A = B = torch.eye(GROUP, device=A.device).double().expand_as(A)
     L = torch.linalg.cholesky(A)
     D, V = torch.linalg.eigh(L.mT @ B @ L)      # squared
     R, n = rotation("rht128x2", torch.Generator().manual_seed(0))
@@ -328,12 +328,12 @@ RECIPES = {
 # ---- 9. The linear layer -----------------------------------------------------------------------------------
 NATIVE_BF16 = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 kernels = None                              # the module kernels.py, once a Linear may use it
-@torch.library.custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@library.custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def draw(like: torch.Tensor, words: int) -> torch.Tensor:
     """(words,) int64 of random bits from the default generator of like's device, compiled or not the same."""
     return torch.randint(-2**63, 2**63 - 1, (words,), device=like.device)
 draw.register_fake(lambda like, words: like.new_empty(words, dtype=torch.int64))
-@torch.library.custom_op("quartet::gemm", mutates_args=())
+@library.custom_op("quartet::gemm", mutates_args=())
 def gemm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a (M, K), b (N, K) of bf16 values -> a b^T (M, N) bf16, from sums in float32 throughout."""
     cublas = torch.backends.cuda.matmul
@@ -466,10 +466,10 @@ def calibrate(model, *args):
     """
     def choose(m, args):
         with torch.autocast(args[0].device.type, enabled=False): turn = balance(args[0], m.weight)
-        if turn is not None and hasattr(m, "turn"): m.turn.copy_(turn)
-        elif turn is not None: m.register_buffer("turn", turn, persistent=False)
+        m.turn.copy_(turn) if hasattr(m, "turn") else m.register_buffer("turn", turn, persistent=False)
     layers = [m for m in model.modules() if isinstance(m, Linear) and RECIPES[m.recipe]]
-    hooks = [m.register_forward_pre_hook(choose) for m in layers if RECIPES[m.recipe].balance]
+    layers = [m for m in layers if RECIPES[m.recipe].balance and m.in_features % GROUP == 0]
+    hooks = [m.register_forward_pre_hook(choose) for m in layers]
     try:
         with torch.compiler.set_stance("force_eager"): return model(*args) if hooks else None
     finally:

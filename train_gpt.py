@@ -241,12 +241,16 @@ def evaluate(model, data, c, device):
         sums = [(model(x, y).double() * y.numel(), y.numel()) for x, y in data.in_order(c, device)]
     loss, tokens = map(sum, zip(*sums))
     return loss.item() / tokens
-
 def learning_rate(c, step):
     """10% of the steps linear warm-up, then a cosine from lr to lr / 10."""
     warmup = max(1, c.steps // 10)
     if step < warmup: return c.lr * (step + 1) / warmup
     return c.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, c.steps - warmup)))
+def calibrates(c, step, checkpoint):
+    """Whether layers that turn x and w find their matrices anew: 20 times a run, and where there are none."""
+    period = max(1, c.steps // 20)
+    none = bool(checkpoint) and not checkpoint["turns"] and step == checkpoint["step"] + 1
+    return none or step % period == 1 % period
 
 def make_optimizer(model, c):
     """AdamW; weight decay on the weights of linear layers, none on embedding and norms."""
@@ -388,8 +392,7 @@ def train(c, data, directory, stop, checkpoint=None):
     for step in range(start + 1, c.steps + 1):
         begin, last = time.perf_counter(), step == c.steps
         before, recipe = recipe, "bf16" if step > c.steps * (1 - c.bf16_end) else c.recipe
-        if step % max(1, c.steps // 20) == 1 or c.steps < 40:  # if the recipe balances x and w: by this step's
-            quartet.calibrate(model, *data[0].random(c, step, 0, device))
+        if calibrates(c, step, checkpoint): launch.calibrate(model, *data[0].random(c, step, 0, device))
         if recipe != before:
             quartet.quantize_model(model.blocks[:model.nvfp4], recipe, backend=c.backend)
             run = micro_step

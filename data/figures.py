@@ -7,7 +7,7 @@ Losses are final validation losses in nats; a gap is to bf16 of the same seed, i
 interval of its mean over seeds (Student's t). data/results/bias-*.jsonl, of data/bias.py --out, become a
 picture too.
 """
-import json, math, os, sys
+import json, math, os, statistics, sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -51,18 +51,28 @@ def paired(rows, row, base, value=lambda losses, result: result["val_loss"]):
             for seed in rows.get(base, ()) if seed in rows[row]]
 
 def table(size, corpus, start, rows):
-    """Print every row, best first: seeds, loss, gap to bf16 and to quartet2; of whole runs speed, memory."""
+    """Print every row, best first: seeds, loss and its deviation, gap to bf16 and to quartet2; speed, memory.
+
+    And how far the loss at a quarter of the steps tells the last: the correlation over seeds.
+    """
     print(f"\n{size}, {corpus}{', from ' * bool(start)}{start}: differences in 1e-3 nats, by seed, +- 95%")
-    print(f"{'row':20}{'seeds':>6}{'val loss':>10}{'gap to bf16':>17}{'to quartet2':>17}"
+    print(f"{'row':20}{'seeds':>6}{'val loss':>10}{'deviates':>9}{'gap to bf16':>17}{'to quartet2':>17}"
           + f"{'ktok/s':>8}{'GiB':>6}" * (not start))
-    mean = {row: interval([result["val_loss"] for _, result in v.values()])[0] for row, v in rows.items()}
+    final = {row: [result["val_loss"] for _, result in v.values()] for row, v in rows.items()}
+    mean = {row: statistics.mean(losses) for row, losses in final.items()}
     for row in sorted(rows, key=mean.get):
         cells = [f"{a:9.2f} +-{b:5.2f}" if found else " " * 17 for base in ("bf16", "quartet2")
                  for found in [paired(rows, row, base)] for a, b in [interval(found or [math.nan])]]
         speed, memory = (max(result[k] for _, result in rows[row].values())
                          for k in ("tokens_per_s", "peak_gib"))
-        print(f"{row:20}{len(rows[row]):6}{mean[row]:10.4f}{''.join(cells)}"
+        deviation = f"{1e3 * statistics.stdev(final[row]):9.2f}" if len(final[row]) > 1 else " " * 9
+        print(f"{row:20}{len(rows[row]):6}{mean[row]:10.4f}{deviation}{''.join(cells)}"
               + f"{speed / 1e3:8.0f}{memory:6.1f}" * (not start))
+    for row, runs in rows.items():
+        quarter = [losses.get(max(losses, default=0) // 4) for losses, _ in runs.values()]
+        if len(quarter) > 2 and None not in quarter:
+            told = statistics.correlation(quarter, final[row])
+            print(f"{row}: the loss at a quarter of the steps correlates with the last by {told:.2f}")
 
 def nmse(name):
     """NMSE of a quantizer on N(0, 1), rotated if it takes that."""

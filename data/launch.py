@@ -72,6 +72,11 @@ def snapshot(model, optimizer):
     return dict(model=tree_map(whole, model.state_dict()), optimizer=tree_map(whole, optimizer.state_dict()),
                 turns={name: m.turn.cpu() for name, m in model.named_modules() if hasattr(m, "turn")},
                 rng=gather(dict(cpu=torch.get_rng_state(), cuda=cuda)))
+def calibrate(model, *batch):
+    """quartet.calibrate; all processes take rank 0's matrices, so that they round weights alike."""
+    quartet.calibrate(model, *batch)
+    for m in model.modules() if WORLD > 1 else ():
+        if hasattr(m, "turn"): dist.broadcast(m.turn, 0)
 def turn(model, saved):
     """Give layers the matrices of a checkpoint that quartet.calibrate found."""
     for name, t in saved["turns"].items():

@@ -19,10 +19,11 @@ def test_turns_cancel_and_make_moments_equal():
     exact = x.double() @ w.double().T
     T, U = (torch.block_diag(*t).double() for t in turn)
     assert turn.dtype == torch.bfloat16 and nmse(x.double() @ T @ U.T @ w.double().T, exact) < 1e-5
-    for a, b in zip(*((t.double() @ by).view(len(t), 2, 128).transpose(0, 1) for t, by in ((x, T), (w, U)))):
-        a, b = (m / m.trace() for m in (a.T @ a, b.T @ b))
-        assert (a - b).norm() / a.norm() < 0.1                          # but for the 1e-3 in every direction
-        assert a.diagonal().max() < 2.5 / 128                           # columns are alike
+    for i in 0, 128:
+        A, B = (t[:, i:i + 128].double() for t in (x, w))
+        A, B = (m / m.diagonal().mean() + 1e-3 * torch.eye(128) for m in (A.T @ A, B.T @ B))
+        a, b = (by[i:i + 128, i:i + 128].T @ m @ by[i:i + 128, i:i + 128] for m, by in ((A, T), (B, U)))
+        assert (a - b).norm() / a.norm() < 4 * 2.0**-9                  # T twice and U twice, each to bf16
     x16 = x.bfloat16()
     assert torch.equal(turned(x16, None, 0), x16)
     assert nmse(turned(turned(x16, turn, 0), turn, 1, back=True), x16.double()) < 1e-3
@@ -34,8 +35,8 @@ def test_products_of_turned_operands_err_less_as_the_trace_says():
     def trace(a, b): return sum((p.square().sum() * q.square().sum()).item() for p, q in zip(a, b))
     split = lambda t: t.view(len(t), 2, 128).transpose(0, 1)
     says = trace(*(split(turned(t.bfloat16(), turn, i).float()) for i, t in enumerate((x, w))))
-    expected = says / trace(split(x), split(w))
-    assert after / before < 0.6 and after / before == pytest.approx(expected, rel=0.15)
+    expected = says / trace(split(x), split(w))             # a model: as if all rounding errors were white
+    assert after / before < 0.6 and 0.8 * expected < after / before < 1.25 * expected
 
 @pytest.mark.parametrize("x, w", [(torch.zeros(256, 128), w[:, :128]), (x[:, :128], torch.zeros(8, 128)),
                                   (x[:3, :128] * 1e30, w[:5, :128] * 1e-30)])
@@ -43,9 +44,17 @@ def test_no_input_is_too_plain(x, w):
     turn = balance(x, w)
     eye = turn[0].double() @ turn[1].double().mT
     assert turn.isfinite().all() and (eye - torch.eye(128)).abs().max() < 0.1
-def test_what_cannot_be_turned_is_not():
-    assert balance(torch.randn(8, 64), torch.randn(8, 64)) is None
-    assert balance(torch.full((8, 128), torch.inf), torch.randn(8, 128)) is None
+def test_what_is_not_finite_is_rotated_alone_and_other_widths_are_not_turned():
+    T, U = balance(torch.full((8, 128), torch.inf), w[:, :128])[:, 0].double()
+    assert torch.equal(T, U) and torch.equal(T @ T.T, torch.eye(128))
+    narrow = Linear(144, 128, recipe="quintet")
+    calibrate(narrow, torch.ones(1, 144))
+    assert not hasattr(narrow, "turn")
+def test_a_run_of_another_recipe_goes_on_with_turns_from_its_first_step():
+    c = train_gpt.Config(steps=400)
+    at = lambda checkpoint, first: [s for s in range(first, 61) if train_gpt.calibrates(c, s, checkpoint)]
+    assert at(None, 1) == [1, 21, 41] and at(dict(step=6, turns={}), 7) == [7, 21, 41]
+    assert at(dict(step=6, turns=dict(a=1)), 7) == [21, 41]
 
 def run(turn, once=False, recipe="quintet"):
     """y, dx, dw of a Linear on x, dy; turn: calibrated on x."""

@@ -27,6 +27,14 @@ def test_runs_are_tabled_beside_the_bf16_run_that_is_like_them(tmp_path, monkeyp
     assert other[-2] == "nan"
     with pytest.raises(SystemExit, match="no log.jsonl in nothing"): figures.main(["nothing"])
 
+def test_seeds_deviate_and_an_early_loss_may_tell_the_last(capsys):
+    ends = 1.0, 1.002, 1.001
+    runs = {seed: ({1: 2.0 + 3 * (end - 1), 4: end}, dict(val_loss=end, tokens_per_s=1e3, peak_gib=1.0))
+            for seed, end in enumerate(ends)}
+    figures.table("10m", "a", "", dict(bf16=runs))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].split()[:4] == ["bf16", "3", "1.0010", "1.00"] and lines[-1].endswith("by 1.00")
+
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
     """A run "a" of one step, in runs/."""
