@@ -233,8 +233,9 @@ def balance(x, w):
     is the geometric mean of A^-1 and B. Source: WUSH, arXiv:2512.00956.
     """
     def moments(t):                             # scaled to mean 1; at least 1e-3 in any direction
-        t = t.float() / t.abs().amax().clamp(min=1e-37)
-        m = torch.einsum("mgi,mgj->gij", *[t.reshape(-1, t.shape[-1] // GROUP, GROUP)] * 2).double()
+        t = t.reshape(-1, t.shape[-1])[:2**14].double()     # in float32, A may not be positive definite
+        t = (t / t.abs().amax().clamp(min=1e-37)).unflatten(1, (-1, GROUP)).transpose(0, 1)
+        m = t.mT @ t
         mean = m.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         return ratio(m, mean) + 1e-3 * torch.eye(GROUP, device=t.device)
     A, B = moments(x), moments(w)
@@ -308,6 +309,7 @@ class Recipe(NamedTuple):
     dw: tuple                    # dw = dy^T x, over M:    rotation, quantizer of dy, of x
     original_x: bool = False     # dw quantizes the original x
     balance: bool = False        # y = (x T)(w U)^T, T and U of `calibrate`; needs a quantizer of w in dx
+    dampen: float = 0.0          # strength of `dampen`, for the script that trains
 
 RECIPES = {
     "bf16":      None,           # all three GEMMs as in nn.Linear
@@ -474,6 +476,20 @@ def calibrate(model, *args):
         with torch.compiler.set_stance("force_eager"): return model(*args) if hooks else None
     finally:
         for hook in hooks: hook.remove()
+
+@torch.no_grad()
+def dampen(model, share):
+    """Move weights by a share, times their recipe's `dampen`, of the way to their quantized values.
+
+    After a step of the optimizer, by the learning rate times the done part of training. A weight whose best
+    value is between two of the grid drifts to their border and flips; dampened, it rests. arXiv:2203.11086.
+    """
+    for m in model.modules():
+        if isinstance(m, Linear) and RECIPES[m.recipe] and RECIPES[m.recipe].dampen:
+            w, turn = m.weight.to_local() if hasattr(m.weight, "to_local") else m.weight, m.T_U()
+            q = QUANTIZERS[RECIPES[m.recipe].w](turned(w.bfloat16(), turn, 1), None, None)
+            q = turned(decode(q, torch.bfloat16), turn, 0, True)
+            w.lerp_(q.to(w.dtype), share * RECIPES[m.recipe].dampen)
 
 @contextlib.contextmanager
 def quantized_weights(model):

@@ -411,6 +411,7 @@ def train(c, data, directory, stop, checkpoint=None):
         norm = norm.full_tensor() if shard else norm
         optimizer.found_inf = (~norm.isfinite()).float()  # then a fused AdamW skips the step, without a sync
         optimizer.step()
+        quartet.dampen(model, lr * step / c.steps)
         optimizer.zero_grad(set_to_none=run is micro_step)
         stopping, evaluating = launch.stopping(stop) and not last, last or step % c.eval_every == 0
         saving = stopping or last or step % c.save_every == 0

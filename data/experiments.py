@@ -52,6 +52,11 @@ ROWS = {
     "quartet2_dy": both("four_six", "rht128x2", "ms_eden", "four_six"),
     "quartet2_turned": both("four_six", *eden)._replace(balance=True),
     "quintet_unturned": quartet.RECIPES["quintet"]._replace(balance=False),
+    **{f"fwd_search_dampen{n}": forward("scale_search", "scale_search")._replace(dampen=n)
+       for n in (5, 10, 20)},
+    "fwd_search_turned_dampen10": forward("scale_search", "scale_search")._replace(dampen=10, balance=True),
+    "quartet2_dampen10": quartet.RECIPES["quartet2"]._replace(dampen=10),
+    "quintet_unturned_dampen10": quartet.RECIPES["quintet"]._replace(dampen=10, balance=False),
     "plain": both("scale_search", "rht128x2", "four_six", "four_six"),
 }
 KNOBS = {"quartet2_end": ("quartet2", "--bf16_end=0.1"),                  # rows with knobs: recipe, knobs
