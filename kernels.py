@@ -587,11 +587,12 @@ def operand(t, quantizer, seed, codes, decoded, swizzled):
         return [t, t.new_empty(0, dtype=torch.uint8), torch.ones((), device=t.device), t]
     rows = BLOCK if quantizer.endswith("_16x16") else 1
     return quantize(t, quantizer.removesuffix("_16x16"), rows, seed, codes, decoded, swizzled)
-def weight(w, row, decoded):
-    """`operand` w; scales `swizzled` if none but FP4 tensor cores and tile_kernel are to read them."""
-    return operand(w, row.w, None, True, decoded, native(w, row) and bool(row.dx[2]) and not row.balance)
-def quantized(w, recipe): "quartet.quantized."; return tuple(weight(w, quartet.RECIPES[recipe], False)[:3])
-
+def quantized(w, recipe):
+    """quartet.quantized; scales `swizzled` where they go to FP4 tensor cores, but not w to be transposed."""
+    row = quartet.RECIPES[recipe]
+    return tuple(operand(w, row.w, None, True, False, native(w, row) and row.dx[2] is not None)[:3])
+def on_grid(w, recipe): "quartet.on_grid."; return operand(
+    w, quartet.RECIPES[recipe].w, None, False, True, False)[3]
 def rotation(name, words):
     """quartet.backward_matmul's R, permuted, and 1 / n, from words (4,) int64; of None: I, which is exact."""
     if name is None: return permuted(torch.eye(GROUP, device=words.device)), 1.0
@@ -602,22 +603,22 @@ def rotation(name, words):
 class QuantizedMatmul(torch.autograd.Function):
     """quartet.QuantizedMatmul: x (M, K), w (N, K) bf16; wq: `quantized` w, or Nones -> x w^T (M, N) bf16."""
     @staticmethod
-    def forward(ctx, x, w, recipe, turn, *wq):
-        row, x = quartet.RECIPES[recipe], quartet.turned(x, turn, 0)
+    def forward(ctx, x, w, recipe, *wq):
+        row = quartet.RECIPES[recipe]
         ctx.recipe, ctx.native = recipe, native(w, row)
         xq = operand(x, row.x, None, True, not ctx.native, ctx.native)
         if wq[0] is not None:
             t = NVFP4(wq[0], wq[1].view(torch.float8_e4m3fn), wq[2])
             wq = *wq, wq[0].new_empty(0) if ctx.native else quartet.decode(t, torch.bfloat16)
         else:
-            wq = weight(quartet.turned(w, turn, 1), row, not ctx.native)
-        ctx.save_for_backward(*wq[:3], turn, *((x,) if row.original_x or row.x == "bf16" else xq[:3]))
+            wq = operand(w, row.w, None, True, not ctx.native, ctx.native and row.dx[2] is not None)
+        ctx.save_for_backward(*wq[:3], *((x,) if row.original_x or row.x == "bf16" else xq[:3]))
         return matmul(xq, wq)
 
     @staticmethod
     def backward(ctx, dy):
         row, dx, dw = quartet.RECIPES[ctx.recipe], None, None
-        wq, turn, xq = ctx.saved_tensors[:3], ctx.saved_tensors[3], list(ctx.saved_tensors[4:])
+        wq, xq = ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])
         form = ctx.native, not ctx.native, ctx.native                           # codes, decoded, swizzled
         with torch.autocast(dy.device.type, enabled=False):
             words = quartet.draw(dy, 12)
@@ -631,7 +632,6 @@ class QuantizedMatmul(torch.autograd.Function):
                 saved = NVFP4(wq[0], wq[1].view(torch.float8_e4m3fn), wq[2])
                 if row.dx[2]:
                     wq = wq[:1] if row.w == "bf16" else wq
-                    if turn is not None: wq = [quartet.turned(quartet.decode(saved), turn, 0, back=True)]
                     w = rotate_quantize(wq, "", None, None, row.dx[2], R1, words[4], inverse1, *form)
                 elif ctx.native:
                     w = quartet.transpose(saved)
@@ -640,8 +640,8 @@ class QuantizedMatmul(torch.autograd.Function):
                 dx = matmul(e1, w)
             if ctx.needs_input_grad[1]:
                 x = rotate_quantize(xq, "", None, None, row.dw[2], R2, words[10], inverse2, *form)
-                dw = quartet.turned(matmul(e[-4:], x), turn, 1, back=True)
-        return dx, dw, *[None] * 5
+                dw = matmul(e[-4:], x)
+        return dx, dw, None, None, None, None
 
 if __name__ == "__main__":                          # check, time, or compile for another GPU: data/bench.py
     sys.modules["kernels"] = sys.modules[__name__]                      # what it imports is this module

@@ -1,11 +1,12 @@
 """Training linear layers in 4 bits: NVFP4, its quantizers, and the recipe Quartet II beside its rivals.
 
-This is the reference, in plain PyTorch; `python quartet.py` prints its sections in numbers. A linear layer
-multiplies three times: y = x w^T forward, dx = dy w and dw = dy^T x backward. FP4 tensor cores do that
-several times faster than bf16 ones if both operands are NVFP4: 4-bit values, a scale for every 16 along the
-summed axis. So x, w and dy are rounded to 4 bits. Forward, each error counts once: take the least squared
-error. Backward, errors of many steps add up in the weights and those of mean zero cancel: take a mean that is
-right. Quartet II, arXiv:2601.22813, does so by Four Over Six, section 4, and MS-EDEN, section 7.
+An article, and the project's reference, in plain PyTorch; `python quartet.py` prints its sections in numbers.
+
+A linear layer multiplies three times: y = x w^T forward, dx = dy w and dw = dy^T x backward. FP4 tensor cores
+do that several times faster than bf16 ones if both operands are NVFP4: 4-bit values, a scale for every 16
+along the summed axis. So x, w and dy are rounded to 4 bits. Forward, each error counts once: take the least
+squared error. Backward, errors of many steps add up in the weights and those of mean zero cancel: take a mean
+that is right. Quartet II, arXiv:2601.22813, does so by Four Over Six, section 4, and MS-EDEN, section 7.
 
 One decision shapes the code: the tensor scale is a power of two, chosen last. Rounding a block scale to E4M3
 is then rounding it to 4 significant bits: a block is final after one look, in one pass. Decoded values have
@@ -223,57 +224,30 @@ def rotate(x, R):
     # The last bit of float32 sums depends on the device. TF32, if on, is exact for bf16 values, as Linear's.
     return (x.reshape(-1, GROUP).float() @ R).view(x.shape)
 
-# Any T and U with T U^T = I cancel as well. If operands err by a share of their energy, (x T)(w U)^T errs by
-# tr(T^T A T) tr(U^T B U), A and B the second moments of x and w: least where these are made equal. Then two
-# rounds make columns alike. (One would make of a strong direction +-constant, and err along it: section 7.)
-def balance(x, w):
-    """T and U of a forward pass by its x (..., K) and w (N, K), floats of any dtype, K % 128 == 0.
-
-    -> (2, K/128, 128, 128) bf16, for groups of 128 columns; a rotation alone if x or w is not finite. T T^T
-    is the geometric mean of A^-1 and B. Source: WUSH, arXiv:2512.00956.
-    """
-    def moments(t):                             # scaled to mean 1; at least 1e-3 in any direction
-        t = t.reshape(-1, t.shape[-1])[:2**14].double()     # in float32, A may not be positive definite
-        t = (t / t.abs().amax().clamp(min=1e-37)).unflatten(1, (-1, GROUP)).transpose(0, 1)
-        m = t.mT @ t
-        mean = m.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        return ratio(m, mean) + 1e-3 * torch.eye(GROUP, device=t.device)
-    A, B = moments(x), moments(w)
-    if not (A + B).isfinite().all(): A = B = torch.eye(GROUP, device=A.device).double().expand_as(A)
-    L = torch.linalg.cholesky(A)
-    D, V = torch.linalg.eigh(L.mT @ B @ L)      # squared
-    R, n = rotation("rht128x2", torch.Generator().manual_seed(0))
-    T = torch.linalg.solve_triangular(L.mT, V * D[:, None] ** 0.25, upper=True)
-    T = (T @ (R.to(T) * n**-0.5)).bfloat16()
-    return torch.stack([T, torch.linalg.inv(T.double()).mT.bfloat16()])
-def turned(t, turn, i, back=False):
-    """t (..., K) bf16, turn of `balance` -> t turn[i], or back t turn[i]^T, (..., K) bf16. turn None: t."""
-    if turn is None: return t
-    dtype = torch.float32 if t.device.type == "cpu" and not NATIVE_BF16 else torch.bfloat16
-    g = t.reshape(-1, t.shape[-1] // GROUP, GROUP).transpose(0, 1).to(dtype)
-    return (g @ (turn[i].mT if back else turn[i]).to(dtype)).bfloat16().transpose(0, 1).reshape(t.shape)
-
 # ---- 7. MS-EDEN --------------------------------------------------------------------------------------------
 # RTN errs less than SR but shrinks: <q, v> < <v, v>. EDEN restores the length. Rotate, round v to q, multiply
 # by S = <v, v> / <v, q>: now <S q, v> = <v, v>, and as a random rotation leaves the error no direction of its
 # own, the mean of S q is v, whatever the rounding: 4/6 may choose it, by the angle between q and v. MS-EDEN
-# puts S into the block scale, the randomness into rounding that to E4M3. But one large value in a group
-# becomes +-constant under signs and one Hadamard; all 128 values sit on one grid point, RTN erases the rest
-# whatever the signs, and no averaging brings it back. (The paper's corollary overlooks that.) Two rounds,
-# R = D1 H D2 H, remove this bias at no cost: R is still one 128 x 128 matrix.
+# puts S into the block scale, the randomness into rounding that to E4M3. The mean is right only as far as the
+# rotated error has no direction. A group dominated by one large value becomes +-constant under signs and one
+# Hadamard, whatever the signs; all 128 values sit on one grid point, RTN erases the rest in every draw, and
+# no averaging brings it back. (The paper's corollary overlooks that.) Two rounds, R = D1 H D2 H, remove this
+# bias at no cost: R is still one 128 x 128 matrix.
 EDEN_MAX = SR_MAX / 0.93      # the paper's 6.07: some clipping pays. NMSE 9.32e-3; by .90 and .96, 9.47, 9.58
 def eden_factor(v, q):
     """S (M/rows, 1, K/16, 1) = <v, v> / <v, q> of blocks v (M/rows, rows, K/16, 16) and q; 1 if v = 0."""
-    # One S for 128 scaled values has a bias: blocks differ in scale. v is not clamped: clipping counts.
+    # One S for 128 scaled values has a bias of -9e-4 on N(0, 1): blocks of a group differ in scale
+    # (test_eden_factor_is_per_block). v is not clamped, so what clipping lost counts too.
     vv, vq = block_sum(v * v), block_sum(v * q)
     return torch.where(vq > 0, vv / vq, 1.0)
 def ms_eden(x, R, seed, four_six=False):
     """MS-EDEN: rotate, round values to nearest, and the scale times the block's EDEN factor stochastically.
 
     x (..., K) of any float dtype, K % 128 == 0; R of `rotation` (None: x is rotated already); seed as in sr
-    -> NVFP4 of x R, not normalised. NMSE 9.3e-3 on N(0, 1), 8.1e-3 with four_six. The mean is x R on N(0, 1),
-    within noise; one value of 100 in 128 leaves 0.1 of a draw's squared error, < 1e-4 if R has two rounds; of
-    300, 0.4 and 2e-4, but 5e-3 with four_six. Source: arXiv:2601.22813, Algorithm 1.
+    -> NVFP4 of x R, not normalised. NMSE 9.3e-3 on N(0, 1), 8.1e-3 with four_six. Before the scale is
+    rounded, <decode, x R> = <x R, x R> in every block. The mean is x R on N(0, 1), within noise; one value of
+    100 in 128 leaves 0.1 of a draw's squared error, < 1e-4 if R has two rounds; of 300, 0.4 and 2e-4, but
+    5e-3 with four_six. Source: arXiv:2601.22813, Algorithm 1.
     """
     b, amax, unit = blocks(rotate(x, R))
     s = over(amax, EDEN_MAX)                        # this first scale is not rounded
@@ -292,11 +266,12 @@ QUANTIZERS = {                              # name: function of (x, R, seed) -> 
     "bf16":           lambda x, R, seed: NVFP4(rotate(x, R).bfloat16(), x.new_empty(0),  # not quantized, to
                                                torch.ones((), device=x.device)),    # see what the others cost
     "rtn":            lambda x, R, seed: rtn(rotate(x, R)),
+    "rtn_16x16":      lambda x, R, seed: rtn(rotate(x, R), block=(16, 16)),
     "four_six":       lambda x, R, seed: four_six(rotate(x, R)),
-    "scale_search":   lambda x, R, seed: scale_search(rotate(x, R)),
-    **{f"{f.__name__}_16x16": lambda x, R, seed, f=f: f(rotate(x, R), (16, 16))
-       for f in (rtn, four_six, scale_search)},
+    "four_six_16x16": lambda x, R, seed: four_six(rotate(x, R), block=(16, 16)),
     "sr":             lambda x, R, seed: sr(rotate(x, R), seed),
+    "scale_search":   lambda x, R, seed: scale_search(rotate(x, R)),
+    "scale_search_16x16": lambda x, R, seed: scale_search(rotate(x, R), block=(16, 16)),
     "ms_eden":        ms_eden,
     "ms_eden_46":     lambda x, R, seed: ms_eden(x, R, seed, True),
 }
@@ -308,8 +283,7 @@ class Recipe(NamedTuple):
     dx: tuple                    # dx = dy w, sums over N: rotation, quantizer of dy, of w (None: as saved)
     dw: tuple                    # dw = dy^T x, over M:    rotation, quantizer of dy, of x
     original_x: bool = False     # dw quantizes the original x
-    balance: bool = False        # y = (x T)(w U)^T, T and U of `calibrate`; needs a quantizer of w in dx
-    dampen: float = 0.0          # strength of `dampen`, for the script that trains
+    dampen: float = 0.0          # how strongly w is pulled towards its quantized value, see section 10
 
 RECIPES = {
     "bf16":      None,           # all three GEMMs as in nn.Linear
@@ -324,7 +298,7 @@ RECIPES = {
     "quartet2":  Recipe("four_six", "four_six", ("rht128", "ms_eden", "ms_eden"),
                                                 ("rht128", "ms_eden", "ms_eden")),
     "quintet":   Recipe("scale_search", "scale_search", ("rht128x2", "ms_eden_46", "ms_eden_46"),    # ours
-                        ("rht128x2", "ms_eden_46", "ms_eden_46"), balance=True),
+                        ("rht128x2", "ms_eden_46", "ms_eden_46"), dampen=10.0),
 }
 
 # ---- 9. The linear layer -----------------------------------------------------------------------------------
@@ -359,39 +333,37 @@ def backward_matmul(row, e, other, words):
 def quantized(w, recipe):
     """w (N, K) bf16 -> codes, block_scale, tensor_scale of what y multiplies x by."""
     return tuple(QUANTIZERS[RECIPES[recipe].w](w, None, None))
+def on_grid(w, recipe):
+    """w (N, K) bf16 -> its values as y multiplies x by them, (N, K) bf16."""
+    return decode(NVFP4(*quantized(w, recipe)), torch.bfloat16)
 class QuantizedMatmul(torch.autograd.Function):
-    """x (M, K), w (N, K) bf16; wq: `quantized` w, or Nones -> x w^T (M, N) bf16, as are the gradients.
-
-    turn: of `balance`, or None. dx = dy (Q(w U) T^T), so that T does not act on noise; dw = dy^T Q(x T) U^T.
-    """
+    """x (M, K), w (N, K) bf16; wq: `quantized` w, or Nones -> x w^T (M, N) bf16, as are the gradients."""
     @staticmethod
-    def forward(ctx, x, w, recipe, turn, *wq):
-        row, ctx.recipe, x = RECIPES[recipe], recipe, turned(x, turn, 0)
-        wq = quantized(turned(w, turn, 1), recipe) if wq[0] is None else wq
-        xq = QUANTIZERS[row.x](x, None, None)
-        ctx.save_for_backward(*wq, turn, *((x,) if row.original_x else xq))
+    def forward(ctx, x, w, recipe, *wq):
+        row, ctx.recipe = RECIPES[recipe], recipe
+        xq, wq = QUANTIZERS[row.x](x, None, None), quantized(w, recipe) if wq[0] is None else wq
+        ctx.save_for_backward(*wq, *((x,) if row.original_x else xq))
         return matmul(xq, NVFP4(*wq))
     @staticmethod
     def backward(ctx, dy):
         row, dx, dw = RECIPES[ctx.recipe], None, None
-        wq, turn, *x = NVFP4(*ctx.saved_tensors[:3]), *ctx.saved_tensors[3:]
+        wq, x = NVFP4(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:]
         with torch.autocast(dy.device.type, enabled=False):
             words = draw(dy, 12)
             if ctx.needs_input_grad[0]:
-                w = turned(decode(wq, torch.bfloat16), turn, 0, True).T if row.dx[2] else transpose(wq)
+                w = decode(wq, torch.bfloat16).T if row.dx[2] else transpose(wq)
                 dx = backward_matmul(row.dx, dy, w, words[:6])
             if ctx.needs_input_grad[1]:
                 x = x[0] if row.original_x else decode(NVFP4(*x), torch.bfloat16)
                 e = F.pad(dy, (0, 0, 0, -len(dy) % GROUP)).T    # tokens of zeros, up to whole groups
-                dw = turned(backward_matmul(row.dw, e, x.T, words[6:]), turn, 1, True)
-        return dx, dw, *[None] * 5
+                dw = backward_matmul(row.dw, e, x.T, words[6:])
+        return dx, dw, None, None, None, None
 class Linear(torch.nn.Linear):
     """nn.Linear with its three GEMMs by a recipe. Same parameters, init and state dict; any leading shape.
 
     Computes on the bf16 values of x and weight; y has autocast's dtype or x's. For backward it keeps x and w
     in NVFP4, 0.56 bytes a value (x in bf16 if the recipe has original_x), and draws from the device's default
     generator. ValueError unless in_features % 16 == 0 and out_features % 16 == 0, % 128 where dx is rotated.
-    If the recipe has `balance`, x and w are turned from the first `calibrate` on, if in_features % 128 == 0.
     """
     weight_nvfp4, once = (), False              # of `quantized_weights`
     def __init__(self, in_features, out_features, bias=False, recipe="quartet2", backend="auto",
@@ -408,10 +380,9 @@ class Linear(torch.nn.Linear):
         with torch.autocast(kind, enabled=False):       # it would change the dtype of the sums in rotations
             x16, w16 = x.reshape(-1, self.in_features).bfloat16(), self.weight.bfloat16()
             matmul = module(self, kind).QuantizedMatmul.apply
-            y = matmul(x16, w16, self.recipe, self.T_U(), *(self.weight_nvfp4 if self.once else [None] * 3))
+            y = matmul(x16, w16, self.recipe, *(self.weight_nvfp4 if self.once else [None] * 3))
             y = y.to(dtype).view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(dtype)
-    def T_U(self): "Or None."; return getattr(self, "turn", None) if RECIPES[self.recipe].balance else None
     def extra_repr(self): return f"{super().extra_repr()}, recipe={self.recipe!r}"
 def load_kernels():
     """Import kernels.py -> what it lacks to run here, or None."""
@@ -460,37 +431,6 @@ def quantize_model(model, recipe, skip=(), backend="auto"):
     for m in linears.values(): m.__class__, m.recipe, m.backend = Linear, recipe, backend
     return list(linears)
 
-@torch.no_grad()
-def calibrate(model, *args):
-    """Choose anew how each Linear of a recipe with `balance` turns its x and w, by the x of model(*args).
-
-    Before training, and a few times during it. They are a buffer, `turn`, which is not in the state dict.
-    """
-    def choose(m, args):
-        with torch.autocast(args[0].device.type, enabled=False): turn = balance(args[0], m.weight)
-        m.turn.copy_(turn) if hasattr(m, "turn") else m.register_buffer("turn", turn, persistent=False)
-    layers = [m for m in model.modules() if isinstance(m, Linear) and RECIPES[m.recipe]]
-    layers = [m for m in layers if RECIPES[m.recipe].balance and m.in_features % GROUP == 0]
-    hooks = [m.register_forward_pre_hook(choose) for m in layers]
-    try:
-        with torch.compiler.set_stance("force_eager"): return model(*args) if hooks else None
-    finally:
-        for hook in hooks: hook.remove()
-
-@torch.no_grad()
-def dampen(model, share):
-    """Move weights by a share, times their recipe's `dampen`, of the way to their quantized values.
-
-    After a step of the optimizer, by the learning rate times the done part of training. A weight whose best
-    value is between two of the grid drifts to their border and flips; dampened, it rests. arXiv:2203.11086.
-    """
-    for m in model.modules():
-        if isinstance(m, Linear) and RECIPES[m.recipe] and RECIPES[m.recipe].dampen:
-            w, turn = m.weight.to_local() if hasattr(m.weight, "to_local") else m.weight, m.T_U()
-            q = QUANTIZERS[RECIPES[m.recipe].w](turned(w.bfloat16(), turn, 1), None, None)
-            q = turned(decode(q, torch.bfloat16), turn, 0, True)
-            w.lerp_(q.to(w.dtype), share * RECIPES[m.recipe].dampen)
-
 @contextlib.contextmanager
 def quantized_weights(model):
     """Within it, each Linear takes its weight as quantized at the start, which has a fixed place in memory.
@@ -500,8 +440,7 @@ def quantized_weights(model):
     layers = [m for m in model.modules() if isinstance(m, Linear) and RECIPES[m.recipe]]
     versions, kind = [m.weight._version for m in layers], lambda q: [(t.shape, t.dtype, t.device) for t in q]
     for m in layers:
-        w = turned(m.weight.detach().bfloat16(), m.T_U(), 1)
-        new, m.once = module(m, m.weight.device.type).quantized(w, m.recipe), True
+        new, m.once = module(m, m.weight.device.type).quantized(m.weight.detach().bfloat16(), m.recipe), True
         if kind(m.weight_nvfp4) != kind(new): m.weight_nvfp4 = new
         for old, t in zip(m.weight_nvfp4, new): old.copy_(t)
     try: yield
@@ -510,7 +449,26 @@ def quantized_weights(model):
     if versions != [m.weight._version for m in layers]:
         raise RuntimeError("a weight changed within quantized_weights: step the optimizer after it")
 
-if __name__ == "__main__":                  # print the sections above in numbers: data/demonstrate.py
+# ---- 10. Weights that come to rest -------------------------------------------------------------------------
+# The gradient is taken where the forward pass multiplies, at Q(w), and moves w. If the loss is least between
+# two grid points, w goes to the border between them and Q(w) flips from one to the other, until training
+# ends. Pulled towards Q(w), as weight decay pulls towards 0, w settles on one of the two.
+@torch.no_grad()
+def dampen(model, share):
+    """Move each weight of a Linear by share * its recipe's `dampen` of the way to its quantized value.
+
+    share: float, or () tensor on the weights' device. After a step of the optimizer, its learning rate times
+    the part of training that is done, so that weights are free at first; or every few steps their sum.
+    Source: oscillation dampening, Nagel et al. 2022, arXiv:2203.11086; here apart from gradients, as AdamW's
+    weight decay.
+    """
+    for m in model.modules():
+        if isinstance(m, Linear) and RECIPES[m.recipe] and RECIPES[m.recipe].dampen:
+            w = m.weight.to_local() if hasattr(m.weight, "to_local") else m.weight      # of FSDP2: some rows
+            values = module(m, w.device.type).on_grid(w.bfloat16(), m.recipe)
+            w.lerp_(values.to(w.dtype), share * RECIPES[m.recipe].dampen)
+
+if __name__ == "__main__":                      # print the sections in numbers: data/demonstrate.py
     sys.path.append(os.path.join(os.path.dirname(__file__), "data"))
     import demonstrate
     demonstrate.main()

@@ -77,6 +77,7 @@ CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"
                device=("auto", "cpu", "cuda"), shard=("true", "false"))
 CODE = ("quartet.py", "kernels.py", "train_gpt.py", "data/launch.py")
 CHECKPOINTS = ("checkpoint.pt", "previous.pt")  # the last one, and the one before
+DAMPEN_EVERY = 10
 MODEL_KNOBS = ("layers", "width", "heads", "hidden", "vocab_size", "sequence")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16, datasheets
 
@@ -241,16 +242,12 @@ def evaluate(model, data, c, device):
         sums = [(model(x, y).double() * y.numel(), y.numel()) for x, y in data.in_order(c, device)]
     loss, tokens = map(sum, zip(*sums))
     return loss.item() / tokens
+
 def learning_rate(c, step):
     """10% of the steps linear warm-up, then a cosine from lr to lr / 10."""
     warmup = max(1, c.steps // 10)
     if step < warmup: return c.lr * (step + 1) / warmup
     return c.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, c.steps - warmup)))
-def calibrates(c, step, checkpoint):
-    """Whether layers that turn x and w find their matrices anew: 20 times a run, and where there are none."""
-    period = max(1, c.steps // 20)
-    none = bool(checkpoint) and not checkpoint["turns"] and step == checkpoint["step"] + 1
-    return none or step % period == 1 % period
 
 def make_optimizer(model, c):
     """AdamW; weight decay on the weights of linear layers, none on embedding and norms."""
@@ -280,7 +277,7 @@ def load(mode, word, knobs):
         older = path.with_name(CHECKPOINTS[1])
         advice = f"take the one before, {mode} {older}" if older.exists() and older != path else "train again"
         raise UserError(f"{path} is not a whole checkpoint ({type(e).__name__}): {advice}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "train_gpt 3":
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "train_gpt 4":
         raise UserError(f"{path} was not written by this version of train_gpt.py")
     old = checkpoint["config"]
     other = [f"--{k}={knobs[k]} (saved: {old[k]})" for k in MODEL_KNOBS if knobs.get(k, old[k]) != old[k]]
@@ -293,7 +290,7 @@ def save(directory, **state):
     part, (new, old) = directory / "checkpoint.part", (directory / name for name in CHECKPOINTS)
     try:
         with open(part, "wb") as f:
-            torch.save(dict(format="train_gpt 3", **state), f)
+            torch.save(dict(format="train_gpt 4", **state), f)
             f.flush(), os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # torch.save turns the first into the second
         part.unlink(missing_ok=True)
@@ -392,7 +389,6 @@ def train(c, data, directory, stop, checkpoint=None):
     for step in range(start + 1, c.steps + 1):
         begin, last = time.perf_counter(), step == c.steps
         before, recipe = recipe, "bf16" if step > c.steps * (1 - c.bf16_end) else c.recipe
-        if calibrates(c, step, checkpoint): launch.calibrate(model, *data[0].random(c, step, 0, device))
         if recipe != before:
             quartet.quantize_model(model.blocks[:model.nvfp4], recipe, backend=c.backend)
             run = micro_step
@@ -411,7 +407,8 @@ def train(c, data, directory, stop, checkpoint=None):
         norm = norm.full_tensor() if shard else norm
         optimizer.found_inf = (~norm.isfinite()).float()  # then a fused AdamW skips the step, without a sync
         optimizer.step()
-        quartet.dampen(model, lr * step / c.steps)
+        if step % DAMPEN_EVERY == 0:  # for so many steps at once: cheaper. Not if this one was skipped
+            quartet.dampen(model, DAMPEN_EVERY * lr * step / c.steps * norm.isfinite())
         optimizer.zero_grad(set_to_none=run is micro_step)
         stopping, evaluating = launch.stopping(stop) and not last, last or step % c.eval_every == 0
         saving = stopping or last or step % c.save_every == 0
@@ -524,7 +521,6 @@ def main(argv):
         device, _ = pick_device(c)
         model = GPT(c, partial(quartet.Linear, recipe=c.recipe.split(",")[0], backend=c.backend)).to(device)
         model.load_state_dict(checkpoint["model"])
-        launch.turn(model, checkpoint)
         recipes = c.recipe.split(",") if "recipe" in knobs else ()
         if mode == "eval": return eval_recipes(model, c, device, recipes)
         for piece in sample_text(model, c, device): print(piece, end="", flush=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch
-import quartet, train_gpt, variants
+import quartet, train_gpt
 from demonstrate import sr_four_six
 from quartet import Recipe
 
@@ -37,8 +37,7 @@ ROWS = {
     "fwd_rtn": forward("rtn", "rtn"), "fwd_four_six": forward("four_six", "four_six"),
     "fwd_rtn_16x16": forward("rtn", "rtn_16x16"), "fwd_four_six_16x16": forward("four_six", "four_six_16x16"),
     "fwd_search": forward("scale_search", "scale_search"),
-    "fwd_four_six_turned": forward("four_six", "four_six")._replace(balance=True),
-    "fwd_search_turned": forward("scale_search", "scale_search")._replace(balance=True),
+    "fwd_search_dampen": forward("scale_search", "scale_search")._replace(dampen=10.0),
     "x_four_six": forward("four_six", "bf16"), "w_four_six": forward("bf16", "four_six"),
     "x_search": forward("scale_search", "bf16"), "w_search": forward("bf16", "scale_search"),
     "bwd_sr": backward("rht128", "sr", "sr"), "bwd_sr_46": backward("rht128", "sr_46", "sr_46"),
@@ -50,13 +49,8 @@ ROWS = {
     "quartet2_x2": both("four_six", "rht128x2", "ms_eden", "ms_eden"),
     "quartet2_46": both("four_six", "rht128x2", "ms_eden_46", "ms_eden_46"),
     "quartet2_dy": both("four_six", "rht128x2", "ms_eden", "four_six"),
-    "quartet2_turned": both("four_six", *eden)._replace(balance=True),
-    "quintet_unturned": quartet.RECIPES["quintet"]._replace(balance=False),
-    **{f"fwd_search_dampen{n}": forward("scale_search", "scale_search")._replace(dampen=n)
-       for n in (5, 10, 20)},
-    "fwd_search_turned_dampen10": forward("scale_search", "scale_search")._replace(dampen=10, balance=True),
-    "quartet2_dampen10": quartet.RECIPES["quartet2"]._replace(dampen=10),
-    "quintet_unturned_dampen10": quartet.RECIPES["quintet"]._replace(dampen=10, balance=False),
+    "quartet2_dampen": quartet.RECIPES["quartet2"]._replace(dampen=10.0),
+    "quintet_undampened": quartet.RECIPES["quintet"]._replace(dampen=0.0),
     "plain": both("scale_search", "rht128x2", "four_six", "four_six"),
 }
 KNOBS = {"quartet2_end": ("quartet2", "--bf16_end=0.1"),                  # rows with knobs: recipe, knobs
@@ -64,18 +58,17 @@ KNOBS = {"quartet2_end": ("quartet2", "--bf16_end=0.1"),                  # rows
 GROUPS = {
     "recipes": "bf16 nvidia four_six tetrajet2 quartet2 quintet",
     "close": "bf16 quartet2 quintet",
-    "forward": "bf16 fwd_rtn_16x16 fwd_four_six_16x16 fwd_rtn fwd_four_six fwd_search"
-               " fwd_four_six_turned fwd_search_turned",
+    "forward": "bf16 fwd_rtn_16x16 fwd_four_six_16x16 fwd_rtn fwd_four_six fwd_search fwd_search_dampen",
     "operands": "bf16 x_four_six w_four_six x_search w_search",
     "backward": "bf16 bwd_sr bwd_sr_46 bwd_eden bwd_eden_x2 bwd_eden_46 bwd_four_six bwd_search",
-    "parts": "bf16 quartet2_rtn quartet2 quartet2_search quartet2_x2 quartet2_46 quartet2_turned"
-             " quintet_unturned quintet",
+    "parts": "bf16 quartet2_rtn quartet2 quartet2_search quartet2_x2 quartet2_46 quartet2_dampen"
+             " quintet_undampened quintet",
 }
 
 def register():
-    """Make ROWS recipes, variants.py's too (they replace bf16's layers), and SR with 4/6 a quantizer."""
+    """Make ROWS recipes, and SR with 4/6 a quantizer."""
     quartet.QUANTIZERS["sr_46"] = lambda x, R, seed: sr_four_six(quartet.rotate(x, R), seed)
-    quartet.RECIPES.update(ROWS | dict.fromkeys(variants.VARIANTS))
+    quartet.RECIPES.update(ROWS)
 
 def log_of(size, corpus, row, seed):
     return RESULTS / f"{size}-{corpus}-{row}-{seed}.jsonl"
@@ -154,8 +147,6 @@ def main(arguments):
     if arguments[:1] == ["train"]:
         keep_checkpoints([int(a[7:]) for a in arguments if a.startswith("--keep=")])
         arguments = [a for a in arguments if not a.startswith("--keep=")]
-        for name in variants.VARIANTS:
-            if f"--recipe={name}" in arguments: variants.install(name)
         return train_gpt.main(arguments[1:])
     words = [a for a in arguments if not a.startswith("--")]
     knobs = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--"))

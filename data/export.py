@@ -8,8 +8,7 @@ hf                  linear layers in bf16, the values that the forward pass mult
 compressed-tensors  the same values in 4 bits, `nvfp4-pack-quantized`: codes and scales as trained; all else
                     in bf16, which is what the package of that name decodes the codes to
 
-A recipe like quartet2 trains with weights that are NVFP4, so neither rounds those again. (Turned back, those
-of a recipe with `balance` are rounded to bf16; compressed-tensors has no place for the turn.) Inputs are not
+A recipe like quartet2 trains with weights that are NVFP4, so neither rounds those again. Inputs are not
 quantized: software that loads the files multiplies these weights by inputs of its own precision.
 """
 import argparse, json, sys
@@ -36,17 +35,14 @@ def split(layer, w, heads):
     if layer == "up": return dict(zip(("mlp.gate_proj", "mlp.up_proj"), w.chunk(2)))
     return {dict(out="self_attn.o_proj", down="mlp.down_proj")[layer]: w}
 
-def tensors(c, state, packed, turns={}):
-    """Config, state dict and turns of a run -> {name: tensor} in Llama's layout, and names of layers left.
+def tensors(c, state, packed):
+    """Config and state dict of a run -> {name: tensor} in Llama's layout, and names of layers left as is.
 
     packed: of a quantized layer its weight_packed (N, K/2) uint8, weight_scale (N, K/16) E4M3 and
     weight_global_scale (1,), which divides: the inverse of the tensor scale, a power of two; all else is
     bf16. If not, its weight, bf16, exact; all else in float32.
     """
     row = quartet.RECIPES[c.recipe]
-    if packed and turns:
-        raise UserError(f"{c.recipe} turns its inputs before it quantizes them, which this format lacks: "
-                        "take --format=hf, where turned weights are turned back")
     quantized = max(0, c.layers - c.bf16_blocks) if row and row.w != "bf16" and c.bf16_end == 0 else 0
     out, ignore = {}, ["lm_head"]
     for ours, theirs in (("embedding", "model.embed_tokens"), ("norm", "model.norm"), ("head", "lm_head")):
@@ -57,10 +53,9 @@ def tensors(c, state, packed, turns={}):
         for layer in ("qkv", "out", "up", "down"):
             w, put = state[f"blocks.{i}.{layer}.weight"], {}
             if i < quantized:
-                turn = turns.get(f"blocks.{i}.{layer}")
-                t = quartet.NVFP4(*quartet.quantized(quartet.turned(w.bfloat16(), turn, 1), c.recipe))
+                t = quartet.NVFP4(*quartet.quantized(w.bfloat16(), c.recipe))
                 put = (dict(weight_packed=t.codes, weight_scale=t.block_scale) if packed else
-                       dict(weight=quartet.turned(quartet.decode(t, torch.bfloat16), turn, 0, back=True)))
+                       dict(weight=quartet.decode(t, torch.bfloat16)))
             for kind, value in (put or dict(weight=w)).items():
                 for name, part in split(layer, value, c.heads).items():
                     name = f"model.layers.{i}.{name}"
@@ -112,7 +107,7 @@ def export(run, directory, packed):
     except ImportError as e: raise UserError(f"{e}: pip install safetensors") from None
     c, _, checkpoint = train_gpt.load("eval", run, {})
     if directory.exists(): raise UserError(f"{directory} exists: take another name, nothing is overwritten")
-    found, ignore = tensors(c, checkpoint["model"], packed, checkpoint["turns"])
+    found, ignore = tensors(c, checkpoint["model"], packed)
     part = directory.with_name(directory.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
     files = {"config.json": config(c, ignore if packed else None)}

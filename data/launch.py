@@ -53,7 +53,7 @@ def wrap(model, shard, compiled):
         for block in model.blocks: fully_shard(block)
         fully_shard(model)
     elif WORLD > 1:
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     return model
 def reduce_gradients(net, last):
     """Whether the next backward pass ends with gradients averaged over processes: the last of a step does."""
@@ -70,18 +70,7 @@ def snapshot(model, optimizer):
         return None if RANK else t.cpu() if isinstance(t, torch.Tensor) else t
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return dict(model=tree_map(whole, model.state_dict()), optimizer=tree_map(whole, optimizer.state_dict()),
-                turns={name: m.turn.cpu() for name, m in model.named_modules() if hasattr(m, "turn")},
                 rng=gather(dict(cpu=torch.get_rng_state(), cuda=cuda)))
-def calibrate(model, *batch):
-    """quartet.calibrate; all processes take rank 0's matrices, so that they round weights alike."""
-    quartet.calibrate(model, *batch)
-    for m in model.modules() if WORLD > 1 else ():
-        if hasattr(m, "turn"): dist.broadcast(m.turn, 0)
-def turn(model, saved):
-    """Give layers the matrices of a checkpoint that quartet.calibrate found."""
-    for name, t in saved["turns"].items():
-        m = model.get_submodule(name)
-        m.register_buffer("turn", t.to(m.weight.device), persistent=False)
 def restore(model, optimizer, saved, seed):
     """The inverse of `snapshot`; where there were other processes, noise has new seeds."""
     def part(t, p):
@@ -90,7 +79,6 @@ def restore(model, optimizer, saved, seed):
         return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
     params, order = dict(model.named_parameters()), [p for g in optimizer.param_groups for p in g["params"]]
     model.load_state_dict({name: part(t, params[name]) for name, t in saved["model"].items()})
-    turn(model, saved)
     state = {i: {k: part(t, order[i]) for k, t in s.items()} for i, s in saved["optimizer"]["state"].items()}
     optimizer.load_state_dict(saved["optimizer"] | dict(state=state))
     if len(saved["rng"]) != WORLD: return torch.manual_seed((seed << 20) + saved["step"] * WORLD + RANK)

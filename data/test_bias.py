@@ -58,7 +58,7 @@ def test_command_prints_and_writes_every_layer(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bias, "METHODS", {m: bias.METHODS[m] for m in ("sr 4/6", "ms_eden 4/6")})
     prepare.write_shard(tmp_path / "my_val_000000.bin", np.random.default_rng(0).integers(0, 256, 1000))
     c = train_gpt.Config(**KNOBS, recipe="bf16", corpus=str(tmp_path / "my"))
-    torch.save(dict(format="train_gpt 3", config=vars(c), model=train_gpt.GPT(c).state_dict(), turns={}),
+    torch.save(dict(format="train_gpt 4", config=vars(c), model=train_gpt.GPT(c).state_dict()),
                tmp_path / "checkpoint.pt")
     bias.main([str(tmp_path), "--draws=16", "--batch=1", "--operands=on"])
     rows = [json.loads(line) for line in (tmp_path / "bias.jsonl").read_text().splitlines()]

@@ -7,7 +7,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import numpy as np
 import pytest
 import torch
-import launch, prepare, train_gpt
+import launch, prepare, quartet, train_gpt
 
 KNOBS = dict(layers=1, width=128, heads=1, hidden=128, sequence=32, batch=1, tokens_per_step=128, steps=6,
              lr=3e-3, eval_every=3, eval_tokens=64, save_every=3, sample_tokens=1, device="cpu",
@@ -50,7 +50,7 @@ def main():
     """Every run that the tests look at, from one process: its imports take longer than a run."""
     tokens = np.random.default_rng(0).integers(32, 64, 4096, np.uint16)
     for split in "train", "val": prepare.write_shard(Path(f"tiny_{split}_000000.bin"), tokens)
-    train_gpt.DATA = Path.cwd()
+    train_gpt.DATA, train_gpt.DAMPEN_EVERY = Path.cwd(), 6
     for name, processes, shard in ("one", 1, "false"), ("two", 2, "false"), ("shared", 2, "true"):
         for recipe in "bf16", "quintet":
             assert not any(run(f"{name}-{recipe}", processes, recipe=recipe, shard=shard))
@@ -58,6 +58,8 @@ def main():
             Path(f"runs/{name}-resumed").mkdir()
             shutil.copy(f"runs/{name}-quintet/previous.pt", f"runs/{name}-resumed/checkpoint.pt")
             assert not any(run(f"{name}-resumed", 2, "resume", f"{name}-resumed"))
+    train_gpt.DAMPEN_EVERY = 7
+    assert not any(run("undampened", 2, recipe="quintet", shard="true"))
     assert not any(run("compared", 2, recipe="bf16,rtn", steps=2))
     statuses = [run(f.__name__, 2, instead=f) for f in (fail, stop)]
     Path("statuses").write_text(json.dumps(statuses))
@@ -95,6 +97,13 @@ def test_a_resumed_run_is_the_same_to_the_bit_with_noise_of_its_own_in_each_proc
         assert all(torch.equal(p[k], b["optimizer"]["state"][i][k]) for k in p)
     assert len(a["rng"]) == 2 and not torch.equal(a["rng"][0]["cpu"], a["rng"][1]["cpu"])
     assert all(torch.equal(p["cpu"], q["cpu"]) for p, q in zip(a["rng"], b["rng"]))
+
+def test_shards_of_weights_are_dampened(place):
+    before, after = (checkpoint(place, name)["model"] for name in ("undampened", "shared-quintet"))
+    lr = train_gpt.learning_rate(train_gpt.Config(**KNOBS), 5)
+    for name, w in before.items():
+        values = quartet.on_grid(w.bfloat16(), "quintet").float() if ".0" in name and w.dim() == 2 else w
+        assert torch.equal(after[name], torch.lerp(w, values, torch.tensor(10 * 6 * lr)))
 
 def test_only_rank_0_prints_and_writes(place):
     for name in "two-quintet", "shared-quintet":
