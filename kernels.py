@@ -213,7 +213,7 @@ def quantize_blocks(b, first, i, seed, QUANTIZER: tl.constexpr, ROWS: tl.constex
         elif QUANTIZER == "scale_search":
             code = bits(six) & 0x7FFFFFFF                               # NaN may be negative
             for n in tl.static_range(-1, 6):                            # quartet.SEARCH: 0 came first
-                if n != 0:
+                if n == -1 or n == 1 or n > 3:
                     s = power_of_two(tl.where(code > 0, code + n * 1048576, 0))
                     found = better(try_scale(b, s, n < 0, ROWS, BF16), found)
         q, s, _ = found

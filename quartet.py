@@ -153,9 +153,10 @@ def four_six(x, block=(1, BLOCK)):
     q, s = nearest(b / unit, (round_scale(over(amax, top)) for top in (6.0, 4.0)))
     return assemble(x.shape, q, s * unit)
 
-SEARCH = 0, -1, 1, 2, 3, 4, 5               # steps of E4M3 from amax / 6; amax / 4 is 4 or 5 of them up
+SEARCH = 0, -1, 1, 4, 5                     # steps of E4M3 from amax / 6; amax / 4 is 4 or 5 of them up
 def scale_search(x, block=(1, BLOCK)):
-    """4/6 to its end: of scales near amax / 6 that of least error. NMSE 6.7e-3, 11.5e-3 with 16x16 blocks."""
+    """4/6 to its end: of scales near amax / 6 that of least error. NMSE 6.7e-3, 11.6e-3 with 16x16 blocks."""
+    # All of -1 to 5 have 6.68e-3 instead of 6.72e-3, and take 4/3 of the time.
     b, amax, unit = blocks(x, block)
     code = round_scale(over(amax, E2M1_MAX)).abs().view(torch.int32)    # NaN may be negative
     q, s = nearest(b / unit, (torch.where(code > 0, code + (n << 20), 0).view(torch.float32) for n in SEARCH))
@@ -297,8 +298,8 @@ RECIPES = {
     "tetrajet2": Recipe("rtn", "rtn", ("rht32", "sr", "sr"), ("rht32", "sr", "sr")),
     "quartet2":  Recipe("four_six", "four_six", ("rht128", "ms_eden", "ms_eden"),
                                                 ("rht128", "ms_eden", "ms_eden")),
-    "quintet":   Recipe("scale_search", "scale_search", ("rht128x2", "ms_eden_46", "ms_eden_46"),    # ours
-                        ("rht128x2", "ms_eden_46", "ms_eden_46"), dampen=10.0),
+    "quintet":   Recipe("scale_search", "scale_search", ("rht128x2", "ms_eden", "ms_eden"),          # ours
+                                            ("rht128x2", "ms_eden", "ms_eden"), dampen=10.0),
 }
 
 # ---- 9. The linear layer -----------------------------------------------------------------------------------

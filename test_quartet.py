@@ -212,7 +212,7 @@ def test_codes_and_scales_equal_the_peers_formula(f, most, k):
 
 @pytest.mark.parametrize("name, nmse, bias", [                           # times 1e-3
     ("rtn", 9.0, -4.5), ("rtn_16x16", 12.4, -9.1), ("four_six", 7.6, -3.4), ("four_six_16x16", 12.4, -9.0),
-    ("scale_search", 6.7, -7.4), ("scale_search_16x16", 11.5, -9.6), ("sr", 23.5, 0), ("ms_eden", 9.3, 0),
+    ("scale_search", 6.7, -7.4), ("scale_search_16x16", 11.6, -9.6), ("sr", 23.5, 0), ("ms_eden", 9.3, 0),
     ("ms_eden_46", 8.1, 0), ("sr_four_six", 17.5, 7.3)])
 def test_nmse_and_bias_on_normal_values(name, nmse, bias, monkeypatch):
     x = normal(1024, 1024, seed=3)
@@ -227,8 +227,8 @@ def test_scale_search_takes_the_scale_of_least_error():
     x = torch.cat([normal(64, 512), normal(64, 512, seed=1) ** 3, F.pad(normal(4, 16), (0, 496))])
     t, b = scale_search(x), x.view(len(x), -1, 16).double()
     amax, grid = b.abs().amax(-1), torch.tensor(FOUR_BITS)
-    at = torch.searchsorted(grid, nearest(amax / 6, FOUR_BITS).double())[..., None] + torch.arange(-1, 6)
-    s = grid[at] * (amax > 0)[..., None]                                 # all seven candidates, in float64
+    at = torch.searchsorted(grid, nearest(amax / 6, FOUR_BITS).double())[..., None]
+    s = grid[at + torch.tensor([-1, 0, 1, 4, 5])] * (amax > 0)[..., None]            # all, in float64
     q = nearest(b[..., None, :] / s[..., None].clamp(min=1e-99), E2M1).double()
     errors = (q * s[..., None] - b[..., None, :]).square().sum(-1)
     found = (decode(t).view(b.shape).double() - b).square().sum(-1)
@@ -688,7 +688,7 @@ def test_the_check_of_kernels_passes_and_sees_a_wrong_bit(monkeypatch, capsys):
     assert not bench.check(DEVICE, [(16, 128)]) and "16 x 128, rtn: codes" in capsys.readouterr().out
 
 def test_kernels_compile_for_every_target_without_spills(tmp_path):
-    lines = {"sm_90a": 8, "sm_100a": 15, "sm_120a": 15}                  # with FP4, a prediction too
+    lines = {"sm_90a": 9, "sm_100a": 16, "sm_120a": 16}                  # with FP4, a prediction too
     running = {target: subprocess.Popen(
         [sys.executable, HERE / "kernels.py", f"--target={target}", f"--dump={tmp_path}"],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for target in lines}

@@ -37,9 +37,9 @@ def configurations(major):
     native, options = major >= 10, kernels.tile_options(major)
     skip, out = ("decoded", 0.5) if native else ("codes", 2.0)          # what no GEMM takes; else bytes
     flat = dict(ROWS=1, FP4=native, B=256, **({"decoded_ptr": None} if native else {}))
-    for q in ("rtn", "four_six", "sr"):             # bytes: 2 in, codes, decoded, and 1/8 of scales
-        yield (f"quantize {q}", kernels.quantize_kernel, dict(flat, QUANTIZER=q), {}, 4096,
-               2.625 + 2 * (not native))
+    for q in ("rtn", "four_six", "scale_search", "sr"):         # bytes: 2 in, codes, decoded, 1/8 of scales
+        yield (f"quantize {q}", kernels.quantize_kernel, dict(flat, QUANTIZER=q),
+               dict(num_warps=8 if q == "scale_search" else 4), 4096, 2.625 + 2 * (not native))
     tile = {f"row_{skip}": None, f"col_{skip}": None, "SWIZZLED": native, "COL": "ms_eden",
             **{name: options.pop(name) for name in ("FP4", "H")}}
     both = dict(tile, ROW="ms_eden", x_scale_ptr=None, tensor_scale_ptr=None)
@@ -110,12 +110,14 @@ def predict(bounds, bf16, fp4):
     print(f"PREDICTED, from these bounds (encode: bytes) and published peaks of {bf16 / 1e12:g} and "
           f"{fp4 / 1e12:g} TFLOP/s; nothing was run:\nforward + backward over bf16, {TOKENS} tokens; in "
           "brackets what the paper measured on an RTX 5090")
-    x_w, dy_both, encode = (1e-15 * sum(bounds[name] for name in names) for names in (
-        ("quantize four_six", "requantize ms_eden"), ("both ms_eden",), ("encode ms_eden",) * 2))
+    again, dy_both, encode = (1e-15 * n * bounds[f"{name} ms_eden"] for name, n in (
+        ("requantize", 1), ("both", 1), ("encode", 2)))
     for model, (h, f, paper) in PAPER.items():
         x, w, dy = TOKENS * (3 * h + f), 4 * h * h + 3 * h * f, TOKENS * (5 * h + 2 * f)       # values
-        time = 6 * TOKENS * w / fp4 + (x + w) * (x_w + encode) + dy * (dy_both + encode)
-        print(f"{model:>5}: {6 * TOKENS * w / bf16 / time:.2f} ({paper})")
+        times = [6 * TOKENS * w / fp4 + (x + w) * (1e-15 * bounds[f"quantize {q}"] + again + encode)
+                 + dy * (dy_both + encode) for q in ("four_six", "scale_search")]
+        quartet2, quintet = (6 * TOKENS * w / bf16 / time for time in times)
+        print(f"{model:>5}: quartet2 {quartet2:.2f} ({paper}), quintet {quintet:.2f}")
 
 # ---- 2. Check and time on the GPU that is here -------------------------------------------------------------
 def cases(x, flat, rotated):
@@ -172,7 +174,7 @@ def time_quantizers(x, native):
     peak = 2 * copy.nbytes / min(map(seconds, copies))
     title = f"{len(x)} x {x.shape[1]}; a copy: {peak / 1e12:.2f} TB/s"
     print(f"\n{title:34}{'B/value':>8}{'us':>8}{'TB/s':>6}{'of copy':>8}{'compiled':>10}{'ratio':>6}")
-    for name, inputs, ours, theirs in cases(x, ("rtn", "four_six", "sr"), ("ms_eden",)):
+    for name, inputs, ours, theirs in cases(x, ("rtn", "four_six", "scale_search", "sr"), ("ms_eden",)):
         for decoded in (False,) if native else (False, True):
             torch.compiler.reset()                  # else it gives up after some compilations of a function
             rival = torch.compile(lambda: [quartet.decode(t, torch.bfloat16) if decoded else t

@@ -44,14 +44,11 @@ ROWS = {
     "bwd_eden": backward(*eden), "bwd_eden_x2": backward("rht128x2", "ms_eden", "ms_eden"),
     "bwd_eden_46": backward("rht128x2", "ms_eden_46", "ms_eden_46"),
     "bwd_four_six": backward("rht128x2", "four_six", "four_six"),
-    "bwd_search": backward("rht128x2", "scale_search", "scale_search"),
     "quartet2_rtn": both("rtn", *eden), "quartet2_search": both("scale_search", *eden),
     "quartet2_x2": both("four_six", "rht128x2", "ms_eden", "ms_eden"),
     "quartet2_46": both("four_six", "rht128x2", "ms_eden_46", "ms_eden_46"),
     "quartet2_dy": both("four_six", "rht128x2", "ms_eden", "four_six"),
     "quartet2_dampen": quartet.RECIPES["quartet2"]._replace(dampen=10.0),
-    "quintet_undampened": quartet.RECIPES["quintet"]._replace(dampen=0.0),
-    "plain": both("scale_search", "rht128x2", "four_six", "four_six"),
 }
 KNOBS = {"quartet2_end": ("quartet2", "--bf16_end=0.1"),                  # rows with knobs: recipe, knobs
          "quartet2_end5": ("quartet2", "--bf16_end=0.05"), "quartet2_end2": ("quartet2", "--bf16_end=0.02")}
@@ -60,9 +57,8 @@ GROUPS = {
     "close": "bf16 quartet2 quintet",
     "forward": "bf16 fwd_rtn_16x16 fwd_four_six_16x16 fwd_rtn fwd_four_six fwd_search fwd_search_dampen",
     "operands": "bf16 x_four_six w_four_six x_search w_search",
-    "backward": "bf16 bwd_sr bwd_sr_46 bwd_eden bwd_eden_x2 bwd_eden_46 bwd_four_six bwd_search",
-    "parts": "bf16 quartet2_rtn quartet2 quartet2_search quartet2_x2 quartet2_46 quartet2_dampen"
-             " quintet_undampened quintet",
+    "backward": "bf16 bwd_sr bwd_sr_46 bwd_eden bwd_eden_x2 bwd_eden_46 bwd_four_six",
+    "parts": "bf16 quartet2_rtn quartet2 quartet2_search quartet2_x2 quartet2_46 quartet2_dampen quintet",
 }
 
 def register():
