@@ -298,8 +298,9 @@ RECIPES = {
     "tetrajet2": Recipe("rtn", "rtn", ("rht32", "sr", "sr"), ("rht32", "sr", "sr")),
     "quartet2":  Recipe("four_six", "four_six", ("rht128", "ms_eden", "ms_eden"),
                                                 ("rht128", "ms_eden", "ms_eden")),
-    "quintet":   Recipe("scale_search", "scale_search", ("rht128x2", "ms_eden", "ms_eden"),          # ours
-                                            ("rht128x2", "ms_eden", "ms_eden"), dampen=10.0),
+    # ours: scales searched forward, two rounds of rotation backward, weights that come to rest (section 10)
+    "quintet":   Recipe("scale_search", "scale_search", ("rht128x2", "ms_eden", "ms_eden"),
+                                                        ("rht128x2", "ms_eden", "ms_eden"), dampen=10.0),
 }
 
 # ---- 9. The linear layer -----------------------------------------------------------------------------------
@@ -365,6 +366,7 @@ class Linear(torch.nn.Linear):
     Computes on the bf16 values of x and weight; y has autocast's dtype or x's. For backward it keeps x and w
     in NVFP4, 0.56 bytes a value (x in bf16 if the recipe has original_x), and draws from the device's default
     generator. ValueError unless in_features % 16 == 0 and out_features % 16 == 0, % 128 where dx is rotated.
+    A recipe with `dampen` wants that function called after steps of the optimizer.
     """
     weight_nvfp4, once = (), False              # of `quantized_weights`
     def __init__(self, in_features, out_features, bias=False, recipe="quartet2", backend="auto",
