@@ -6,6 +6,10 @@ SIZE is one of SIZES below, GROUP one of GROUPS or names of rows by commas. Each
 time. A finished run leaves its log, data/results/SIZE-CORPUS-ROW-SEED.jsonl, and is not repeated; one stopped
 by Ctrl-C or SIGTERM goes on from there. data/figures.py makes tables and pictures of what is there.
 
+The test of quintet, written down before its runs: `10m quartet2@1000+bf16,quintet --seeds=21,...,28`. It is
+better than quartet2 if the 95% interval (Student's t) of the mean paired difference of the last losses lies
+below 0; the goal is that this mean is 15% of quartet2's mean gap to bf16 or more.
+
 Two seeds differ by what happens early, and far more than two recipes do. So a GROUP may be START+GROUP, where
 START is ROW@STEP, as in quartet2@3400+forward: then all rows of a seed go on from that step of that row.
 """
