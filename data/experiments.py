@@ -1,8 +1,8 @@
 """The runs behind the README's results: recipes and their parts, on equal data, seeds and steps.
 
-    python data/experiments.py SIZE GROUP [--seeds=1,2,3] [--corpus=novels] [--steps=N] [--jobs=1]
+    python data/experiments.py SIZE GROUP ... [--seeds=1,2,3] [--corpus=novels] [--steps=N] [--jobs=1]
 
-SIZE is one of SIZES below, GROUP one of GROUPS or names of rows by commas. Each GPU trains --jobs runs at a
+SIZE is one of SIZES below, a GROUP one of GROUPS or names of rows by commas. Each GPU trains --jobs runs at a
 time. A finished run leaves its log, data/results/SIZE-CORPUS-ROW-SEED.jsonl, and is not repeated; one stopped
 by Ctrl-C or SIGTERM goes on from there. data/figures.py makes tables and pictures of what is there.
 
@@ -150,16 +150,19 @@ def main(arguments):
         return train_gpt.main(arguments[1:])
     words = [a for a in arguments if not a.startswith("--")]
     knobs = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--"))
-    if len(words) != 2 or words[0] not in SIZES: sys.exit(__doc__)
-    start, plus, group = words[1].rpartition("+")
-    first, at, step = start.partition("@")
-    if start and not step.isdigit(): raise train_gpt.UserError(f"{words[1]}: not ROW@STEP+GROUP")
-    rows = GROUPS[group].split() if group in GROUPS else group.split(",")
-    for row in [*rows, *[first] * bool(start)]:
-        train_gpt.known(row, quartet.RECIPES | KNOBS, f"unknown row {row!r}")
+    if len(words) < 2 or words[0] not in SIZES: sys.exit(__doc__)
+    size, *groups, wanted = *words, []
+    for word in groups:
+        start, plus, group = word.rpartition("+")
+        first, at, step = start.partition("@")
+        if start and not step.isdigit(): raise train_gpt.UserError(f"{word}: not ROW@STEP+GROUP")
+        rows = GROUPS[group].split() if group in GROUPS else group.split(",")
+        for row in [*rows, *[first] * bool(start)]:
+            train_gpt.known(row, quartet.RECIPES | KNOBS, f"unknown row {row!r}")
+        wanted += [start + plus + row for row in rows if not start or row != first]
     seeds, corpus = [*map(int, knobs.pop("seeds", "1").split(","))], knobs.pop("corpus", "novels")
-    rows, jobs = [start + plus + row for row in rows if not start or row != first], int(knobs.pop("jobs", 1))
-    queue(words[0], rows, seeds, corpus, [f"--{k}={v}" for k, v in knobs.items()], jobs)
+    jobs = int(knobs.pop("jobs", 1))
+    queue(size, wanted, seeds, corpus, [f"--{k}={v}" for k, v in knobs.items()], jobs)
 
 if __name__ == "__main__":
     try: main(sys.argv[1:])

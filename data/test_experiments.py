@@ -43,15 +43,16 @@ def test_a_stopped_run_goes_on(results, monkeypatch, capsys):
     assert not place.exists() and "tiny-python-bf16-1: {" in capsys.readouterr().out
 
 def test_rows_go_on_from_a_step_of_another(results, monkeypatch, capsys):
-    experiments.main(["tiny", "rtn@1+rtn,bf16", *SHORT])            # trains rtn first, and keeps its step 1
+    more = [*SHORT, "--steps=3"]                                # trains rtn first, keeps its steps 1 and 2
+    experiments.main(["tiny", "rtn@1+rtn,bf16", "rtn@2+bf16", *more])
     names = sorted(path.name for path in results.iterdir())
-    assert names == [f"tiny-python-{row}-1.jsonl" for row in ("rtn", "rtn@1+bf16")]
+    assert names == [f"tiny-python-{row}-1.jsonl" for row in ("rtn", "rtn@1+bf16", "rtn@2+bf16")]
     log = [json.loads(line) for line in open(results / "tiny-python-rtn@1+bf16-1.jsonl")]
     assert [r.get("start") for r in log][0] == 1 and log[-1]["recipe"] == "bf16"
     rows = figures.read()["tiny", "python", "rtn@1"]
-    assert {row: [*v[1][0]] for row, v in rows.items()} == {"bf16": [2], "rtn": [2]}    # evaluated after it
+    assert {row: [*v[1][0]] for row, v in rows.items()} == {"bf16": [2, 3], "rtn": [2, 3]}   # after it
     monkeypatch.setattr(experiments, "train", lambda *run: pytest.fail(f"trained again: {run}"))
-    experiments.main(["tiny", "rtn@1+bf16", *SHORT])
+    experiments.main(["tiny", "rtn@1+bf16", *more])
     with pytest.raises(train_gpt.UserError, match="not ROW@STEP"): experiments.main(["tiny", "rtn+bf16"])
 
 def test_sigterm_waits_for_the_running_ones_and_starts_no_others(results, monkeypatch):
