@@ -461,7 +461,7 @@ def dampen(model, share):
     """Move each weight of a Linear by share * its recipe's `dampen` of the way to its quantized value.
 
     share: float, or () tensor on the weights' device. After a step of the optimizer, its learning rate times
-    the part of training that is done, so that weights are free at first; or every few steps their sum.
+    (step / steps)^4, so that weights are free until late; or every few steps the sum of these.
     Source: oscillation dampening, Nagel et al. 2022, arXiv:2203.11086; here apart from gradients, as AdamW's
     weight decay.
     """

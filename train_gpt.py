@@ -408,7 +408,7 @@ def train(c, data, directory, stop, checkpoint=None):
         optimizer.found_inf = (~norm.isfinite()).float()  # then a fused AdamW skips the step, without a sync
         optimizer.step()
         if step % DAMPEN_EVERY == 0:  # for so many steps at once: cheaper. Not if this one was skipped
-            quartet.dampen(model, DAMPEN_EVERY * lr * step / c.steps * norm.isfinite())
+            quartet.dampen(model, DAMPEN_EVERY * lr * (step / c.steps) ** 4 * norm.isfinite())
         optimizer.zero_grad(set_to_none=run is micro_step)
         stopping, evaluating = launch.stopping(stop) and not last, last or step % c.eval_every == 0
         saving = stopping or last or step % c.save_every == 0

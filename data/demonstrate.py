@@ -62,7 +62,7 @@ def main():
             w.grad, lr = values - target, 0.05 * (1 - step / steps) + 1e-3
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
-            w.data.lerp_(decode(rtn(w.data)), strength * lr * step / steps)
+            w.data.lerp_(decode(rtn(w.data)), strength * lr * (step / steps) ** 4)
             before, values = values, decode(rtn(w.data))
             changed.append((before != values).double().mean().item())
         flips.append(sum(changed[-40:]) / 40)
