@@ -286,7 +286,8 @@ def load(mode, word, knobs):
     return Config(**old | knobs), path.parent, checkpoint
 
 def save(directory, **state):
-    """Write a checkpoint whole or not at all; the last two are kept."""
+    """Write a checkpoint whole or not at all, if this is rank 0; the last two are kept."""
+    if launch.RANK: return
     part, (new, old) = directory / "checkpoint.part", (directory / name for name in CHECKPOINTS)
     try:
         with open(part, "wb") as f:
@@ -421,9 +422,7 @@ def train(c, data, directory, stop, checkpoint=None):
             loss = evaluate(model, data[1], c, device)
             log.write(step=step, val_loss=loss)
             print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(c, loss)}", flush=True)
-        if saving:
-            state = launch.snapshot(model, optimizer)
-            if not launch.RANK: save(directory, config=vars(c), step=step, **state)
+        if saving: save(directory, config=vars(c), step=step, **launch.snapshot(model, optimizer))
         if stopping:
             print(f"stopped after step {step}, saved. To go on: python train_gpt.py resume {directory}")
             sys.exit(130 if stop and stop[0] == signal.SIGINT else 0)
