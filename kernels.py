@@ -21,11 +21,11 @@ from torch import library
 import triton
 import triton.language as tl
 import quartet
-from quartet import BLOCK, GROUP, NVFP4
+from quartet import BLOCK, GROUP, NVFP4, SEARCH as STEPS
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")     # kernels run in Python, on a CPU
-EXPONENT, SR_MAX, EDEN_MAX, ROUNDS, TINY, U24 = map(tl.constexpr, (
-    quartet.EXPONENT, quartet.SR_MAX, quartet.EDEN_MAX, quartet.PHILOX_ROUNDS, 2.0**-120, 2.0**-24))
+TINY, U24, EXPONENT, SR_MAX, EDEN_MAX, ROUNDS, SEARCH, COUNT = map(tl.constexpr, (2.0**-120, 2.0**-24,
+    quartet.EXPONENT, quartet.SR_MAX, quartet.EDEN_MAX, quartet.PHILOX_ROUNDS, STEPS, len(STEPS)))
 TO_E2M1 = tl.constexpr("{ .reg .b8 a, b, c, d; " + "".join(             # PTX: codes of eight floats
     f"cvt.rn.satfinite.e2m1x2.f32 {byte}, ${high}, ${high - 1}; " for byte, high in zip("abcd", (2, 4, 6, 8)))
     + "mov.b32 $0, {a, b, c, d}; }")
@@ -212,10 +212,9 @@ def quantize_blocks(b, first, i, seed, QUANTIZER: tl.constexpr, ROWS: tl.constex
             found = better(try_scale(b, round_scale(over(amax, 4.0)), False, ROWS, BF16), found)
         elif QUANTIZER == "scale_search":
             code = bits(six) & 0x7FFFFFFF                               # NaN may be negative
-            for n in tl.static_range(-1, 6):                            # quartet.SEARCH: 0 came first
-                if n == -1 or n == 1 or n > 3:
-                    s = power_of_two(tl.where(code > 0, code + n * 1048576, 0))
-                    found = better(try_scale(b, s, n < 0, ROWS, BF16), found)
+            for j in tl.static_range(1, COUNT):                         # 0 steps came first
+                s = power_of_two(tl.where(code > 0, code + SEARCH[j] * 1048576, 0))
+                found = better(try_scale(b, s, SEARCH[j] < 0, ROWS, BF16), found)
         q, s, _ = found
     return q, s * unit
 
@@ -591,8 +590,9 @@ def quantized(w, recipe):
     """quartet.quantized; scales `swizzled` where they go to FP4 tensor cores, but not w to be transposed."""
     row = quartet.RECIPES[recipe]
     return tuple(operand(w, row.w, None, True, False, native(w, row) and row.dx[2] is not None)[:3])
-def on_grid(w, recipe): "quartet.on_grid."; return operand(
-    w, quartet.RECIPES[recipe].w, None, False, True, False)[3]
+def on_grid(w, recipe):
+    """quartet.on_grid."""
+    return operand(w, quartet.RECIPES[recipe].w, None, False, True, False)[3]
 def rotation(name, words):
     """quartet.backward_matmul's R, permuted, and 1 / n, from words (4,) int64; of None: I, which is exact."""
     if name is None: return permuted(torch.eye(GROUP, device=words.device)), 1.0

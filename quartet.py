@@ -156,7 +156,7 @@ def four_six(x, block=(1, BLOCK)):
 SEARCH = 0, -1, 1, 4, 5                     # steps of E4M3 from amax / 6; amax / 4 is 4 or 5 of them up
 def scale_search(x, block=(1, BLOCK)):
     """4/6 to its end: of scales near amax / 6 that of least error. NMSE 6.7e-3, 11.6e-3 with 16x16 blocks."""
-    # All of -1 to 5 have 6.68e-3 instead of 6.72e-3, and take 4/3 of the time.
+    # All seven from -1 to 5 make 6.68e-3 of 6.72e-3, with 1.3 times the instructions on an H100.
     b, amax, unit = blocks(x, block)
     code = round_scale(over(amax, E2M1_MAX)).abs().view(torch.int32)    # NaN may be negative
     q, s = nearest(b / unit, (torch.where(code > 0, code + (n << 20), 0).view(torch.float32) for n in SEARCH))

@@ -12,6 +12,11 @@ below 0; the goal is that this mean is 15% of quartet2's mean gap to bf16 or mor
 
 Two seeds differ by what happens early, and far more than two recipes do. So a GROUP may be START+GROUP, where
 START is ROW@STEP, as in quartet2@3400+forward: then all rows of a seed go on from that step of that row.
+
+Results of rows v_* are of code that is gone, of commit 0b41500. There, v_search is fwd_search, v_quintet_46
+quintet_unturned, v_quintet_turned quintet, v_quintet_pull_10 quintet_unturned_dampen10, v_quartet2_pull_10
+quartet2_dampen10, v_search_turned_pull_10 fwd_search_turned_dampen10, v_search_pull_5 and _20
+fwd_search_dampen5 and 20, v_plain plain; the others have the same name.
 """
 import json, math, os, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
@@ -54,8 +59,7 @@ ROWS = {
     "quartet2_dy": both("four_six", "rht128x2", "ms_eden", "four_six"),
     "quartet2_dampen": quartet.RECIPES["quartet2"]._replace(dampen=10.0),
 }
-KNOBS = {"quartet2_end": ("quartet2", "--bf16_end=0.1"),                  # rows with knobs: recipe, knobs
-         "quartet2_end5": ("quartet2", "--bf16_end=0.05"), "quartet2_end2": ("quartet2", "--bf16_end=0.02")}
+KNOBS = {"quartet2_end": ("quartet2", "--bf16_end=0.1")}                  # rows with knobs: recipe, knobs
 GROUPS = {
     "recipes": "bf16 nvidia four_six tetrajet2 quartet2 quintet",
     "close": "bf16 quartet2 quintet",

@@ -2,8 +2,8 @@
 import math
 import pytest
 import torch
-import quartet, train_gpt
-from quartet import Linear, Recipe, dampen, on_grid
+import demonstrate, quartet, train_gpt
+from quartet import Linear, dampen, on_grid
 
 def model(*recipes):
     torch.manual_seed(0)
@@ -18,24 +18,11 @@ def test_weights_move_by_a_share_of_the_way_to_what_x_is_multiplied_by():
     values = quartet.decode(quartet.scale_search(before[0].bfloat16()))
     assert torch.equal(m[0].weight, torch.lerp(before[0], values, 0.3))
     assert all(torch.equal(layer.weight, w) for layer, w in zip(m[1:], before[1:]))
-    for _ in range(60): dampen(m, 0.03)
+    for _ in range(60): dampen(m, 0.03)                                 # 0.7^60 of the way is left: 5e-10
     assert (m[0].weight - on_grid(m[0].weight.bfloat16(), "quintet")).abs().max() < 1e-6
 
-@pytest.mark.parametrize("strength, low, high", [(0.0, 0.2, 0.5), (10.0, 0.0, 0.02)])
-def test_weights_between_two_grid_points_flip_to_the_end_unless_dampened(monkeypatch, strength, low, high):
-    exact, steps, flips = (None, "bf16", "bf16"), 400, []
-    monkeypatch.setitem(quartet.RECIPES, "mine", Recipe("bf16", "rtn", exact, exact, dampen=strength))
-    m, target = model("mine"), torch.randn(128, 128, generator=torch.manual_seed(1))
-    optimizer = torch.optim.Adam(m.parameters(), betas=(0.9, 0.95))
-    for step in range(steps):
-        for group in optimizer.param_groups: group["lr"] = lr = 0.05 * (1 - step / steps) + 1e-3
-        (m(torch.eye(128)) - target).square().sum().backward()
-        before = on_grid(m[0].weight.bfloat16(), "mine")
-        optimizer.step()
-        optimizer.zero_grad()
-        dampen(m, lr * (step / steps) ** 4)
-        flips.append((on_grid(m[0].weight.bfloat16(), "mine") != before).float().mean().item())
-    assert low < sum(flips[-40:]) / 40 < high
+def test_weights_between_two_grid_points_flip_to_the_end_unless_dampened():
+    assert demonstrate.flips("quartet2") > 0.2 and demonstrate.flips("quintet") < 0.02
 
 def test_a_run_dampens_by_learning_rate_and_progress_but_not_after_a_skipped_step(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
