@@ -83,7 +83,7 @@ def start_of(size, corpus, start, seed):
 def train(size, corpus, row, seed, gpu, knobs, keep=()):
     """One run, in a process of its own on one GPU: leaves its log in RESULTS, or prints why there is none.
 
-    keep: steps whose checkpoints other runs will start from.
+    keep: steps whose checkpoints other runs will start from. A run that has its log ends at the last of them.
     """
     target, (start, _, row) = log_of(size, corpus, row, seed), row.rpartition("+")
     directory = RUNS / target.stem
@@ -98,21 +98,23 @@ def train(size, corpus, row, seed, gpu, knobs, keep=()):
     else: arguments = [*SIZES[size].split(), *COMMON.split(), f"--recipe={recipe}", f"--seed={seed}",
                        f"--corpus={corpus}", "--name=run", *more, *knobs]
     if keep: arguments += [f"--save_every={math.gcd(*keep)}"]
-    kept = [f"--keep={step}" for step in keep]
+    finished = target.exists()
+    kept = [f"--keep={step}" for step in keep] + ["--end"] * finished
     done = subprocess.run([sys.executable, __file__, "train", *kept, *arguments], cwd=directory, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
-    if done.returncode or not (run / "result.json").exists():
+    if done.returncode or not (finished or (run / "result.json").exists()):
         return print(f"{target.stem} has not finished:\n{done.stdout[-3000:]}", flush=True)
-    records = [json.loads(line) for line in open(run / "log.jsonl")]
-    kept = [r for r in records if "loss" not in r or r["step"] % 20 == 0]       # training losses: each 20th
-    kept.append(json.loads((run / "result.json").read_text()))
-    part = target.with_suffix(".part")
-    part.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    os.replace(part, target)
+    if not finished:
+        records = [json.loads(line) for line in open(run / "log.jsonl")]
+        kept = [r for r in records if "loss" not in r or r["step"] % 20 == 0]   # training losses: each 20th
+        kept.append(json.loads((run / "result.json").read_text()))
+        part = target.with_suffix(".part")
+        part.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(part, target)
+        print(f"{target.stem}: {kept[-1]}", flush=True)
     for step in keep: os.replace(run / f"{step}.pt", start_of(size, corpus, f"{row}@{step}", seed))
     shutil.rmtree(directory)
-    print(f"{target.stem}: {kept[-1]}", flush=True)
 
 def queue(size, rows, seeds, corpus, knobs, jobs):
     """Train what has no log yet, seed by seed, on all GPUs. Ctrl-C and SIGTERM reach the running ones too."""
@@ -120,37 +122,46 @@ def queue(size, rows, seeds, corpus, knobs, jobs):
     RESULTS.mkdir(exist_ok=True)
     runs = [(row, seed) for seed in seeds for row in rows if not log_of(size, corpus, row, seed).exists()]
     starts = {}                                             # what must be trained, up to which steps, before
-    for start, seed in {(row.rpartition("+")[0], seed) for row, seed in runs}:
+    for start, seed in dict.fromkeys((row.rpartition("+")[0], seed) for row, seed in runs):
         if start and not start_of(size, corpus, start, seed).exists():
             row, _, step = start.partition("@")
             starts.setdefault((row, seed), []).append(int(step))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    stopped = []
-    for todo in [(*run, knobs, keep) for run, keep in starts.items()], [(*run, knobs) for run in runs]:
-        todo = todo[::-1] * (not stopped)
-        def work(gpu):
-            while todo:
-                row, seed, *rest = todo.pop()
-                train(size, corpus, row, seed, gpu, *rest)
-        workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus.split(",") * jobs]  # "": a CPU
-        for w in workers: w.start()
-        while any(w.is_alive() for w in workers):           # an interrupted join would not wait for them
-            try: time.sleep(0.2)
-            except KeyboardInterrupt: todo.clear(), stopped.append(True)
+    todo = [(*run, knobs, keep) for run, keep in starts.items()] + [(*run, knobs, ()) for run in runs]
+    todo = [run for i, run in enumerate(todo) if run[:2] not in [r[:2] for r in todo[:i]]]
+    training, lock = [], threading.Lock()                   # what others wait for
+    def work(gpu):
+        while True:
+            with lock:
+                run = next((r for r in todo if "+" not in r[0] or start_of(
+                    size, corpus, r[0].rpartition("+")[0], r[1]).exists()), None)
+                if not run and not training: return
+                if run: todo.remove(run)
+                if run and run[3]: training.append(run)
+            if not run: time.sleep(0.2); continue
+            try: train(size, corpus, *run[:2], gpu, *run[2:])
+            finally:
+                if run[3]: training.remove(run)
+    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus.split(",") * jobs]    # "": a CPU
+    for w in workers: w.start()
+    while any(w.is_alive() for w in workers):               # an interrupted join would not wait for them
+        try: time.sleep(0.2)
+        except KeyboardInterrupt: todo.clear()
 
-def keep_checkpoints(steps):
-    """Let train_gpt.py keep the checkpoints of these steps beside its last two, in this process."""
+def keep_checkpoints(steps, end):
+    """Let train_gpt.py, in this process, keep the checkpoints of these steps and, if `end`, stop at the last."""
     save = train_gpt.save
     def keeping(directory, **state):
         save(directory, **state)
         if state["step"] in steps: shutil.copy(directory / "checkpoint.pt", directory / f"{state['step']}.pt")
+        if end and state["step"] == max(steps): sys.exit()
     train_gpt.save = keeping
 
 def main(arguments):
     register()
     if arguments[:1] == ["train"]:
-        keep_checkpoints([int(a[7:]) for a in arguments if a.startswith("--keep=")])
-        arguments = [a for a in arguments if not a.startswith("--keep=")]
+        keep_checkpoints([int(a[7:]) for a in arguments if a.startswith("--keep=")], "--end" in arguments)
+        arguments = [a for a in arguments if a != "--end" and not a.startswith("--keep=")]
         return train_gpt.main(arguments[1:])
     words = [a for a in arguments if not a.startswith("--")]
     knobs = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--"))

@@ -1,6 +1,6 @@
 """Tests of experiments.py and figures.py: runs are kept and not repeated; tables pair seeds."""
 import json, os, signal, threading, time
-import pytest
+import pytest, torch
 import experiments, figures
 import quartet, train_gpt
 
@@ -51,8 +51,15 @@ def test_rows_go_on_from_a_step_of_another(results, monkeypatch, capsys):
     assert [r.get("start") for r in log][0] == 1 and log[-1]["recipe"] == "bf16"
     rows = figures.read()["tiny", "python", "rtn@1"]
     assert {row: [*v[1][0]] for row, v in rows.items()} == {"bf16": [2, 3], "rtn": [2, 3]}   # after it
+    trunk, start = results / "tiny-python-rtn-1.jsonl", experiments.start_of("tiny", "python", "rtn@1", 1)
+    before, expected = trunk.stat().st_mtime_ns, torch.load(start, weights_only=False)["model"]
+    start.unlink()                                              # trained again, up to there
+    experiments.main(["tiny", "rtn@1+rtn,quartet2", *more])
+    assert trunk.stat().st_mtime_ns == before and (results / "tiny-python-rtn@1+quartet2-1.jsonl").exists()
+    again = torch.load(start, weights_only=False)["model"]
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
     monkeypatch.setattr(experiments, "train", lambda *run: pytest.fail(f"trained again: {run}"))
-    experiments.main(["tiny", "rtn@1+bf16", *more])
+    experiments.main(["tiny", "rtn@1+bf16,quartet2", *more])
     with pytest.raises(train_gpt.UserError, match="not ROW@STEP"): experiments.main(["tiny", "rtn+bf16"])
 
 def test_sigterm_waits_for_the_running_ones_and_starts_no_others(results, monkeypatch):
