@@ -83,7 +83,7 @@ def start_of(size, corpus, start, seed):
 def train(size, corpus, row, seed, gpu, knobs, keep=()):
     """One run, in a process of its own on one GPU: leaves its log in RESULTS, or prints why there is none.
 
-    keep: steps whose checkpoints other runs will start from. A run that has its log ends at the last of them.
+    keep: steps from which others go on, as soon as they are there. A run that has its log ends at the last.
     """
     target, (start, _, row) = log_of(size, corpus, row, seed), row.rpartition("+")
     directory = RUNS / target.stem
@@ -99,11 +99,13 @@ def train(size, corpus, row, seed, gpu, knobs, keep=()):
                        f"--corpus={corpus}", "--name=run", *more, *knobs]
     if keep: arguments += [f"--save_every={math.gcd(*keep)}"]
     finished = target.exists()
-    kept = [f"--keep={step}" for step in keep] + ["--end"] * finished
-    done = subprocess.run([sys.executable, __file__, "train", *kept, *arguments], cwd=directory, text=True,
+    keep = {step: start_of(size, corpus, f"{row}@{step}", seed) for step in keep}
+    arguments += ["--end"] * finished + [f"--keep={step}={path}" for step, path in keep.items()]
+    done = subprocess.run([sys.executable, __file__, "train", *arguments], cwd=directory, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
-    if done.returncode or not (finished or (run / "result.json").exists()):
+    left = keep.values() if finished else [run / "result.json"]
+    if done.returncode or not all(path.exists() for path in left):
         return print(f"{target.stem} has not finished:\n{done.stdout[-3000:]}", flush=True)
     if not finished:
         records = [json.loads(line) for line in open(run / "log.jsonl")]
@@ -113,7 +115,6 @@ def train(size, corpus, row, seed, gpu, knobs, keep=()):
         part.write_text("".join(json.dumps(r) + "\n" for r in kept))
         os.replace(part, target)
         print(f"{target.stem}: {kept[-1]}", flush=True)
-    for step in keep: os.replace(run / f"{step}.pt", start_of(size, corpus, f"{row}@{step}", seed))
     shutil.rmtree(directory)
 
 def queue(size, rows, seeds, corpus, knobs, jobs):
@@ -130,37 +131,45 @@ def queue(size, rows, seeds, corpus, knobs, jobs):
     todo = [(*run, knobs, keep) for run, keep in starts.items()] + [(*run, knobs, ()) for run in runs]
     todo = [run for i, run in enumerate(todo) if run[:2] not in [r[:2] for r in todo[:i]]]
     training, lock = [], threading.Lock()                   # what others wait for
+    def ready(run):
+        start = run[0].rpartition("+")[0]
+        return not start or start_of(size, corpus, start, run[1]).exists()
     def work(gpu):
         while True:
             with lock:
-                run = next((r for r in todo if "+" not in r[0] or start_of(
-                    size, corpus, r[0].rpartition("+")[0], r[1]).exists()), None)
+                run = next(filter(ready, todo), None)
                 if not run and not training: return
                 if run: todo.remove(run)
                 if run and run[3]: training.append(run)
             if not run: time.sleep(0.2); continue
             try: train(size, corpus, *run[:2], gpu, *run[2:])
             finally:
-                if run[3]: training.remove(run)
+                if run in training: training.remove(run)
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus.split(",") * jobs]    # "": a CPU
     for w in workers: w.start()
     while any(w.is_alive() for w in workers):               # an interrupted join would not wait for them
         try: time.sleep(0.2)
         except KeyboardInterrupt: todo.clear()
 
-def keep_checkpoints(steps, end):
-    """Let train_gpt.py, in this process, keep the checkpoints of these steps and, if `end`, stop at the last."""
+def keep_checkpoints(keep, end):
+    """Let train_gpt.py, in this process, copy the checkpoints of some steps: keep, {step: path}.
+
+    end: and stop at the last of them.
+    """
     save = train_gpt.save
-    def keeping(directory, **state):
-        save(directory, **state)
-        if state["step"] in steps: shutil.copy(directory / "checkpoint.pt", directory / f"{state['step']}.pt")
-        if end and state["step"] == max(steps): sys.exit()
+    def keeping(directory, *, step, **state):
+        save(directory, step=step, **state)
+        if step in keep:
+            shutil.copy(directory / "checkpoint.pt", f"{keep[step]}.part")
+            os.replace(f"{keep[step]}.part", keep[step])
+        if end and step == max(keep): sys.exit()
     train_gpt.save = keeping
 
 def main(arguments):
     register()
     if arguments[:1] == ["train"]:
-        keep_checkpoints([int(a[7:]) for a in arguments if a.startswith("--keep=")], "--end" in arguments)
+        keep = dict(a[7:].split("=", 1) for a in arguments if a.startswith("--keep="))
+        keep_checkpoints({int(step): path for step, path in keep.items()}, "--end" in arguments)
         arguments = [a for a in arguments if a != "--end" and not a.startswith("--keep=")]
         return train_gpt.main(arguments[1:])
     words = [a for a in arguments if not a.startswith("--")]
@@ -174,7 +183,7 @@ def main(arguments):
         rows = GROUPS[group].split() if group in GROUPS else group.split(",")
         for row in [*rows, *[first] * bool(start)]:
             train_gpt.known(row, quartet.RECIPES | KNOBS, f"unknown row {row!r}")
-        wanted += [start + plus + row for row in rows if not start or row != first]
+        wanted += [start + plus + row for row in rows if not start or row != first] + [first] * bool(start)
     seeds, corpus = [*map(int, knobs.pop("seeds", "1").split(","))], knobs.pop("corpus", "novels")
     jobs = int(knobs.pop("jobs", 1))
     queue(size, wanted, seeds, corpus, [f"--{k}={v}" for k, v in knobs.items()], jobs)

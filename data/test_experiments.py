@@ -62,6 +62,28 @@ def test_rows_go_on_from_a_step_of_another(results, monkeypatch, capsys):
     experiments.main(["tiny", "rtn@1+bf16,quartet2", *more])
     with pytest.raises(train_gpt.UserError, match="not ROW@STEP"): experiments.main(["tiny", "rtn+bf16"])
 
+def test_a_run_goes_on_from_a_step_as_soon_as_that_is_there(results, monkeypatch):
+    other, ended = threading.Event(), []
+    def train(size, corpus, row, seed, gpu, knobs, keep):
+        for step in keep: experiments.start_of(size, corpus, f"{row}@{step}", seed).touch()
+        if keep: other.wait(10)
+        ended.append(row)
+        other.set()
+    monkeypatch.setattr(experiments, "train", train)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    experiments.RUNS.mkdir()
+    experiments.main(["tiny", "rtn@1+bf16", "--jobs=2"])
+    assert ended == ["rtn@1+bf16", "rtn"]
+
+def test_the_step_is_there_before_the_run_ends(tmp_path, monkeypatch, results):
+    monkeypatch.setattr(train_gpt, "save", train_gpt.save)              # to be put back
+    monkeypatch.chdir(tmp_path)
+    tiny = [*experiments.SIZES["tiny"].split(), *SHORT, "--steps=9", "--save_every=1", "--name=run"]
+    with pytest.raises(SystemExit):
+        experiments.main(["train", "--keep=1=1.pt", "--keep=2=2.pt", "--end", *tiny])
+    assert [torch.load(f"{step}.pt", weights_only=False)["step"] for step in (1, 2)] == [1, 2]
+    assert not (tmp_path / "runs/run/result.json").exists()
+
 def test_sigterm_waits_for_the_running_ones_and_starts_no_others(results, monkeypatch):
     before, done = signal.getsignal(signal.SIGTERM), []
     monkeypatch.setattr(experiments, "train", lambda *run: time.sleep(1) or done.append(run[2:5:2]))
