@@ -144,7 +144,8 @@ def queue(size, rows, seeds, corpus, knobs, jobs):
             if not run: time.sleep(0.2); continue
             try: train(size, corpus, *run[:2], gpu, *run[2:])
             finally:
-                if run in training: training.remove(run)
+                with lock:                      # or others might find neither its step there nor it training
+                    if run in training: training.remove(run)
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus.split(",") * jobs]    # "": a CPU
     for w in workers: w.start()
     while any(w.is_alive() for w in workers):               # an interrupted join would not wait for them
@@ -152,10 +153,7 @@ def queue(size, rows, seeds, corpus, knobs, jobs):
         except KeyboardInterrupt: todo.clear()
 
 def keep_checkpoints(keep, end):
-    """Let train_gpt.py, in this process, copy the checkpoints of some steps: keep, {step: path}.
-
-    end: and stop at the last of them.
-    """
+    """Let train_gpt.py copy checkpoints to keep, {step: path}, and stop at the last of these if `end`."""
     save = train_gpt.save
     def keeping(directory, *, step, **state):
         save(directory, step=step, **state)
