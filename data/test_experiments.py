@@ -43,7 +43,8 @@ def test_a_stopped_run_goes_on(results, monkeypatch, capsys):
     assert not place.exists() and "tiny-python-bf16-1: {" in capsys.readouterr().out
 
 def test_rows_go_on_from_a_step_of_another(results, monkeypatch, capsys):
-    more = [*SHORT, "--steps=3"]                                # trains rtn first, keeps its steps 1 and 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    more = [*SHORT, "--steps=3", "--jobs=2"]                    # trains rtn first, keeps its steps 1 and 2
     experiments.main(["tiny", "rtn@1+rtn,bf16", "rtn@2+bf16", *more])
     names = sorted(path.name for path in results.iterdir())
     assert names == [f"tiny-python-{row}-1.jsonl" for row in ("rtn", "rtn@1+bf16", "rtn@2+bf16")]
