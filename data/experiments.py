@@ -80,7 +80,7 @@ def log_of(size, corpus, row, seed):
 def start_of(size, corpus, start, seed):
     return RUNS / f"{size}-{corpus}-{start}-{seed}.pt"
 
-def train(size, corpus, row, seed, gpu, knobs, keep=()):
+def train(size, corpus, row, seed, gpu, jobs, knobs, keep=()):
     """One run, in a process of its own on one GPU: leaves its log in RESULTS, or prints why there is none.
 
     keep: steps from which others go on, as soon as they are there. A run that has its log ends at the last.
@@ -110,7 +110,7 @@ def train(size, corpus, row, seed, gpu, knobs, keep=()):
     if not finished:
         records = [json.loads(line) for line in open(run / "log.jsonl")]
         kept = [r for r in records if "loss" not in r or r["step"] % 20 == 0]   # training losses: each 20th
-        kept.append(json.loads((run / "result.json").read_text()))
+        kept.append(json.loads((run / "result.json").read_text()) | {"jobs": jobs})
         part = target.with_suffix(".part")
         part.write_text("".join(json.dumps(r) + "\n" for r in kept))
         os.replace(part, target)
@@ -142,7 +142,7 @@ def queue(size, rows, seeds, corpus, knobs, jobs):
                 if run: todo.remove(run)
                 if run and run[3]: training.append(run)
             if not run: time.sleep(0.2); continue
-            try: train(size, corpus, *run[:2], gpu, *run[2:])
+            try: train(size, corpus, *run[:2], gpu, jobs, *run[2:])
             finally:
                 with lock:                      # or others might find neither its step there nor it training
                     if run in training: training.remove(run)

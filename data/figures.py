@@ -3,9 +3,10 @@
     python data/figures.py          tables; pictures too, into data/figures/, where matplotlib is installed
     python data/figures.py runs/*   your own runs, going on or done: a table, and curves into runs/curves.png
 
-Losses are final validation losses in nats; a gap is to bf16 of the same seed, in 1e-3 nats, with the 95%
-interval of its mean over seeds (Student's t). data/results/bias-*.jsonl, of data/bias.py --out, become a
-picture too.
+Losses are in nats: of validation, at the end; in training, the mean over the last tenth of the steps (each
+20th is kept, of old runs none). A gap is to bf16 of the same seed and batches, in 1e-3 nats, with the 95%
+interval of its mean over seeds (Student's t). Speed and memory are of runs that had a GPU alone (--jobs=1).
+data/results/bias-*.jsonl, of data/bias.py --out, become a picture too.
 """
 import json, math, os, statistics, sys
 from pathlib import Path
@@ -27,52 +28,61 @@ def interval(values):
     return mean, (T[n - 2] if n - 2 < len(T) else 1.96) * deviation / math.sqrt(n)
 
 def read():
-    """The logs of RESULTS -> {(size, corpus, start): {row: {seed: (validation losses by step, result)}}}.
+    """The logs of RESULTS -> {(size, corpus, start): {row: {seed: (validated, trained, result)}}}.
 
-    start: ROW@STEP, from which runs went on, or "". That ROW, which went on as it was, is among them.
+    validated, trained: losses by step. start: ROW@STEP, from which runs went on, or "". That ROW, which went
+    on as it was, is among them.
     """
     runs = {}
     for path in sorted(RESULTS.glob("*-*-*-*.jsonl")):
         size, corpus, row, seed = path.stem.rsplit("-", 3)
         start, _, row = row.rpartition("+")
         *records, result = map(json.loads, path.read_text().splitlines())
-        losses = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
-        runs.setdefault((size, corpus, start), {}).setdefault(row, {})[int(seed)] = losses, result
+        run = *({r["step"]: r[key] for r in records if key in r} for key in ("val_loss", "loss")), result
+        runs.setdefault((size, corpus, start), {}).setdefault(row, {})[int(seed)] = run
     for (size, corpus, start), rows in runs.items():
         row, _, step = start.partition("@")
-        for seed, (losses, result) in runs.get((size, corpus, ""), {}).get(row, {}).items():
-            late = {s: loss for s, loss in losses.items() if s > int(step)}
-            if any(seed in v for v in rows.values()): rows.setdefault(row, {})[seed] = late, result
+        for seed, (*losses, result) in runs.get((size, corpus, ""), {}).get(row, {}).items():
+            late = ({s: loss for s, loss in by_step.items() if s > int(step)} for by_step in losses)
+            if any(seed in v for v in rows.values()): rows.setdefault(row, {})[seed] = *late, result
     return runs
 
-def paired(rows, row, base, value=lambda losses, result: result["val_loss"]):
-    """Differences row - base in 1e-3 nats, one for every seed that both have."""
-    return [1e3 * (value(*rows[row][seed]) - value(*rows[base][seed]))
-            for seed in rows.get(base, ()) if seed in rows[row]]
+def training(validated, trained, result):
+    """The mean loss of the last tenth of the steps; NaN without any."""
+    last = [loss for step, loss in trained.items() if step > 0.9 * max(trained)]
+    return statistics.mean(last or [math.nan])
+
+def paired(rows, row, base, value=lambda *run: run[-1]["val_loss"]):
+    """Differences row - base in 1e-3 nats, one for every seed for which both have that value."""
+    found = (value(*rows[row][s]) - value(*rows[base][s]) for s in rows.get(base, ()) if s in rows[row])
+    return [1e3 * difference for difference in found if math.isfinite(difference)]
+
+def speed(runs):
+    """The result of the fastest of the runs, by seed, that had a GPU alone; {} if none had."""
+    alone = (result for *_, result in runs.values() if result.get("jobs") == 1)
+    return max(alone, key=lambda result: result["tokens_per_s"], default={})
 
 def table(size, corpus, start, rows):
-    """Print every row, best first: seeds, loss and its deviation, gap to bf16 and to quartet2; speed, memory.
-
-    And how far the loss at a quarter of the steps tells the last: the correlation over seeds.
-    """
+    """Print every row, best first: seeds, loss, its deviation, gap to bf16, to quartet2; speed, memory."""
     print(f"\n{size}, {corpus}{', from ' * bool(start)}{start}: differences in 1e-3 nats, by seed, +- 95%")
-    print(f"{'row':20}{'seeds':>6}{'val loss':>10}{'deviates':>9}{'gap to bf16':>17}{'to quartet2':>17}"
-          + f"{'ktok/s':>8}{'GiB':>6}" * (not start))
-    final = {row: [result["val_loss"] for _, result in v.values()] for row, v in rows.items()}
+    print("row                  seeds  val loss deviates      gap to bf16      to quartet2  "
+          "bf16 in training  ktok/s   GiB")
+    final = {row: [result["val_loss"] for *_, result in v.values()] for row, v in rows.items()}
     mean = {row: statistics.mean(losses) for row, losses in final.items()}
     for row in sorted(rows, key=mean.get):
-        cells = [f"{a:9.2f} +-{b:5.2f}" if found else " " * 17 for base in ("bf16", "quartet2")
-                 for found in [paired(rows, row, base)] for a, b in [interval(found or [math.nan])]]
-        speed, memory = (max(result[k] for _, result in rows[row].values())
-                         for k in ("tokens_per_s", "peak_gib"))
+        found = (paired(rows, row, *what) for what in (("bf16",), ("quartet2",), ("bf16", training)))
+        cells = ["{:9.2f} +-{:5.2f}".format(*interval(f)) if f else " " * 17 for f in found]
+        best = speed(rows[row])
+        if best: cells += [f"{best['tokens_per_s'] / 1e3:8.0f}{best['peak_gib']:6.1f}"]
         deviation = f"{1e3 * statistics.stdev(final[row]):9.2f}" if len(final[row]) > 1 else " " * 9
-        print(f"{row:20}{len(rows[row]):6}{mean[row]:10.4f}{deviation}{''.join(cells)}"
-              + f"{speed / 1e3:8.0f}{memory:6.1f}" * (not start))
-    for row, runs in rows.items():
-        quarter = [losses.get(max(losses, default=0) // 4) for losses, _ in runs.values()]
-        if len(quarter) > 2 and None not in quarter:
-            told = statistics.correlation(quarter, final[row])
-            print(f"{row}: the loss at a quarter of the steps correlates with the last by {told:.2f}")
+        print(f"{row:20}{len(rows[row]):6}{mean[row]:10.4f}", deviation, *cells, sep="")
+
+def binned(losses, base, width):
+    """Differences losses - base, by step, in 1e-3 nats -> {the last of every `width` steps: their mean}."""
+    bins = {}
+    for step in sorted(losses.keys() & base.keys()):
+        bins.setdefault(-(-step // width) * width, []).append(1e3 * (losses[step] - base[step]))
+    return {step: statistics.mean(values) for step, values in bins.items()}
 
 def nmse(name):
     """NMSE of a quantizer on N(0, 1), rotated if it takes that."""
@@ -95,36 +105,37 @@ def draw(runs):
         plt.close()
         print(f"wrote {FIGURES / name}.svg")
     for key, rows in runs.items():
-        name, base = "-".join(filter(None, key)), rows.get("bf16", {})
-        gaps = {row: paired(rows, row, "bf16") for row in rows if row != "bf16"}
-        gaps = {row: interval(found) for row, found in gaps.items() if found}
-        order = sorted(gaps, key=lambda row: gaps[row][0])
+        name = "-".join(filter(None, key))
+        gaps = {row: interval(found) for row in rows if row[:2] != "v_" and row != "bf16"
+                for found in [paired(rows, row, "bf16")] if found}
+        if not gaps: continue
+        order = sorted(gaps, key=gaps.get)
         plt.figure(figsize=(6, 1 + 0.2 * len(order)))
         plt.barh(order, [gaps[row][0] for row in order], xerr=[gaps[row][1] for row in order])
-        plt.gca().invert_yaxis(), plt.xlabel("loss gap to bf16 at the end, 1e-3 nats")
-        save(f"rows-{name}")
-        plt.figure(figsize=(6, 3.5))
-        for row in [row for row in gaps if row in quartet.RECIPES]:
-            steps = sorted(set.intersection(*(set(run[0]) for run in [*rows[row].values(), *base.values()])))
-            curve = [interval(paired(rows, row, "bf16", lambda losses, _: losses[step])) for step in steps]
-            line, = plt.plot(steps, [g for g, _ in curve], label=row)
-            if len(rows[row]) > 1:
-                plt.fill_between(steps, [g - h for g, h in curve], [g + h for g, h in curve],
-                                 color=line.get_color(), alpha=0.15, linewidth=0)
-        plt.xlabel("step"), plt.ylabel("loss gap to bf16, 1e-3 nats"), plt.legend(fontsize=7), plt.ylim(0)
+        plt.gca().invert_yaxis(), plt.xlabel("loss gap to bf16 at the end, 1e-3 nats"), save(f"rows-{name}")
+        _, axes = plt.subplots(1, 2, figsize=(8, 3))
+        for row in [row for row in quartet.RECIPES if row in gaps]:
+            for ax, which, width in zip(axes, (1, 0), (100, 1)):
+                found = [binned(rows[row][seed][which], rows["bf16"][seed][which], width)
+                         for seed in rows[row] if seed in rows["bf16"]]
+                found = [*filter(None, found)] or [{}]
+                steps = sorted(set.intersection(*map(set, found)))
+                curve = [interval([f[step] for f in found]) for step in steps]
+                line, = ax.plot(steps, [gap for gap, _ in curve], label=row)
+                ax.fill_between(steps, [g - h for g, h in curve], [g + h for g, h in curve],
+                                color=line.get_color(), alpha=0.15, linewidth=0)
+        for ax, what in zip(axes, ("training", "validation")): ax.set_title(what), ax.set_xlabel("step")
+        axes[0].set_ylabel("loss gap to bf16, 1e-3 nats"), axes[0].legend(fontsize=7)
         save(f"gap-{name}")
-        if key[2]: continue                     # speed is that of whole runs
-        names = [row for row in quartet.RECIPES if row in rows]
+        best = {row: found for row in quartet.RECIPES if (found := speed(rows.get(row, {})))}
+        if not best: continue
         _, axes = plt.subplots(1, 2, figsize=(6, 2.2), sharey=True)
-        for ax, key, unit in zip(axes, ("tokens_per_s", "peak_gib"), ("tokens/s", "peak memory, GiB")):
-            ax.barh(names, [max(result[key] for _, result in rows[name].values()) for name in names])
-            ax.set_xlabel(unit)
-        axes[0].invert_yaxis()
-        save(f"speed-{name}")
-    names = [name for name in quartet.QUANTIZERS if name != "bf16"]
+        for ax, field, unit in zip(axes, ("tokens_per_s", "peak_gib"), ("tokens/s", "peak memory, GiB")):
+            ax.barh([*best], [result[field] for result in best.values()]), ax.set_xlabel(unit)
+        axes[0].invert_yaxis(), save(f"speed-{name}")
     plt.figure(figsize=(6, 2.6))
-    plt.barh(names, values := [1e3 * nmse(name) for name in names])
-    for i, v in enumerate(values): plt.text(v, i, f" {v:.1f}", va="center", fontsize=7)
+    values = {name: 1e3 * nmse(name) for name in quartet.QUANTIZERS if name != "bf16"}
+    plt.bar_label(plt.barh([*values], [*values.values()]), fmt=" %.1f", fontsize=7)
     plt.gca().invert_yaxis(), plt.xlabel("NMSE on N(0, 1), 1e-3")
     save("nmse")
     for path in sorted(RESULTS.glob("bias-*.jsonl")):
@@ -156,13 +167,12 @@ def follow(paths):
     same = {name: {k: v for k, v in run[0].items() if k not in free} for name, run in runs.items()}
     def gaps(name):
         like = [other for other in runs if same[other] == same[name] and runs[other][0]["recipe"] == "bf16"]
-        base, own = runs[like[0]][2] if like else {}, runs[name][2]
-        return {step: 1e3 * (own[step] - base[step]) for step in own if step in base}
+        return binned(runs[name][2], runs[like[0]][2] if like else {}, 1)
     width = max(map(len, runs))
     print(f"{'run':{width}}  {'recipe':10}{'step':>14}{'loss':>8}{'val loss':>10}{'gap':>7}{'ktok/s':>8}")
     for name, (c, losses, validated, ms) in runs.items():
         last = lambda by_step: [*by_step.values(), math.nan][max(0, len(by_step) - 1)]
-        rate = c["tokens_per_step"] / sorted(ms)[len(ms) // 2]
+        rate = c["tokens_per_step"] / statistics.median_high(ms)
         print(f"{name:{width}}  {c['recipe']:10}{max(losses, default=0):7}/{c['steps']:<6}{last(losses):8.4f}"
               f"{last(validated):10.4f}{last(gaps(name)):7.1f}{rate:8.1f}")
     import matplotlib

@@ -10,6 +10,7 @@ SHORT = ["--corpus=python", "--steps=2", "--eval_tokens=128", "--eval_every=1", 
 def results(tmp_path, monkeypatch):
     for module in experiments, figures: monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(figures, "FIGURES", tmp_path / "figures")
     for name in "QUANTIZERS", "RECIPES":                                 # main() adds to them
         monkeypatch.setattr(quartet, name, dict(getattr(quartet, name)))
     return tmp_path / "results"
@@ -23,13 +24,16 @@ def test_runs_are_kept_not_repeated_and_paired_by_seed(results, monkeypatch, cap
     assert names == [f"tiny-python-{row}-{seed}.jsonl" for row in ("bf16", "fwd_rtn") for seed in (1, 2)]
     assert len(before) == 2 and all(path.stat().st_mtime_ns == time for path, time in before.items())
     rows = figures.read()["tiny", "python", ""]
-    loss = {row: {seed: run[1]["val_loss"] for seed, run in rows[row].items()} for row in rows}
+    loss = {row: {seed: run[2]["val_loss"] for seed, run in rows[row].items()} for row in rows}
     assert loss["bf16"][1] != loss["bf16"][2] and loss["bf16"][1] != loss["fwd_rtn"][1]
     expected = [1e3 * (loss["fwd_rtn"][seed] - loss["bf16"][seed]) for seed in (1, 2)]
     assert figures.paired(rows, "fwd_rtn", "bf16") == expected
     capsys.readouterr()
     figures.main()
-    assert f"{sum(expected) / 2:9.2f} +-" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{sum(expected) / 2:9.2f} +-" in printed and "ktok/s" in printed
+    assert all(result["jobs"] == 2 for run in rows.values() for *_, result in run.values())
+    assert not figures.speed(rows["bf16"])                  # of runs that shared a GPU none is told
 
 def test_a_stopped_run_goes_on(results, monkeypatch, capsys):
     place = experiments.RUNS / "tiny-python-bf16-1"
@@ -65,7 +69,7 @@ def test_rows_go_on_from_a_step_of_another(results, monkeypatch, capsys):
 
 def test_a_run_goes_on_from_a_step_as_soon_as_that_is_there(results, monkeypatch):
     other, ended = threading.Event(), []
-    def train(size, corpus, row, seed, gpu, knobs, keep):
+    def train(size, corpus, row, seed, gpu, jobs, knobs, keep):
         for step in keep: experiments.start_of(size, corpus, f"{row}@{step}", seed).touch()
         if keep: other.wait(10)
         ended.append(row)
@@ -100,10 +104,10 @@ def test_the_interval_is_students():
 
 def test_pictures_of_runs_quantizers_and_means(results, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    monkeypatch.setattr(figures, "FIGURES", tmp_path / "figures")
     results.mkdir()
     for row, loss in ("bf16", 1.0), ("quartet2", 1.1):
-        log = dict(step=1, val_loss=loss), dict(val_loss=loss, tokens_per_s=1e6, peak_gib=1.0)
+        log = (dict(step=1, loss=loss), dict(step=1, val_loss=loss),
+               dict(val_loss=loss, tokens_per_s=1e6, peak_gib=1.0, jobs=1))
         (results / f"10m-a-{row}-1.jsonl").write_text("\n".join(map(json.dumps, log)))
     means = (dict(gemm=gemm, method="sr", B=[1, 4], error=[0.1, 0.02]) for gemm in ("dx", "dw"))
     (results / "bias-10m.jsonl").write_text("\n".join(map(json.dumps, means)))

@@ -27,13 +27,21 @@ def test_runs_are_tabled_beside_the_bf16_run_that_is_like_them(tmp_path, monkeyp
     assert other[-2] == "nan"
     with pytest.raises(SystemExit, match="no log.jsonl in nothing"): figures.main(["nothing"])
 
-def test_seeds_deviate_and_an_early_loss_may_tell_the_last(capsys):
-    ends = 1.0, 1.002, 1.001
-    runs = {seed: ({1: 2.0 + 3 * (end - 1), 4: end}, dict(val_loss=end, tokens_per_s=1e3, peak_gib=1.0))
-            for seed, end in enumerate(ends)}
-    figures.table("10m", "a", "", dict(bf16=runs))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].split()[:4] == ["bf16", "3", "1.0010", "1.00"] and lines[-1].endswith("by 1.00")
+def test_a_table_tells_deviation_gaps_of_validation_and_training_and_speed_alone(capsys):
+    """Over 3 seeds bf16 ends at 1 to 1.002; rtn 0.01 above, and in training 0.02, of which one has no log."""
+    def run(end, trained, jobs):
+        steps = {step: trained + (step < 37) for step in range(1, 41)}          # the last tenth: 37 to 40
+        return {40: end}, steps if trained else {}, dict(val_loss=end, tokens_per_s=1e3 * jobs, peak_gib=jobs,
+                                                         jobs=jobs)
+    ends = {1: 1.0, 2: 1.002, 3: 1.001}
+    rows = dict(bf16={seed: run(end, 2.0, 1) for seed, end in ends.items()},
+                rtn={seed: run(end + 0.01, 2.02 * (seed < 3), 2) for seed, end in ends.items()})
+    figures.table("10m", "a", "", rows)
+    *_, bf16, rtn = capsys.readouterr().out.splitlines()
+    assert bf16.split() == "bf16 3 1.0010 1.00 0.00 +- 0.00 0.00 +- 0.00 1 1.0".split()
+    assert rtn.split() == "rtn 3 1.0110 1.00 10.00 +- 0.00 20.00 +- 0.00".split()
+    assert figures.paired(rows, "rtn", "bf16", figures.training) == pytest.approx([20, 20])
+    assert figures.binned({1: 1.0, 2: 2.0, 3: 4.0, 5: 9.0}, {1: 0.0, 2: 0.0, 3: 1.0}, 2) == {2: 1500, 4: 3000}
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
