@@ -136,17 +136,17 @@ def draw(runs):
     plt.figure(figsize=(6, 2.6))
     values = {name: 1e3 * nmse(name) for name in quartet.QUANTIZERS if name != "bf16"}
     plt.bar_label(plt.barh([*values], [*values.values()]), fmt=" %.1f", fontsize=7)
-    plt.gca().invert_yaxis(), plt.xlabel("NMSE on N(0, 1), 1e-3")
-    save("nmse")
+    plt.gca().invert_yaxis(), plt.xlabel("NMSE on N(0, 1), 1e-3"), save("nmse")
     for path in sorted(RESULTS.glob("bias-*.jsonl")):
         records = [json.loads(line) for line in path.read_text().splitlines()]
         _, axes = plt.subplots(1, 2, figsize=(6, 3), sharey=True)
         for ax, gemm in zip(axes, ("dx", "dw")):
             for color, method in enumerate(dict.fromkeys(r["method"] for r in records)):
                 for i, r in enumerate(r for r in records if (r["gemm"], r["method"]) == (gemm, method)):
-                    ax.loglog(r["B"], r["error"], color=f"C{color}", linewidth=0.7, label="" if i else method)
-            ax.set_title(gemm), ax.set_xlabel("draws in the mean")
-        axes[0].set_ylabel("squared error of the mean"), axes[0].legend(fontsize=6)
+                    ax.loglog(r["B"], [B * error / r["error"][0] for B, error in zip(r["B"], r["error"])],
+                              color=f"C{color}", linewidth=0.7, label="" if i else method)
+            ax.set_title(f"{gemm} of each layer"), ax.set_xlabel("B, draws in the mean")
+        axes[0].set_ylabel("B error(B) / error(1): 1 if unbiased"), axes[0].legend(fontsize=6)
         save(path.stem)
 
 def follow(paths):
