@@ -1,7 +1,7 @@
 """Tables and pictures of the runs that data/experiments.py keeps in data/results/, and of quantizers.
 
-    python data/figures.py          tables; pictures too, into data/figures/, where matplotlib is installed
-    python data/figures.py runs/*   your own runs, going on or done: a table, and curves into runs/curves.png
+    python data/figures.py [--base=ROW]     tables; pictures too, into data/figures/, if matplotlib is there
+    python data/figures.py runs/*           your own runs, going on or done: a table, and curves into runs/curves.png
 
 Losses are in nats: of validation, at the end; in training, the mean over the last tenth of the steps (each
 20th is kept, of old runs none). A gap is to bf16 of the same seed and batches, in 1e-3 nats, with the 95%
@@ -24,8 +24,7 @@ def interval(values):
     """values, one a seed -> their mean, and half its 95% interval: NaN of one value."""
     n, mean = len(values), sum(values) / len(values)
     if n == 1: return mean, math.nan
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, (T[n - 2] if n - 2 < len(T) else 1.96) * deviation / math.sqrt(n)
+    return mean, (T[n - 2] if n - 2 < len(T) else 1.96) * statistics.stdev(values) / math.sqrt(n)
 
 def read():
     """The logs of RESULTS -> {(size, corpus, start): {row: {seed: (validated, trained, result)}}}.
@@ -62,15 +61,15 @@ def speed(runs):
     alone = (result for *_, result in runs.values() if result.get("jobs") == 1)
     return max(alone, key=lambda result: result["tokens_per_s"], default={})
 
-def table(size, corpus, start, rows):
-    """Print every row, best first: seeds, loss, its deviation, gap to bf16, to quartet2; speed, memory."""
+def table(size, corpus, start, rows, base="quartet2"):
+    """Print every row, best first: seeds, loss, its deviation, gap to bf16, to `base`; speed, memory."""
     print(f"\n{size}, {corpus}{', from ' * bool(start)}{start}: differences in 1e-3 nats, by seed, +- 95%")
-    print("row                  seeds  val loss deviates      gap to bf16      to quartet2  "
-          "bf16 in training  ktok/s   GiB")
+    print(f"row                  seeds  val loss deviates      gap to bf16{'to ' + base:>17}"
+          "  bf16 in training  ktok/s   GiB")
     final = {row: [result["val_loss"] for *_, result in v.values()] for row, v in rows.items()}
     mean = {row: statistics.mean(losses) for row, losses in final.items()}
     for row in sorted(rows, key=mean.get):
-        found = (paired(rows, row, *what) for what in (("bf16",), ("quartet2",), ("bf16", training)))
+        found = (paired(rows, row, *what) for what in (("bf16",), (base,), ("bf16", training)))
         cells = ["{:9.2f} +-{:5.2f}".format(*interval(f)) if f else " " * 17 for f in found]
         best = speed(rows[row])
         if best: cells += [f"{best['tokens_per_s'] / 1e3:8.0f}{best['peak_gib']:6.1f}"]
@@ -102,8 +101,7 @@ def draw(runs):
     def save(name):
         plt.tight_layout()
         plt.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
-        plt.close()
-        print(f"wrote {FIGURES / name}.svg")
+        plt.close(), print(f"wrote {FIGURES / name}.svg")
     for key, rows in runs.items():
         name = "-".join(filter(None, key))
         gaps = {row: interval(found) for row in rows if row[:2] != "v_" and row != "bf16"
@@ -190,10 +188,12 @@ def follow(paths):
 
 def main(arguments=()):
     try:
-        if arguments: return follow(arguments)
-        runs = read()
+        if arguments and arguments[0][:7] != "--base=": return follow(arguments)
+        runs, base = read(), arguments[0][7:] if arguments else "quartet2"
         if not runs: sys.exit(f"figures.py: nothing in {RESULTS}: run data/experiments.py first")
-        for name, rows in runs.items(): table(*name, rows)
+        names = sorted({row for rows in runs.values() for row in rows})
+        if arguments and base not in names: sys.exit(f"figures.py: no row {base!r}: {', '.join(names)}")
+        for name, rows in runs.items(): table(*name, rows, base)
         draw(runs)
     except ImportError as e: print(f"no pictures: {e} (pip install matplotlib)")
 

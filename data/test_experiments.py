@@ -33,6 +33,7 @@ def test_runs_are_kept_not_repeated_and_paired_by_seed(results, monkeypatch, cap
     printed = capsys.readouterr().out
     assert f"{sum(expected) / 2:9.2f} +-" in printed and "ktok/s" in printed
     assert all(result["jobs"] == 2 for run in rows.values() for *_, result in run.values())
+    with pytest.raises(SystemExit, match="no row 'bf15': bf16, fwd_rtn"): figures.main(["--base=bf15"])
     assert not figures.speed(rows["bf16"])                  # of runs that shared a GPU none is told
 
 def test_a_stopped_run_goes_on(results, monkeypatch, capsys):
