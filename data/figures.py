@@ -1,7 +1,7 @@
 """Tables and pictures of the runs that data/experiments.py keeps in data/results/, and of quantizers.
 
-    python data/figures.py [--base=ROW]     tables; pictures too, into data/figures/, if matplotlib is there
-    python data/figures.py runs/*           your own runs, going on or done: a table, curves in runs/curves.png
+    python data/figures.py [--base=ROW]   tables; pictures too, into data/figures/, if matplotlib is there
+    python data/figures.py runs/*         your own runs, going on or done: a table, curves as runs/curves.png
 
 Losses are in nats: of validation, at the end; in training, the mean over the last tenth of the steps (each
 20th is kept, of old runs none). A gap is to bf16 of the same seed and batches, in 1e-3 nats, with the 95%
