@@ -10,8 +10,8 @@ The test of quintet, written down before its runs: `10m quartet2@1000+bf16,quint
 better than quartet2 if the 95% interval (Student's t) of the mean paired difference of the last losses lies
 below 0; the goal is that this mean is 15% of quartet2's mean gap to bf16 or more.
 
-Two seeds differ by what happens early, and by more than two 4-bit recipes do. So a GROUP may be START+GROUP, where
-START is ROW@STEP, as in quartet2@3400+forward: then all rows of a seed go on from that step of that row.
+Two seeds differ by what happens early, and by more than two 4-bit recipes do. So a GROUP may be START+GROUP,
+where START is ROW@STEP, as in quartet2@3400+forward: then all rows of a seed go on from that step of that row.
 
 Results of rows v_* are of code that is gone, of commit 0b41500. There, v_search is fwd_search, v_quintet_46
 quintet_unturned, v_quintet_turned quintet, v_quintet_pull_10 quintet_unturned_dampen10, v_quartet2_pull_10
