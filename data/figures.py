@@ -62,13 +62,13 @@ def speed(runs):
     return max(alone, key=lambda result: result["tokens_per_s"], default={})
 
 def table(size, corpus, start, rows, base="quartet2"):
-    """Print every row, best first: seeds, loss, its deviation, gap to bf16, to `base`; speed, memory."""
+    """Print every row, by gap to bf16: seeds, loss, its deviation, that gap, to `base`; speed, memory."""
     print(f"\n{size}, {corpus}{', from ' * bool(start)}{start}: differences in 1e-3 nats, by seed, +- 95%")
     print(f"row                  seeds  val loss deviates      gap to bf16{'to ' + base:>17}"
           "  bf16 in training  ktok/s   GiB")
     final = {row: [result["val_loss"] for *_, result in v.values()] for row, v in rows.items()}
     mean = {row: statistics.mean(losses) for row, losses in final.items()}
-    for row in sorted(rows, key=mean.get):
+    for row in sorted(rows, key=lambda row: (interval(paired(rows, row, "bf16") or [math.inf]), mean[row])):
         found = (paired(rows, row, *what) for what in (("bf16",), (base,), ("bf16", training)))
         cells = ["{:9.2f} +-{:5.2f}".format(*interval(f)) if f else " " * 17 for f in found]
         best = speed(rows[row])

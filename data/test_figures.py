@@ -40,8 +40,11 @@ def test_a_table_tells_deviation_gaps_of_validation_and_training_and_speed_alone
     *_, bf16, rtn = capsys.readouterr().out.splitlines()
     assert bf16.split() == "bf16 3 1.0010 1.00 0.00 +- 0.00 0.00 +- 0.00 1 1.0".split()
     assert rtn.split() == "rtn 3 1.0110 1.00 10.00 +- 0.00 20.00 +- 0.00".split()
+    rows["sr"] = {1: run(1.0005, 2.0, 2)}               # of a good seed: below bf16's mean, yet worse
+    rows["other"] = {9: run(0.5, 2.0, 2)}               # without a bf16 run: last
     figures.table("10m", "a", "", rows, "rtn")
     assert "to rtn" in (printed := capsys.readouterr().out) and "0.00 +- 0.00   -10.00 +- 0.00" in printed
+    assert [line.split()[0] for line in printed.splitlines()[-4:]] == ["bf16", "sr", "rtn", "other"]
     assert figures.paired(rows, "rtn", "bf16", figures.training) == pytest.approx([20, 20])
     assert figures.binned({1: 1.0, 2: 2.0, 3: 4.0, 5: 9.0}, {1: 0.0, 2: 0.0, 3: 1.0}, 2) == {2: 1500, 4: 3000}
 
