@@ -4,14 +4,14 @@
 
 SIZE is one of SIZES below, a GROUP one of GROUPS or names of rows by commas. Each GPU trains --jobs runs at a
 time. A finished run leaves its log, data/results/SIZE-CORPUS-ROW-SEED.jsonl, and is not repeated; one stopped
-by Ctrl-C or SIGTERM goes on from there. data/figures.py makes tables and pictures of what is there.
+by Ctrl-C or SIGTERM goes on from there. With other knobs, either is an error. data/figures.py draws them all.
 
 The test of quintet, written down before its runs: `10m quartet2@1000+bf16,quintet --seeds=21,...,28`. It is
 better than quartet2 if the 95% interval (Student's t) of the mean paired difference of the last losses lies
 below 0; the goal is that this mean is 15% of quartet2's mean gap to bf16 or more.
 
 Two seeds differ by what happens early, and by more than two 4-bit recipes do. So a GROUP may be START+GROUP,
-where START is ROW@STEP, as in quartet2@3400+forward: then all rows of a seed go on from that step of that row.
+START being ROW@STEP, as in quartet2@3400+forward: then all rows of a seed go on from that step of that row.
 
 Results of rows v_* are of code that is gone, of commit 0b41500. There, v_search is fwd_search, v_quintet_46
 quintet_unturned, v_quintet_turned quintet, v_quintet_pull_10 quintet_unturned_dampen10, v_quartet2_pull_10
@@ -74,11 +74,17 @@ def register():
     quartet.QUANTIZERS["sr_46"] = lambda x, R, seed: sr_four_six(quartet.rotate(x, R), seed)
     quartet.RECIPES.update(ROWS)
 
-def log_of(size, corpus, row, seed):
-    return RESULTS / f"{size}-{corpus}-{row}-{seed}.jsonl"
+def log_of(size, corpus, row, seed): return RESULTS / f"{size}-{corpus}-{row}-{seed}.jsonl"
+def start_of(size, corpus, start, seed): return RUNS / f"{size}-{corpus}-{start}-{seed}.pt"
 
-def start_of(size, corpus, start, seed):
-    return RUNS / f"{size}-{corpus}-{start}-{seed}.pt"
+def check(path, knobs):
+    """Raise UserError where a log or checkpoint has other knobs; but save_every changes nothing."""
+    if not knobs: return
+    if path.suffix == ".pt": own = vars(train_gpt.load("resume", path, {})[0])
+    else: own = json.loads(path.read_text().partition("\n")[0]).get("config", {})       # old logs have none
+    for k, v in knobs.items():
+        if k != "save_every" and own.get(k, v) != v:
+            raise train_gpt.UserError(f"{path} has --{k}={own[k]}, not {v}: move it away, or take {own[k]}")
 
 def train(size, corpus, row, seed, gpu, jobs, knobs, keep=()):
     """One run, in a process of its own on one GPU: leaves its log in RESULTS, or prints why there is none.
@@ -90,13 +96,11 @@ def train(size, corpus, row, seed, gpu, jobs, knobs, keep=()):
     run, (recipe, *more) = directory / "runs" / "run", KNOBS.get(row, (row,))
     begun = any((run / name).exists() for name in train_gpt.CHECKPOINTS)
     if not begun: shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    if start and not begun:
-        run.mkdir(parents=True)
-        shutil.copy(start_of(size, corpus, start, seed), run / "checkpoint.pt")
+    (run if start else directory).mkdir(parents=True, exist_ok=True)
+    if start and not begun: shutil.copy(start_of(size, corpus, start, seed), run / "checkpoint.pt")
     if start or begun: arguments = ["resume", "run", f"--recipe={recipe}", "--save_every=1000000", *more]
     else: arguments = [*SIZES[size].split(), *COMMON.split(), f"--recipe={recipe}", f"--seed={seed}",
-                       f"--corpus={corpus}", "--name=run", *more, *knobs]
+                       f"--corpus={corpus}", "--name=run", *more, *(f"--{k}={v}" for k, v in knobs.items())]
     if keep: arguments += [f"--save_every={math.gcd(*keep)}"]
     finished = target.exists()
     keep = {step: start_of(size, corpus, f"{row}@{step}", seed) for step in keep}
@@ -121,15 +125,17 @@ def queue(size, rows, seeds, corpus, knobs, jobs):
     """Train what has no log yet, seed by seed, on all GPUs. Ctrl-C and SIGTERM reach the running ones too."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     RESULTS.mkdir(exist_ok=True)
+    for log in (log_of(size, corpus, row, seed) for row in rows for seed in seeds):
+        for path in log, *(RUNS / log.stem / "runs" / "run").glob("*.pt"):
+            if path.exists(): check(path, knobs)
     runs = [(row, seed) for seed in seeds for row in rows if not log_of(size, corpus, row, seed).exists()]
     starts = {}                                             # what must be trained, up to which steps, before
     for start, seed in dict.fromkeys((row.rpartition("+")[0], seed) for row, seed in runs):
-        if start and not start_of(size, corpus, start, seed).exists():
-            row, _, step = start.partition("@")
-            starts.setdefault((row, seed), []).append(int(step))
+        path, (row, _, step) = start_of(size, corpus, start, seed), start.partition("@")
+        if start and path.exists(): check(path, knobs)
+        elif start: starts.setdefault((row, seed), []).append(int(step))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    todo = [(*run, knobs, keep) for run, keep in starts.items()] + [(*run, knobs, ()) for run in runs]
-    todo = [run for i, run in enumerate(todo) if run[:2] not in [r[:2] for r in todo[:i]]]
+    todo = [(*run, knobs, starts.get(run, ())) for run in dict.fromkeys([*starts, *runs])]
     training, lock = [], threading.Lock()                   # what others wait for
     def ready(run):
         start = run[0].rpartition("+")[0]
@@ -168,8 +174,7 @@ def main(arguments):
     if arguments[:1] == ["train"]:
         keep = dict(a[7:].split("=", 1) for a in arguments if a.startswith("--keep="))
         keep_checkpoints({int(step): path for step, path in keep.items()}, "--end" in arguments)
-        arguments = [a for a in arguments if a != "--end" and not a.startswith("--keep=")]
-        return train_gpt.main(arguments[1:])
+        return train_gpt.main([a for a in arguments[1:] if a != "--end" and not a.startswith("--keep=")])
     words = [a for a in arguments if not a.startswith("--")]
     knobs = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--"))
     if len(words) < 2 or words[0] not in SIZES: sys.exit(__doc__)
@@ -179,12 +184,12 @@ def main(arguments):
         first, at, step = start.partition("@")
         if start and not step.isdigit(): raise train_gpt.UserError(f"{word}: not ROW@STEP+GROUP")
         rows = GROUPS[group].split() if group in GROUPS else group.split(",")
-        for row in [*rows, *[first] * bool(start)]:
-            train_gpt.known(row, quartet.RECIPES | KNOBS, f"unknown row {row!r}")
         wanted += [start + plus + row for row in rows if not start or row != first] + [first] * bool(start)
+    for row in wanted: train_gpt.known(row.split("+")[-1], quartet.RECIPES | KNOBS, f"unknown row {row!r}")
     seeds, corpus = [*map(int, knobs.pop("seeds", "1").split(","))], knobs.pop("corpus", "novels")
     jobs = int(knobs.pop("jobs", 1))
-    queue(size, wanted, seeds, corpus, [f"--{k}={v}" for k, v in knobs.items()], jobs)
+    knobs = train_gpt.parse([f"--{k}={v}" for k, v in knobs.items()])[2]
+    queue(size, wanted, seeds, corpus, knobs, jobs)
 
 if __name__ == "__main__":
     try: main(sys.argv[1:])

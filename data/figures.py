@@ -4,8 +4,8 @@
     python data/figures.py runs/*         your own runs, going on or done: a table, curves as runs/curves.png
 
 Losses are in nats: of validation, at the end; in training, the mean over the last tenth of the steps (each
-20th is kept, of old runs none). A gap is to bf16 of the same seed and batches, in 1e-3 nats, with the 95%
-interval of its mean over seeds (Student's t). Speed and memory are of runs that had a GPU alone (--jobs=1).
+20th is kept, of old runs none). A gap is to bf16 of the same seed, batches and last step, in 1e-3 nats, with
+the 95% interval of its mean over seeds (Student's t). Speed and memory: of runs with a GPU alone (--jobs=1).
 data/results/bias-*.jsonl, of data/bias.py --out, become a picture too.
 """
 import json, math, os, statistics, sys
@@ -51,9 +51,14 @@ def training(validated, trained, result):
     last = [loss for step, loss in trained.items() if step > 0.9 * max(trained)]
     return statistics.mean(last or [math.nan])
 
+def pairs(rows, row, base):
+    """Runs of row and of base, a pair a seed; not of another last validation, where both logs tell theirs."""
+    both = [(rows[row][seed], rows[base][seed]) for seed in rows.get(base, ()) if seed in rows[row]]
+    return [pair for pair in both if len({max(validated) for validated, *_ in pair if validated}) < 2]
+
 def paired(rows, row, base, value=lambda *run: run[-1]["val_loss"]):
-    """Differences row - base in 1e-3 nats, one for every seed for which both have that value."""
-    found = (value(*rows[row][s]) - value(*rows[base][s]) for s in rows.get(base, ()) if s in rows[row])
+    """Differences row - base in 1e-3 nats, one for each of their pairs that has that value."""
+    found = (value(*run) - value(*other) for run, other in pairs(rows, row, base))
     return [1e3 * difference for difference in found if math.isfinite(difference)]
 
 def speed(runs):
@@ -71,8 +76,7 @@ def table(size, corpus, start, rows, base="quartet2"):
     for row in sorted(rows, key=lambda row: (interval(paired(rows, row, "bf16") or [math.inf]), mean[row])):
         found = (paired(rows, row, *what) for what in (("bf16",), (base,), ("bf16", training)))
         cells = ["{:9.2f} +-{:5.2f}".format(*interval(f)) if f else " " * 17 for f in found]
-        best = speed(rows[row])
-        if best: cells += [f"{best['tokens_per_s'] / 1e3:8.0f}{best['peak_gib']:6.1f}"]
+        if best := speed(rows[row]): cells += [f"{best['tokens_per_s'] / 1e3:8.0f}{best['peak_gib']:6.1f}"]
         deviation = f"{1e3 * statistics.stdev(final[row]):9.2f}" if len(final[row]) > 1 else " " * 9
         print(f"{row:20}{len(rows[row]):6}{mean[row]:10.4f}", deviation, *cells, sep="")
 
@@ -93,14 +97,12 @@ def nmse(name):
 
 def draw(runs):
     """Pictures into FIGURES: of each table gaps to bf16, at the end and by step; speed; NMSE; gradients."""
-    import matplotlib
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "q", "axes.spines.top": False, "axes.spines.right": False})
     import matplotlib.pyplot as plt
+    plt.switch_backend("svg")
+    plt.rcParams.update({"svg.hashsalt": "q", "axes.spines.top": False, "axes.spines.right": False})
     FIGURES.mkdir(exist_ok=True)
     def save(name):
-        plt.tight_layout()
-        plt.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
+        plt.tight_layout(), plt.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
         plt.close(), print(f"wrote {FIGURES / name}.svg")
     for key, rows in runs.items():
         name = "-".join(filter(None, key))
@@ -114,8 +116,7 @@ def draw(runs):
         _, axes = plt.subplots(1, 2, figsize=(8, 3))
         for row in [row for row in quartet.RECIPES if row in gaps]:
             for ax, which, width in zip(axes, (1, 0), (100, 1)):
-                found = [binned(rows[row][seed][which], rows["bf16"][seed][which], width)
-                         for seed in rows[row] if seed in rows["bf16"]]
+                found = [binned(run[which], base[which], width) for run, base in pairs(rows, row, "bf16")]
                 found = [*filter(None, found)] or [{}]
                 steps = sorted(set.intersection(*map(set, found)))
                 curve = [interval([f[step] for f in found]) for step in steps]
@@ -173,9 +174,8 @@ def follow(paths):
         rate = c["tokens_per_step"] / statistics.median_high(ms)
         print(f"{name:{width}}  {c['recipe']:10}{max(losses, default=0):7}/{c['steps']:<6}{last(losses):8.4f}"
               f"{last(validated):10.4f}{last(gaps(name)):7.1f}{rate:8.1f}")
-    import matplotlib
-    matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    plt.switch_backend("agg")
     _, axes = plt.subplots(1, 3, figsize=(13, 4))
     for name, (_, losses, validated, _) in runs.items():
         for ax, curve in zip(axes, (losses, validated, gaps(name))): ax.plot(*zip(*curve.items()), label=name)

@@ -42,10 +42,30 @@ def test_a_stopped_run_goes_on(results, monkeypatch, capsys):
     monkeypatch.chdir(place)
     train_gpt.main([*experiments.SIZES["tiny"].split(), *SHORT, "--name=run", "--recipe=bf16"])
     (place / "runs/run/result.json").unlink()
+    with pytest.raises(train_gpt.UserError, match="run/checkpoint.pt has --steps=2, not 3"):
+        experiments.main(["tiny", "bf16", *SHORT, "--steps=3"])
     experiments.main(["tiny", "bf16", "--corpus=python"])
     log = [json.loads(line) for line in open(results / "tiny-python-bf16-1.jsonl")]
     assert [r["start"] for r in log if "start" in r] == [0, 2] and log[-1]["recipe"] == "bf16"
     assert not place.exists() and "tiny-python-bf16-1: {" in capsys.readouterr().out
+
+def test_a_log_or_start_of_other_knobs_is_an_error_before_anything_is_trained(results, monkeypatch):
+    """A log that does not tell its knobs is taken as it is."""
+    monkeypatch.setattr(experiments, "train", lambda *run: pytest.fail(f"trained: {run}"))
+    results.mkdir(), experiments.RUNS.mkdir()
+    log, start = results / "tiny-a-rtn-1.jsonl", experiments.RUNS / "tiny-a-rtn@1-1.pt"
+    log.write_text(json.dumps(dict(config=dict(steps=20, lr=1e-3, eval_every=7))) + "\n{}\n")
+    experiments.main(["tiny", "rtn", "--corpus=a", "--lr=1e-3", "--save_every=3"])
+    for more, message in ((["--steps=9"], "--steps=20, not 9: move it away, or take 20"),
+                          (["--eval_every=8"], "--eval_every=7, not 8: move")):
+        with pytest.raises(train_gpt.UserError, match=f"tiny-a-rtn-1.jsonl has {message}"):
+            experiments.main(["tiny", "rtn@1+bf16", "--corpus=a", *more])
+    log.write_text("{}\n")
+    experiments.main(["tiny", "rtn", "--corpus=a", "--steps=9"])
+    config = vars(train_gpt.Config(**train_gpt.parse(experiments.SIZES["tiny"].split())[2]))
+    torch.save(dict(format="train_gpt 4", config=config | dict(steps=9)), start)
+    with pytest.raises(train_gpt.UserError, match="tiny-a-rtn@1-1.pt has --steps=9, not 8: move"):
+        experiments.main(["tiny", "rtn@1+bf16", "--corpus=a", "--steps=8"])
 
 def test_rows_go_on_from_a_step_of_another(results, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
