@@ -18,17 +18,16 @@ quintet_unturned, v_quintet_turned quintet, v_quintet_pull_10 quintet_unturned_d
 quartet2_dampen10, v_search_turned_pull_10 fwd_search_turned_dampen10, v_search_pull_5 and _20
 fwd_search_dampen5 and 20, v_plain plain; the others have the same name.
 """
-import json, math, os, shutil, signal, subprocess, sys, threading, time
+import json, math, os, re, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch
-import quartet, train_gpt
-from demonstrate import sr_four_six
+import demonstrate, quartet, train_gpt
 from quartet import Recipe
 
-RESULTS, RUNS = HERE / "results", HERE.parent / "runs" / "experiments"
+RESULTS, RUNS, CHILDREN = HERE / "results", HERE.parent / "runs" / "experiments", []    # processes of runs
 SIZES = {   # arguments of train_gpt.py
     "10m": "30m --layers=6 --width=384 --heads=3 --hidden=1024 --batch=128 --tokens_per_step=65536"
            " --steps=4000 --lr=1.5e-3",
@@ -61,8 +60,7 @@ ROWS = {
 }
 KNOBS = {"quartet2_end": ("quartet2", "--bf16_end=0.1")}                  # rows with knobs: recipe, knobs
 GROUPS = {
-    "recipes": "bf16 nvidia four_six tetrajet2 quartet2 quintet",
-    "close": "bf16 quartet2 quintet",
+    "recipes": "bf16 nvidia four_six tetrajet2 quartet2 quintet", "close": "bf16 quartet2 quintet",
     "forward": "bf16 fwd_rtn_16x16 fwd_four_six_16x16 fwd_rtn fwd_four_six fwd_search fwd_search_dampen",
     "operands": "bf16 x_four_six w_four_six x_search w_search",
     "backward": "bf16 bwd_sr bwd_sr_46 bwd_eden bwd_eden_x2 bwd_eden_46 bwd_four_six",
@@ -71,7 +69,7 @@ GROUPS = {
 
 def register():
     """Make ROWS recipes, and SR with 4/6 a quantizer."""
-    quartet.QUANTIZERS["sr_46"] = lambda x, R, seed: sr_four_six(quartet.rotate(x, R), seed)
+    quartet.QUANTIZERS["sr_46"] = lambda x, R, seed: demonstrate.sr_four_six(quartet.rotate(x, R), seed)
     quartet.RECIPES.update(ROWS)
 
 def log_of(size, corpus, row, seed): return RESULTS / f"{size}-{corpus}-{row}-{seed}.jsonl"
@@ -105,12 +103,13 @@ def train(size, corpus, row, seed, gpu, jobs, knobs, keep=()):
     finished = target.exists()
     keep = {step: start_of(size, corpus, f"{row}@{step}", seed) for step in keep}
     arguments += ["--end"] * finished + [f"--keep={step}={path}" for step, path in keep.items()]
-    done = subprocess.run([sys.executable, __file__, "train", *arguments], cwd=directory, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
-    left = keep.values() if finished else [run / "result.json"]
-    if done.returncode or not all(path.exists() for path in left):
-        return print(f"{target.stem} has not finished:\n{done.stdout[-3000:]}", flush=True)
+    child = subprocess.Popen([sys.executable, __file__, "train", *arguments], cwd=directory, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
+    CHILDREN.append(child)
+    printed, left = child.communicate()[0], keep.values() if finished else [run / "result.json"]
+    if child.returncode or not all(path.exists() for path in left):
+        return print(f"{target.stem} has not finished:\n{printed[-3000:]}", flush=True)
     if not finished:
         records = [json.loads(line) for line in open(run / "log.jsonl")]
         kept = [r for r in records if "loss" not in r or r["step"] % 20 == 0]   # training losses: each 20th
@@ -122,8 +121,7 @@ def train(size, corpus, row, seed, gpu, jobs, knobs, keep=()):
     shutil.rmtree(directory)
 
 def queue(size, rows, seeds, corpus, knobs, jobs):
-    """Train what has no log yet, seed by seed, on all GPUs. Ctrl-C and SIGTERM reach the running ones too."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Train what has no log yet, seed by seed, on all GPUs -> None, or what to say if some has none then."""
     RESULTS.mkdir(exist_ok=True)
     for log in (log_of(size, corpus, row, seed) for row in rows for seed in seeds):
         for path in log, *(RUNS / log.stem / "runs" / "run").glob("*.pt"):
@@ -136,7 +134,7 @@ def queue(size, rows, seeds, corpus, knobs, jobs):
         elif start: starts.setdefault((row, seed), []).append(int(step))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     todo = [(*run, knobs, starts.get(run, ())) for run in dict.fromkeys([*starts, *runs])]
-    training, lock = [], threading.Lock()                   # what others wait for
+    training, lock = [], threading.RLock()                  # what others may wait for
     def ready(run):
         start = run[0].rpartition("+")[0]
         return not start or start_of(size, corpus, start, run[1]).exists()
@@ -144,19 +142,22 @@ def queue(size, rows, seeds, corpus, knobs, jobs):
         while True:
             with lock:
                 run = next(filter(ready, todo), None)
-                if not run and not training: return
-                if run: todo.remove(run)
-                if run and run[3]: training.append(run)
+                if run: todo.remove(run), training.append(run)
+                elif not training: return
             if not run: time.sleep(0.2); continue
             try: train(size, corpus, *run[:2], gpu, jobs, *run[2:])
             finally:
-                with lock:                      # or others might find neither its step there nor it training
-                    if run in training: training.remove(run)
+                with lock: training.remove(run) # or others might find neither its step there nor it training
+    def stop(signum, frame):
+        with lock: todo.clear()
+        for child in CHILDREN:      # it may have had this signal, too, and would end at once by a second one
+            child.send_signal(signal.SIGINT if signum == signal.SIGTERM else signal.SIGTERM)
+    for signum in (signal.SIGINT, signal.SIGTERM): signal.signal(signum, stop)
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus.split(",") * jobs]    # "": a CPU
     for w in workers: w.start()
-    while any(w.is_alive() for w in workers):               # an interrupted join would not wait for them
-        try: time.sleep(0.2)
-        except KeyboardInterrupt: todo.clear()
+    for w in workers: w.join()
+    left = sum(not log_of(size, corpus, *run).exists() for run in {*runs})
+    if left: return f"experiments.py: not finished: {left} of the runs; the same command goes on with them"
 
 def keep_checkpoints(keep, end):
     """Let train_gpt.py copy checkpoints to keep, {step: path}, and stop at the last of these if `end`."""
@@ -175,9 +176,14 @@ def main(arguments):
         keep = dict(a[7:].split("=", 1) for a in arguments if a.startswith("--keep="))
         keep_checkpoints({int(step): path for step, path in keep.items()}, "--end" in arguments)
         return train_gpt.main([a for a in arguments[1:] if a != "--end" and not a.startswith("--keep=")])
+    if {"-h", "--help"} & {*arguments}: return print(__doc__)
     words = [a for a in arguments if not a.startswith("--")]
-    knobs = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--"))
+    knobs = dict(a[2:].partition("=")[::2] for a in arguments if a.startswith("--"))
     if len(words) < 2 or words[0] not in SIZES: sys.exit(__doc__)
+    seeds, jobs, corpus = knobs.pop("seeds", "1"), knobs.pop("jobs", "1"), knobs.pop("corpus", "novels")
+    if not re.fullmatch(r"\d+(,\d+)*", seeds):
+        raise train_gpt.UserError(f"--seeds={seeds}: it takes whole numbers by commas, as in --seeds=1,2,3")
+    if not re.fullmatch(r"[1-9]\d*", jobs): raise train_gpt.UserError(f"--jobs={jobs}: take --jobs=1 or more")
     size, *groups, wanted = *words, []
     for word in groups:
         start, plus, group = word.rpartition("+")
@@ -186,11 +192,9 @@ def main(arguments):
         rows = GROUPS[group].split() if group in GROUPS else group.split(",")
         wanted += [start + plus + row for row in rows if not start or row != first] + [first] * bool(start)
     for row in wanted: train_gpt.known(row.split("+")[-1], quartet.RECIPES | KNOBS, f"unknown row {row!r}")
-    seeds, corpus = [*map(int, knobs.pop("seeds", "1").split(","))], knobs.pop("corpus", "novels")
-    jobs = int(knobs.pop("jobs", 1))
     knobs = train_gpt.parse([f"--{k}={v}" for k, v in knobs.items()])[2]
-    queue(size, wanted, seeds, corpus, knobs, jobs)
+    return queue(size, wanted, [*map(int, seeds.split(","))], corpus, knobs, int(jobs))
 
 if __name__ == "__main__":
-    try: main(sys.argv[1:])
+    try: sys.exit(main(sys.argv[1:]))
     except (train_gpt.UserError, ValueError, OSError) as e: sys.exit(f"experiments.py: {e}")

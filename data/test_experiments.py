@@ -13,7 +13,9 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FIGURES", tmp_path / "figures")
     for name in "QUANTIZERS", "RECIPES":                                 # main() adds to them
         monkeypatch.setattr(quartet, name, dict(getattr(quartet, name)))
-    return tmp_path / "results"
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path / "results"
+    for signum, handler in handlers.items(): signal.signal(signum, handler)      # main() sets others
 
 def test_runs_are_kept_not_repeated_and_paired_by_seed(results, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -111,13 +113,31 @@ def test_the_step_is_there_before_the_run_ends(tmp_path, monkeypatch, results):
     assert not (tmp_path / "runs/run/result.json").exists()
 
 def test_sigterm_waits_for_the_running_ones_and_starts_no_others(results, monkeypatch):
-    before, done = signal.getsignal(signal.SIGTERM), []
+    done = []
     monkeypatch.setattr(experiments, "train", lambda *run: time.sleep(1) or done.append(run[2:5:2]))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")                   # of more: these alone
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     experiments.main(["tiny", "bf16,rtn,quartet2"])
-    signal.signal(signal.SIGTERM, before)
     assert sorted(row for row, _ in done) == ["bf16", "rtn"] and sorted(gpu for _, gpu in done) == ["2", "3"]
+
+def test_sigterm_to_this_process_alone_lets_the_running_ones_save(results, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = experiments.RUNS / "tiny-python-bf16-1/runs/run"
+    def stop():                                         # after the first steps
+        while not ((log := run / "log.jsonl").exists() and '"loss"' in log.read_text()): time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=stop, daemon=True).start()
+    said = experiments.main(["tiny", "bf16,rtn", *SHORT, "--steps=5000", "--eval_every=5000"])
+    assert said.startswith("experiments.py: not finished: 2 of")
+    assert "saved. To go on" in capsys.readouterr().out and not any(results.iterdir())
+    assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["step"] < 5000
+
+def test_a_run_that_fails_is_told_at_the_end_and_the_others_are_trained(results, monkeypatch, capsys):
+    monkeypatch.setitem(experiments.KNOBS, "bad", ("bf16", "--lr=-1"))
+    assert "not finished: 1 of" in experiments.main(["tiny", "bad,bf16", *SHORT])
+    assert "tiny-python-bad-1 has not finished:\nexperiments.py: --lr=-1.0: too" in capsys.readouterr().out
+    assert [path.name for path in results.iterdir()] == ["tiny-python-bf16-1.jsonl"]
+    assert experiments.main(["tiny", "bf16", *SHORT]) is None
 
 def test_the_interval_is_students():
     mean, half = figures.interval([1.0, 2.0, 3.0, 4.0])                  # deviation 1.291, t 3.182
@@ -136,7 +156,14 @@ def test_pictures_of_runs_quantizers_and_means(results, tmp_path, monkeypatch):
     names = {path.name for path in figures.FIGURES.iterdir()}
     assert names == {"rows-10m-a.svg", "gap-10m-a.svg", "speed-10m-a.svg", "nmse.svg", "bias-10m.svg"}
 
-def test_what_is_unknown_is_an_error(results):
+def test_what_is_unknown_is_an_error(results, capsys):
     with pytest.raises(train_gpt.UserError, match="'quartet3'.*did you mean 'quartet2'"):
         experiments.main(["tiny", "quartet3"])
+    for words, message in (
+            ("--jobs=0", "--jobs=0: take"), ("--jobs=x", "--jobs=x: take"), ("--seeds 1,2", "--seeds=: it"),
+            ("--seeds=1,2,x", "--seeds=1,2,x: it takes.*as in --seeds=1,2,3"),
+            ("--stops=9", "--stops.*did you mean 'steps'"), ("--steps", "--steps=: it takes .* type int")):
+        with pytest.raises(train_gpt.UserError, match=message):
+            experiments.main(["tiny", "bf16", *words.split()])
+    assert experiments.main(["--help"]) is None and capsys.readouterr().out == experiments.__doc__ + "\n"
     with pytest.raises(SystemExit, match="nothing in .*experiments.py first"): figures.main()
