@@ -154,15 +154,15 @@ def follow(paths):
     A gap, in 1e-3 nats, is to the bf16 run that is the same in all else, at the last validation of both.
     """
     logs = sorted({log for path in paths for log in Path(path).rglob("log.jsonl")})
-    if not logs: sys.exit(f"figures.py: no log.jsonl in {', '.join(paths)}: give directories that hold runs")
     runs, free = {}, ("recipe", "backend", "name", "log_every", "save_every")
     for log in logs:
         lines = log.read_text().splitlines(True)                # the last one may be half written
         records = [json.loads(line) for line in lines if line[-1] == "\n"]
-        config = next(r["config"] for r in records[::-1] if "config" in r)
-        runs[str(log.parent)] = (config, {r["step"]: r["loss"] for r in records if r.get("loss")},
-                                 {r["step"]: r["val_loss"] for r in records if r.get("val_loss")},
-                                 [r["ms"] for r in records if "ms" in r] or [math.nan])
+        config = next((r["config"] for r in records[::-1] if "config" in r), None)
+        if not config: print(f"{log}: nothing yet, skipped"); continue
+        by_step = lambda key: {r["step"]: r[key] for r in records if r.get(key)}
+        runs[str(log.parent)] = config, by_step("loss"), by_step("val_loss"), by_step("ms")
+    if not runs: sys.exit(f"figures.py: no log.jsonl in {', '.join(paths)}: give directories that hold runs")
     same = {name: {k: v for k, v in run[0].items() if k not in free} for name, run in runs.items()}
     def gaps(name):
         like = [other for other in runs if same[other] == same[name] and runs[other][0]["recipe"] == "bf16"]
@@ -171,7 +171,7 @@ def follow(paths):
     print(f"{'run':{width}}  {'recipe':10}{'step':>14}{'loss':>8}{'val loss':>10}{'gap':>7}{'ktok/s':>8}")
     for name, (c, losses, validated, ms) in runs.items():
         last = lambda by_step: [*by_step.values(), math.nan][max(0, len(by_step) - 1)]
-        rate = c["tokens_per_step"] / statistics.median_high(ms)
+        rate = c["tokens_per_step"] / statistics.median_high([*ms.values()] or [math.nan])
         print(f"{name:{width}}  {c['recipe']:10}{max(losses, default=0):7}/{c['steps']:<6}{last(losses):8.4f}"
               f"{last(validated):10.4f}{last(gaps(name)):7.1f}{rate:8.1f}")
     import matplotlib.pyplot as plt
@@ -183,10 +183,10 @@ def follow(paths):
         ax.set_title(title), ax.set_xlabel("step")
     axes[0].legend(fontsize=6), plt.tight_layout()
     target = Path(os.path.commonpath([Path(path).absolute().parent for path in paths])) / "curves.png"
-    plt.savefig(target, dpi=120)
-    print(f"wrote {target}")
+    plt.savefig(target, dpi=120), print(f"wrote {target}")
 
 def main(arguments=()):
+    if {"-h", "--help"} & {*arguments}: return print(__doc__)
     try:
         if arguments and arguments[0][:7] != "--base=": return follow(arguments)
         runs, base = read(), arguments[0][7:] if arguments else "quartet2"

@@ -25,6 +25,17 @@ def test_runs_are_tabled_beside_the_bf16_run_that_is_like_them(tmp_path, monkeyp
     assert bf16 == ["runs/c/bf16", "bf16", "3/9", "2.5000", "1.5000", "0.0", "2000.0"]
     assert rtn == ["runs/c/rtn", "rtn", "2/9", "3.2500", "2.2500", "250.0", "2000.0"]   # bf16's 2.0
     assert other[-2] == "nan"
+    for name, text in ("empty", ""), ("torn", '{"start": 0, "conf'):        # and one that has no log
+        (tmp_path / "bad" / name).mkdir(parents=True)
+        (tmp_path / "bad" / name / "log.jsonl").write_text(text)
+    (tmp_path / "bad/new").mkdir()
+    (tmp_path / "bad/curves.png").touch()
+    write(tmp_path / "bad/begun", "rtn", [], seed=2)
+    figures.main([str(path) for path in (tmp_path / "bad").iterdir()])
+    printed = capsys.readouterr().out
+    assert printed.count("log.jsonl: nothing yet, skipped") == 2 and "0/9          nan" in printed
+    with pytest.raises(SystemExit, match="no log.jsonl in bad/torn"): figures.main(["bad/torn"])
+    assert figures.main(["--help"]) is None and figures.__doc__ in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no log.jsonl in nothing"): figures.main(["nothing"])
 
 def test_a_table_tells_deviation_gaps_of_validation_and_training_and_speed_alone(capsys):
