@@ -75,6 +75,12 @@ def main(argv):
     parser.add_argument("--tokens", type=int, help="of the text, at most; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args(argv)
+    for knob, least in dict(window=2, batch=1, tokens=2).items():
+        if (value := getattr(a, knob)) is not None and value < least:
+            raise ValueError(f"--{knob}={value}: too small, it must be at least {least}")
+    try: torch.empty(1, device=a.device)
+    except (RuntimeError, AssertionError):          # the latter of a PyTorch without CUDA
+        raise ValueError(f"--device={a.device}: PyTorch has none here; leave the knob out") from None
     try: from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as e: raise ValueError(f"{e}: pip install transformers") from None
     tokenizer = AutoTokenizer.from_pretrained(a.model)

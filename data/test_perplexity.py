@@ -51,6 +51,12 @@ def test_eval_without_recipes_prints_the_table_and_a_trained_forward_is_in_it(tm
     assert loss["four_six, and inputs"] == f"{json.load(open('runs/a/result.json'))['val_loss']:.4f}"
     assert len({*loss.values()}) > 6
 
+@pytest.mark.parametrize("knob, way_out", [
+    *((knob, "at least") for knob in ("--window=1", "--window=-3", "--batch=0", "--tokens=-1", "--tokens=0")),
+    *((f"--device={name}", "leave the knob out") for name in ("cuda:99", "gpu"))])
+def test_a_knob_that_cannot_be_is_an_error_before_a_model_is_loaded(knob, way_out):
+    with pytest.raises(ValueError, match=f"{knob}: .*{way_out}"): perplexity.main(["model", "text", knob])
+
 @needs_transformers
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
