@@ -42,6 +42,7 @@ def tensors(c, state, packed):
     weight_global_scale (1,), which divides: the inverse of the tensor scale, a power of two; all else is
     bf16. If not, its weight, bf16, exact; all else in float32.
     """
+    train_gpt.known(c.recipe, quartet.RECIPES, f"recipe {c.recipe!r} is unknown, add it to quartet.py")
     row = quartet.RECIPES[c.recipe]
     quantized = max(0, c.layers - c.bf16_blocks) if row and row.w != "bf16" and c.bf16_end == 0 else 0
     out, ignore = {}, ["lm_head"]

@@ -83,6 +83,10 @@ def test_without_safetensors_it_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(train_gpt.UserError, match="pip install safetensors"):
         export.export("a", tmp_path / "out", True)
 
+def test_a_recipe_of_a_fork_is_an_error_that_names_it():
+    with pytest.raises(train_gpt.UserError, match="recipe 'mine' is unknown, add it.*there are bf16, rtn"):
+        export.tensors(train_gpt.Config(recipe="mine"), {}, False)
+
 def test_the_tokenizer_has_a_token_for_every_byte():
     vocabulary = export.byte_tokenizer()[0]["model"]["vocab"]
     assert sorted(vocabulary.values()) == [*range(256)] and vocabulary["a"] == ord("a")
