@@ -404,7 +404,7 @@ def module(m, kind):
     """kernels.py or this file, whichever computes a Linear m on a device of a kind."""
     return kernels if resolve(m.backend, kind, m.recipe) == "triton" else sys.modules[__name__]
 def check(recipe, backend, in_features=0, out_features=0, name=""):
-    """Raise ValueError for an unknown recipe or backend, or a shape that the recipe cannot take."""
+    """Raise ValueError for an unknown recipe or backend, or a row or shape that cannot be computed."""
     for word, known in ((recipe, RECIPES), (backend, ("auto", "torch", "triton"))):
         if word not in known: raise ValueError(f"{word!r} is not one of {', '.join(known)}")
     lacks = (backend == "triton" or backend == "auto" and torch.cuda.is_available()) and load_kernels()
@@ -413,8 +413,13 @@ def check(recipe, backend, in_features=0, out_features=0, name=""):
     if lacks and backend == "triton":
         raise ValueError(f"backend 'triton' needs {lacks}; backend 'torch' runs everywhere")
     if lacks: warnings.warn(f"kernels.py needs {lacks}: the linear layers use the slow backend 'torch'")
-    need = GROUP if RECIPES[recipe] and RECIPES[recipe].dx[0] else BLOCK
-    if RECIPES[recipe] and (in_features % BLOCK or out_features % need):
+    if not (row := RECIPES[recipe]): return
+    as_saved = not row.dx[0] and row.w.endswith("_16x16")       # what `transpose` can take
+    if None in (row.dx[1], *row.dw[1:]) or row.dx[2] is None and not as_saved:
+        raise ValueError(f"{recipe!r}, {row}: None can stand only for dx's quantizer of w, without rotation "
+                         "and of a w in 16x16 blocks (rtn_16x16), which transposes: name a quantizer")
+    need = GROUP if row.dx[0] else BLOCK
+    if in_features % BLOCK or out_features % need:
         raise ValueError(f"{name or 'Linear'}({in_features}, {out_features}): {recipe!r} needs in_features % "
                          f"{BLOCK} == 0, out_features % {need} == 0: resize, use recipe='bf16' or skip=...")
 

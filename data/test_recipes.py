@@ -1,0 +1,22 @@
+"""Tests of quartet.py beside test_quartet.py: rows that cannot be computed, and where its layers are used."""
+import pytest
+import torch
+import quartet
+from quartet import RECIPES, Linear, Recipe
+
+EDEN = "rht128", "ms_eden", "ms_eden"
+
+@pytest.mark.parametrize("row, message", [
+    (Recipe("rtn", "rtn", (None, "sr", None), EDEN), r"w='rtn', dx=\(None, 'sr', None\)"),
+    (Recipe("rtn", "bf16", (None, "sr", None), EDEN), "w='bf16'"),
+    (Recipe("rtn", "rtn_16x16", ("rht128", "sr", None), EDEN), r"dx=\('rht128', 'sr', None\)"),
+    (Recipe("rtn", "rtn", EDEN, ("rht128", "sr", None), True), r"dw=\('rht128', 'sr', None\)"),
+    (Recipe("rtn", "rtn_16x16", (None, None, None), EDEN), r"dx=\(None, None, None\)")])
+def test_none_for_a_quantizer_where_w_does_not_transpose_as_it_is_is_refused(row, message, monkeypatch):
+    monkeypatch.setitem(RECIPES, "mine", row)
+    for make in (lambda: Linear(128, 128, recipe="mine"),
+                 lambda: quartet.quantize_model(torch.nn.Linear(128, 128), "mine")):
+        with pytest.raises(ValueError, match=f"'mine'.*{message}.*rtn_16x16.*name a quantizer"): make()
+    for good in Recipe("rtn", "rtn_16x16", (None, "sr", None), EDEN), Recipe("rtn", "rtn", EDEN, EDEN):
+        monkeypatch.setitem(RECIPES, "mine", good)
+        Linear(128, 128, recipe="mine")
