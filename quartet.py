@@ -424,10 +424,12 @@ def check(recipe, backend, in_features=0, out_features=0, name=""):
                          f"{BLOCK} == 0, out_features % {need} == 0: resize, use recipe='bf16' or skip=...")
 
 def quantize_model(model, recipe, skip=(), backend="auto"):
-    """Switch every nn.Linear (and Linear) of a model to a recipe, in place -> list of their names.
+    """Switch every nn.Linear (and Linear; no subclasses) to a recipe, in place -> list of their names.
 
     skip: names, or parts between dots, of modules to leave alone ("lm_head", "layers.0"). They stay the same
-    objects, hooks included. ValueError, and nothing changed, if one does not fit.
+    objects, hooks included. ValueError, and nothing changed, if one does not fit. What multiplies by weights
+    itself, as nn.MultiheadAttention, stays as it is. nn.TransformerEncoderLayer would, in evaluation, too, by
+    PyTorch's fast path: that is switched off (torch.backends.mha, for other models as well).
     """
     check(recipe, backend)
     skip = {skip} if isinstance(skip, str) else set(skip)
@@ -437,6 +439,8 @@ def quantize_model(model, recipe, skip=(), backend="auto"):
     linears = {n: m for n, m in model.named_modules() if type(m) in (torch.nn.Linear, Linear) and not hits[n]}
     for name, m in linears.items(): check(recipe, backend, m.in_features, m.out_features, name)
     for m in linears.values(): m.__class__, m.recipe, m.backend = Linear, recipe, backend
+    if any(isinstance(m, torch.nn.TransformerEncoderLayer) for m in model.modules()):
+        torch.backends.mha.set_fastpath_enabled(False)
     return list(linears)
 
 @contextlib.contextmanager

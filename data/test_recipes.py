@@ -20,3 +20,16 @@ def test_none_for_a_quantizer_where_w_does_not_transpose_as_it_is_is_refused(row
     for good in Recipe("rtn", "rtn_16x16", (None, "sr", None), EDEN), Recipe("rtn", "rtn", EDEN, EDEN):
         monkeypatch.setitem(RECIPES, "mine", good)
         Linear(128, 128, recipe="mine")
+
+def test_a_transformer_of_pytorch_multiplies_in_4_bits_also_in_evaluation_but_for_its_attention(monkeypatch):
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", True)       # as it was, afterwards
+    layer = torch.nn.TransformerEncoderLayer(128, 2, 128, dropout=0.0, batch_first=True)
+    model, x = torch.nn.TransformerEncoder(layer, 1).eval(), torch.randn(2, 16, 128)
+    padding = torch.arange(16).expand(2, 16) > 12
+    assert quartet.quantize_model(model, "rtn") == ["layers.0.linear1", "layers.0.linear2"]
+    calls, forward = [], quartet.QuantizedMatmul.forward
+    monkeypatch.setattr(quartet.QuantizedMatmul, "forward", lambda *a: calls.append(1) or forward(*a))
+    expected = model(x, src_key_padding_mask=padding)
+    with torch.no_grad(): found = model(x, src_key_padding_mask=padding)
+    assert torch.equal(found, expected) and len(calls) == 4
+    assert not isinstance(model.layers[0].self_attn.out_proj, Linear)
