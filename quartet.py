@@ -374,6 +374,9 @@ class Linear(torch.nn.Linear):
         check(recipe, backend, in_features, out_features)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe, self.backend = recipe, backend
+    def __setstate__(self, state):              # unpickled, maybe where kernels.py is not loaded yet
+        super().__setstate__(state)
+        check(self.recipe, "torch" if self.backend == "torch" else "auto")
     def forward(self, x):
         if RECIPES[self.recipe] is None: return super().forward(x)
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
@@ -404,16 +407,19 @@ def module(m, kind):
     """kernels.py or this file, whichever computes a Linear m on a device of a kind."""
     return kernels if resolve(m.backend, kind, m.recipe) == "triton" else sys.modules[__name__]
 def check(recipe, backend, in_features=0, out_features=0, name=""):
-    """Raise ValueError for an unknown recipe or backend, or a row or shape that cannot be computed."""
+    """ValueError for an unknown recipe or backend, or a row or shape that cannot be computed.
+
+    A warning where "auto" means torch in spite of a GPU.
+    """
     for word, known in ((recipe, RECIPES), (backend, ("auto", "torch", "triton"))):
         if word not in known: raise ValueError(f"{word!r} is not one of {', '.join(known)}")
     lacks = (backend == "triton" or backend == "auto" and torch.cuda.is_available()) and load_kernels()
-    if not lacks and backend == "triton" and not kernels.supports(RECIPES[recipe]):
+    if lacks is None and not kernels.supports(RECIPES[recipe]):
         lacks = f"a mode in kernels.py for each quantizer of {recipe!r}"
     if lacks and backend == "triton":
         raise ValueError(f"backend 'triton' needs {lacks}; backend 'torch' runs everywhere")
-    if lacks: warnings.warn(f"kernels.py needs {lacks}: the linear layers use the slow backend 'torch'")
     if not (row := RECIPES[recipe]): return
+    if lacks: warnings.warn(f"backend 'triton' needs {lacks}: 'auto' takes 'torch', which is slower")
     as_saved = not row.dx[0] and row.w.endswith("_16x16")       # what `transpose` can take
     if None in (row.dx[1], *row.dw[1:]) or row.dx[2] is None and not as_saved:
         raise ValueError(f"{recipe!r}, {row}: None can stand only for dx's quantizer of w, without rotation "

@@ -1,4 +1,5 @@
 """Tests of quartet.py beside test_quartet.py: rows that cannot be computed, and where its layers are used."""
+import pickle, types, warnings
 import pytest
 import torch
 import quartet
@@ -33,3 +34,23 @@ def test_a_transformer_of_pytorch_multiplies_in_4_bits_also_in_evaluation_but_fo
     with torch.no_grad(): found = model(x, src_key_padding_mask=padding)
     assert torch.equal(found, expected) and len(calls) == 4
     assert not isinstance(model.layers[0].self_attn.out_proj, Linear)
+
+def test_auto_says_once_why_it_is_not_triton_on_a_gpu_and_nothing_on_a_cpu(monkeypatch):
+    def said(make):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("default")
+            for _ in range(3): make()
+        return [str(w.message) for w in found]
+    auto, saved = lambda: Linear(128, 128, recipe="rtn"), pickle.dumps(Linear(128, 128, recipe="rtn"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert said(auto) == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(quartet, "load_kernels", lambda: "a C compiler")
+    for make in auto, lambda: pickle.loads(saved), lambda: quartet.quantize_model(auto(), "quartet2"):
+        text, = said(make)
+        assert "needs a C compiler: 'auto' takes 'torch'" in text
+    assert said(lambda: [Linear(128, 128, recipe="rtn", backend="torch"), Linear(1, 1, recipe="bf16")]) == []
+    monkeypatch.setattr(quartet, "load_kernels", lambda: None)
+    for fast in True, False:                    # kernels.py runs, with a mode for each quantizer, or not
+        monkeypatch.setattr(quartet, "kernels", types.SimpleNamespace(supports=lambda row: fast))
+        assert "for each quantizer of 'rtn': 'auto' takes" in "".join(said(auto)) or fast and said(auto) == []
