@@ -7,6 +7,16 @@ from quartet import RECIPES, Linear, Recipe
 
 EDEN = "rht128", "ms_eden", "ms_eden"
 
+@pytest.mark.parametrize("name, nmse", [(None, 9.32), ("rht128", 9.38), ("rht128x2", 9.32)])     # times 1e-3
+def test_ms_eden_errs_as_stated_where_rotations_leave_scales(name, nmse):
+    g, errors = torch.Generator().manual_seed(0), []
+    for seed in range(16):
+        x, R = torch.randn(512, 512, generator=g), name and quartet.rotation(name, g)[0]
+        t, y = quartet.ms_eden(x, R, seed), quartet.rotate(x, R)
+        errors.append(1e3 * (quartet.decode(t) - y).double().square().sum() / y.double().square().sum())
+    mean, sigma = torch.stack(errors).mean(), torch.stack(errors).std() / 4
+    assert abs(mean - nmse) < 0.005 + 5 * sigma < 0.06                          # half a digit, and 5 sigma
+
 @pytest.mark.parametrize("row, message", [
     (Recipe("rtn", "rtn", (None, "sr", None), EDEN), r"w='rtn', dx=\(None, 'sr', None\)"),
     (Recipe("rtn", "bf16", (None, "sr", None), EDEN), "w='bf16'"),
