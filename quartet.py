@@ -209,7 +209,7 @@ def rotation_from(name, signs):
     for half in 4, 2, 1: ones = ones ^ ones >> half                 # last bit: their parity
     H = (1.0 - 2.0 * (ones & 1)) * (i // size == i.T // size)           # Sylvester's, in blocks size x size
     R = signs[0, :, None] * H                       # D H, D the diagonal matrix of signs
-    for d in signs[1:rounds]: R = (R * d) @ H       # D1 H D2 H
+    for d in signs[1:rounds]: R = rotate(R * d, H)  # D1 H D2 H
     return R, size**rounds
 def rotation(name, generator=None):
     """`rotation_from` new random signs, on the generator's device. ValueError for an unknown name."""
@@ -223,7 +223,8 @@ def rotate(x, R):
     if x.shape[-1] % GROUP:
         raise ValueError(f"shape {tuple(x.shape)}: pad the last dimension with zeros to groups of {GROUP}")
     # The last bit of float32 sums depends on the device. TF32, if on, is exact for bf16 values, as Linear's.
-    return (x.reshape(-1, GROUP).float() @ R).view(x.shape)
+    with torch.autocast(x.device.type, enabled=False):      # it would round x, and the sums, to bf16
+        return (x.reshape(-1, GROUP).float() @ R).view(x.shape)
 
 # ---- 7. MS-EDEN --------------------------------------------------------------------------------------------
 # RTN errs less than SR but shrinks: <q, v> < <v, v>. EDEN restores the length. Rotate, round v to q, multiply
@@ -318,7 +319,8 @@ def gemm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     cublas = torch.backends.cuda.matmul
     before = cublas.allow_bf16_reduced_precision_reduction
     cublas.allow_bf16_reduced_precision_reduction = False       # else partial sums may be added in bf16
-    try: return F.linear(a, b).bfloat16()
+    try:
+        with torch.autocast(a.device.type, enabled=False): return F.linear(a, b).bfloat16()
     finally: cublas.allow_bf16_reduced_precision_reduction = before
 gemm.register_fake(lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16))
 def matmul(a, b):

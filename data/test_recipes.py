@@ -32,6 +32,19 @@ def test_none_for_a_quantizer_where_w_does_not_transpose_as_it_is_is_refused(row
         monkeypatch.setitem(RECIPES, "mine", good)
         Linear(128, 128, recipe="mine")
 
+def test_within_autocast_rotations_quantizers_and_gemms_give_the_same_bits():
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    def results():
+        R = quartet.rotation("rht128x2", torch.Generator().manual_seed(0))[0]
+        quantized = [t for f in quartet.QUANTIZERS.values() for t in (f(x, R, 1), f(x, None, 1))]
+        return [R, quartet.rotate(x, R), *(part for t in quantized for part in t),
+                *(quartet.matmul(t, t) for t in quantized)]
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16): found = results()
+    for a, b in zip(found, expected):
+        same = lambda t: (t.dtype, t.shape, t.reshape(-1).view(torch.uint8).tolist())
+        assert same(a) == same(b)
+
 def test_a_transformer_of_pytorch_multiplies_in_4_bits_also_in_evaluation_but_for_its_attention(monkeypatch):
     monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", True)       # as it was, afterwards
     layer = torch.nn.TransformerEncoderLayer(128, 2, 128, dropout=0.0, batch_first=True)
