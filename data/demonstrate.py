@@ -52,13 +52,16 @@ def main():
              "ms_eden rht128x2": lambda v, i: eden(v, i, *rotation("rht128x2", g)),
              "the same with 4/6": lambda v, i: eden(v, i, *rotation("rht128x2", g), True)}
     sizes, outlier = (1, 4, 16, 64, 256), normal(64, 128).index_fill(1, torch.tensor(0), 100.0)
-    print("5-7. error of the mean of B draws, x B / error of one draw: 1 where unbiased\n" + " " * 42,
-          *(f"{f'B={B}':>8}" for B in sizes))
+    print("5-7. error of the mean of B draws, x B / mean error of a draw: 1 where unbiased, within\n"
+          "     the noise of draws; +-: its standard deviation at B=256\n" + " " * 42,
+          *(f"{f'B={B}':>8}" for B in sizes), f"{'+-':>8}")
     for label, v in (("N(0, 1)", normal(64, 128)), ("one 100 in 128", outlier)):
         for name, draw in draws.items():
-            sums = torch.stack([draw(v, i).double() for i in range(1, 257)]).cumsum(0)
-            errors = [nmse(sums[B - 1] / B, v) * B for B in sizes]
-            print(f"     {name}, {label}".ljust(42), *(f"{e / errors[0]:8.2f}" for e in errors))
+            errors = torch.stack([draw(v, i).double() - v for i in range(1, 257)])
+            one, sums = errors.square().mean(0).sum(-1), errors.cumsum(0)       # (64,), of a draw; and sums
+            rows = [sums[B - 1].square().sum(-1) / B / one.mean() for B in sizes]
+            sigma = (rows[-1] - one / one.mean()).std() / len(v) ** 0.5
+            print(f"     {name}, {label}".ljust(42), *(f"{r.mean():8.2f}" for r in [*rows, sigma]))
     print(f"8-9. one linear layer on N(0, 1): NMSE x 1e3\n     {'recipe':12}{'y':>9}{'dx':>9}{'dw':>9}")
     x, w, dy = (normal(512, 512) for _ in range(3))
     exact = (x.double() @ w.double().T, dy.double() @ w.double(), dy.double().T @ x.double())
