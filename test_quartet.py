@@ -866,7 +866,7 @@ def test_a_loss_that_is_not_finite_leaves_a_good_checkpoint_and_bad_ones_are_nev
             (whole[:-1000], "sample a", "not a whole"), (b"", "sample a", "not a whole checkpoint"),
             (pickle.dumps(Evil(), protocol=2), "sample a", "not a whole checkpoint"),
             (Path("other.pt").read_bytes(), "sample a", "not written by"),
-            (whole, "resume a --layers=2", r"another model: --layers=2 \(saved: 1\)")):
+            (whole, "resume a --layers=2", r"cannot change: --layers=2 \(saved: 1\)")):
         path.write_bytes(content)
         with pytest.raises(train_gpt.UserError, match=message): train_gpt.main(args.split())
     assert not (tmp_path / "hacked").exists()

@@ -9,8 +9,8 @@ A comma list, --recipe=bf16,nvidia,quartet2, trains each recipe in turn on the s
 ends with a table. torchrun --nproc_per_node=N train_gpt.py ... shares a step among N GPUs (data/launch.py). A
 run writes runs/NAME/: log.jsonl, checkpoint.pt, previous.pt, sample.txt.
 """
-import codecs, ctypes, dataclasses, difflib, hashlib, itertools, json, math, os, pickle, platform, shutil
-import signal, sys, time, zipfile
+import codecs, ctypes, dataclasses, difflib, glob, hashlib, itertools, json, math, os, pickle, platform
+import shutil, signal, sys, time, zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -78,7 +78,7 @@ CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"
 CODE = ("quartet.py", "kernels.py", "train_gpt.py", "data/launch.py")
 CHECKPOINTS = ("checkpoint.pt", "previous.pt")  # the last one, and the one before
 DAMPEN_EVERY = 10
-MODEL_KNOBS = ("layers", "width", "heads", "hidden", "vocab_size", "sequence")
+MODEL_KNOBS = ("layers", "width", "heads", "hidden", "vocab_size", "sequence", "name")   # or of its run
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16, datasheets
 
 class UserError(Exception): """A mistake of the user's: shown as one line, without a traceback."""
@@ -116,12 +116,12 @@ def check(c):
         if type(value) is not str and not value >= least:
             raise UserError(f"--{name}={value}: too small, it must be at least {least}")
     if c.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda: PyTorch sees no GPU here; leave the knob out to train on the CPU")
+        raise UserError("--device=cuda: PyTorch sees no GPU here; --device=cpu runs on the CPU")
     if c.width % (2 * c.heads):
         raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
     if c.tokens_per_step % (micro := launch.WORLD * c.batch * c.sequence):
-        raise UserError(f"--tokens_per_step={c.tokens_per_step}: must be a multiple of {micro}, "
-                        f"processes x batch x sequence, {launch.WORLD} x {c.batch} x {c.sequence}")
+        raise UserError(f"--tokens_per_step={c.tokens_per_step}: must be a multiple of {micro}, processes x "
+                        f"batch x sequence, {launch.WORLD} x {c.batch} x {c.sequence}: change it, or --batch")
     for recipe in c.recipe.split(","):
         known(recipe, quartet.RECIPES, f"unknown recipe {recipe!r}")
         with torch.device("meta"):  # ValueError for a shape that the recipe cannot take
@@ -197,11 +197,12 @@ def sample(model, tokens, c, device):
 class Shards:
     """The tokens of a split, data/CORPUS_SPLIT_*.bin, each file 256 int32 of header, then uint16 tokens."""
     def __init__(self, c, split):
-        corpus, pattern = DATA / c.corpus, f"{Path(c.corpus).name}_{split}_*.bin"
+        corpus = DATA / c.corpus
+        pattern = f"{glob.escape(corpus.name)}_{split}_{'[0-9]' * 6}.bin"
         if c.corpus == "python" and not any(DATA.glob(pattern)): prepare.prepare("python", DATA)
         paths = sorted(corpus.parent.glob(pattern))
         if not paths:
-            raise UserError(f"no {corpus.parent / pattern}: run python data/prepare.py {c.corpus} "
+            raise UserError(f"no {corpus}_{split}_*.bin: run python data/prepare.py {c.corpus} "
                             "(python, shakespeare, fineweb, or text files)")
         self.length, self.shards = c.sequence, []
         for path in paths:
@@ -249,6 +250,10 @@ def learning_rate(c, step):
     if step < warmup: return c.lr * (step + 1) / warmup
     return c.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, c.steps - warmup)))
 
+def recipe_of(c, step):
+    """The recipe of a step, and of the forward pass after it: bf16 in the last bf16_end of the steps."""
+    return "bf16" if min(step, c.steps) > c.steps * (1 - c.bf16_end) else c.recipe
+
 def make_optimizer(model, c):
     """AdamW; weight decay on the weights of linear layers, none on embedding and norms."""
     decay, rest = [], []
@@ -262,9 +267,14 @@ def load(mode, word, knobs):
     if mode == "train":
         known(word, PRESETS, f"unknown preset {word!r}")
         return Config(**PRESETS[word] | knobs), None, None
-    path = Path(word) if Path(word).exists() else Path("runs") / word
-    if mode == "resume" and (path / "compare.json").exists():
-        return Config(**json.loads((path / "compare.json").read_text()) | knobs), path, None
+    path = run if (run := Path("runs") / word).exists() else Path(word) if Path(word).exists() else run
+    compares = mode == "resume" and (path / "compare.json").exists()
+    if mode == "resume" and compares != ("," in knobs.get("recipe", "," * compares)):
+        raise UserError(f"--recipe={knobs['recipe']}: {path} goes on with {'several' if compares else 'one'}")
+    if compares:
+        old = json.loads((path / "compare.json").read_text())
+        unchanged(knobs, old, old.keys() - {"recipe", "log_every", "save_every"})
+        return Config(**old | knobs), path, None
     if path.is_dir():  # without the last one: stopped between two renames of save
         path = next((p for p in (path / name for name in CHECKPOINTS) if p.exists()), path / CHECKPOINTS[0])
     if not path.exists():
@@ -277,13 +287,15 @@ def load(mode, word, knobs):
         older = path.with_name(CHECKPOINTS[1])
         advice = f"take the one before, {mode} {older}" if older.exists() and older != path else "train again"
         raise UserError(f"{path} is not a whole checkpoint ({type(e).__name__}): {advice}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "train_gpt 4":
+    old = checkpoint.get("config") if isinstance(checkpoint, dict) else None
+    if not old or checkpoint.get("format") != "train_gpt 4" or old.keys() - Config.__annotations__.keys():
         raise UserError(f"{path} was not written by this version of train_gpt.py")
-    old = checkpoint["config"]
-    other = [f"--{k}={knobs[k]} (saved: {old[k]})" for k in MODEL_KNOBS if knobs.get(k, old[k]) != old[k]]
-    if other:
-        raise UserError(f"the checkpoint holds another model: {', '.join(other)}; leave these knobs out")
+    unchanged(knobs, old, MODEL_KNOBS)
     return Config(**old | knobs), path.parent, checkpoint
+def unchanged(knobs, old, names):
+    """Raise UserError if knobs differ from old in one of names."""
+    other = [f"--{k}={v} (saved: {old[k]})" for k, v in knobs.items() if k in names and v != old[k]]
+    if other: raise UserError(f"these cannot change: {', '.join(other)}; leave them out, or train anew")
 
 def save(directory, **state):
     """Write a checkpoint whole or not at all, if this is rank 0; the last two are kept."""
@@ -368,16 +380,15 @@ def pick_device(c):
 
 def train(c, data, directory, stop, checkpoint=None):
     """Train as c says on data = (train, val), or on from a checkpoint; stop: a list that a signal fills."""
-    device, compiled = pick_device(c)
+    (device, compiled), start = pick_device(c), checkpoint["step"] if checkpoint else 0
     if device == "cuda":  # so that a resumed run is the same to the bit
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(c.seed)
-    model = GPT(c, partial(quartet.Linear, recipe=c.recipe, backend=c.backend)).to(device)
+    model = GPT(c, partial(quartet.Linear, recipe=recipe_of(c, start), backend=c.backend)).to(device)
     accumulate, shard = c.tokens_per_step // (c.batch * c.sequence * launch.WORLD), c.shard == "true"
-    net = launch.wrap(model, shard, compiled)
-    optimizer, start = make_optimizer(model, c), checkpoint["step"] if checkpoint else 0
+    net, optimizer = launch.wrap(model, shard, compiled), make_optimizer(model, c)
     if launch.RANK: torch.manual_seed((c.seed << 20) + launch.RANK)  # of noise; the model is the same in all
     if checkpoint: launch.restore(model, optimizer, checkpoint, c.seed)  # nothing may draw before a step
     total, recipe = torch.zeros((), device=device), None
@@ -386,10 +397,10 @@ def train(c, data, directory, stop, checkpoint=None):
         loss.backward()
         total.add_(loss.detach())
     log = Log(c, directory, start, model, data[0], device, compiled)
-    peak_memory(device, reset=True)
+    launch.peak_memory(device, reset=True)
     for step in range(start + 1, c.steps + 1):
         begin, last = time.perf_counter(), step == c.steps
-        before, recipe = recipe, "bf16" if step > c.steps * (1 - c.bf16_end) else c.recipe
+        before, recipe = recipe, recipe_of(c, step)
         if recipe != before:
             quartet.quantize_model(model.blocks[:model.nvfp4], recipe, backend=c.backend)
             run = micro_step
@@ -417,17 +428,18 @@ def train(c, data, directory, stop, checkpoint=None):
         if log.in_a_row >= 10:
             first = diagnose.first_not_finite(model, *data[0].random(c, step, 0, device))
             raise UserError(f"step {step}: {log.in_a_row} steps in a row had no finite gradient; what is not "
-                            f"finite first: {first}. Go on from {directory} with a lower --lr, or start anew")
+                            f"finite first: {first}. Lower --lr, from a checkpoint in {directory} or anew")
         if evaluating:
             loss = evaluate(model, data[1], c, device)
             log.write(step=step, val_loss=loss)
             print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(c, loss)}", flush=True)
         if saving: save(directory, config=vars(c), step=step, **launch.snapshot(model, optimizer))
         if stopping:
-            print(f"stopped after step {step}, saved. To go on: python train_gpt.py resume {directory}")
+            whole = directory.parent if (directory.parent / "compare.json").exists() else directory
+            print(f"stopped after step {step}, saved. To go on: python train_gpt.py resume {whole}")
             sys.exit(130 if stop and stop[0] == signal.SIGINT else 0)
     loss = loss if start < c.steps else evaluate(model, data[1], c, device)
-    result = dict(recipe=c.recipe, val_loss=loss, skipped=log.skipped, peak_gib=peak_memory(device),
+    result = dict(recipe=c.recipe, val_loss=loss, skipped=log.skipped, peak_gib=launch.peak_memory(device),
                   tokens_per_s=float(np.median(log.rates)) if log.rates else math.nan)
     text = "".join(sample_text(model, c, device))
     if not launch.RANK:
@@ -439,16 +451,6 @@ def train(c, data, directory, stop, checkpoint=None):
 def bits_per_byte(c, loss):
     """', x bits per byte' where a token is a byte, else nothing."""
     return f", {loss / math.log(2):.4f} bits per byte" if c.vocab_size == 256 else ""
-def peak_memory(device, reset=False):
-    """GiB at most since the last reset: of the GPU's allocator, or resident in RAM (on Linux; else NaN)."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats() if reset else None
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        Path("/proc/self/clear_refs").write_text("5") if reset else None
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
-    except (OSError, IndexError): return math.nan
-
 def sample_text(model, c, device):
     """Yield the prompt and what the model makes of it, as it comes: UTF-8 bytes, or GPT-2's tokens."""
     if c.vocab_size == 256: prompt, text_of = list(c.prompt.encode()) or [0], lambda t: bytes([t or 10])
@@ -457,7 +459,7 @@ def sample_text(model, c, device):
             import tiktoken
             gpt2 = tiktoken.get_encoding("gpt2")
         except Exception as e:  # not installed, or no download
-            return (yield f"(text of vocabulary {c.vocab_size} needs tiktoken, pip install tiktoken: {e})")
+            return (yield f"(GPT-2's tokens need tiktoken, pip install tiktoken: {type(e).__name__})")
         prompt = gpt2.encode_ordinary(c.prompt) or [gpt2.eot_token]
         text_of = lambda t: gpt2.decode_single_token_bytes(t) if t < gpt2.n_vocab else b""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
@@ -502,7 +504,7 @@ def new_directory(c, preset):
         while not c.name and (Path("runs") / name).exists(): name += "+"
         (Path("runs") / name).mkdir(parents=True)
     except FileExistsError:
-        raise UserError(f"runs/{name} exists: resume {name}, or take another --name") from None
+        raise UserError(f"runs/{name} exists: resume it, remove it, or take another --name") from None
     except OSError as e:
         raise UserError(f"cannot write runs/{name} ({e.strerror}): go to a writable directory") from None
     return Path("runs") / name
@@ -515,12 +517,14 @@ def main(argv):
         return print("RECIPES:", ", ".join(quartet.RECIPES))
     mode, word, knobs = parse(argv)
     c, directory, checkpoint = load(mode, word, knobs)
+    if mode in ("eval", "sample"): c = dataclasses.replace(c, tokens_per_step=c.batch * c.sequence)
     check(c)
     if mode in ("eval", "sample"):
         device, _ = pick_device(c)
-        model = GPT(c, partial(quartet.Linear, recipe=c.recipe.split(",")[0], backend=c.backend)).to(device)
-        model.load_state_dict(checkpoint["model"])
         recipes = c.recipe.split(",") if "recipe" in knobs else ()
+        first = recipes[0] if recipes else recipe_of(c, checkpoint["step"])
+        model = GPT(c, partial(quartet.Linear, recipe=first, backend=c.backend)).to(device)
+        model.load_state_dict(checkpoint["model"])
         if mode == "eval": return eval_recipes(model, c, device, recipes)
         for piece in sample_text(model, c, device): print(piece, end="", flush=True)
         return print()

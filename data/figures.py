@@ -52,9 +52,10 @@ def training(validated, trained, result):
     return statistics.mean(last or [math.nan])
 
 def pairs(rows, row, base):
-    """Runs of row and of base, a pair a seed; not of another last validation, where both logs tell theirs."""
+    """Runs of row and base, a pair a seed, if last validated at one step; training losses of common steps."""
     both = [(rows[row][seed], rows[base][seed]) for seed in rows.get(base, ()) if seed in rows[row]]
-    return [pair for pair in both if len({max(validated) for validated, *_ in pair if validated}) < 2]
+    both = [pair for pair in both if len({max(validated) for validated, *_ in pair if validated}) < 2]
+    return [[(v, {s: t[s] for s in t if s in a[1] and s in b[1]}, r) for v, t, r in (a, b)] for a, b in both]
 
 def paired(rows, row, base, value=lambda *run: run[-1]["val_loss"]):
     """Differences row - base in 1e-3 nats, one for each of their pairs that has that value."""
@@ -98,9 +99,8 @@ def nmse(name):
 def draw(runs):
     """Pictures into FIGURES: of each table gaps to bf16, at the end and by step; speed; NMSE; gradients."""
     import matplotlib.pyplot as plt
-    plt.switch_backend("svg")
+    plt.switch_backend("svg"), FIGURES.mkdir(exist_ok=True)
     plt.rcParams.update({"svg.hashsalt": "q", "axes.spines.top": False, "axes.spines.right": False})
-    FIGURES.mkdir(exist_ok=True)
     def save(name):
         plt.tight_layout(), plt.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
         plt.close(), print(f"wrote {FIGURES / name}.svg")

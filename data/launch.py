@@ -6,7 +6,8 @@ starts a process for each of N GPUs (or, to try it out, N on a CPU). Each takes 
 step, and its own rounding noise. All hold the whole model, or, sharded, an N-th of weights, gradients and
 optimizer, and of the other weights a block at a time. Rank 0 prints and writes.
 """
-import atexit, contextlib, os, sys
+import atexit, contextlib, math, os, sys
+from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +20,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 def start(device, shard):
     """Join the other processes, if there are any, on this one's GPU; only rank 0 prints."""
     if WORLD == 1 and shard:
-        raise ValueError("--shard=true needs several processes: torchrun --nproc_per_node=N train_gpt.py ...")
+        raise ValueError("--shard=true needs several processes, torchrun --nproc_per_node=N train_gpt.py ...: "
+                         "one takes --shard=false")
     if WORLD == 1: return
     if device == "cuda": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
@@ -40,6 +42,16 @@ def stopping(stop):
     if WORLD == 1: return bool(stop)
     dist.all_reduce(flag := torch.tensor(len(stop)), dist.ReduceOp.MAX)
     return bool(flag)
+
+def peak_memory(device, reset=False):
+    """GiB at most since the last reset: of the GPU's allocator, or resident in RAM (on Linux; else NaN)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats() if reset else None
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        Path("/proc/self/clear_refs").write_text("5") if reset else None
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    except (OSError, IndexError): return math.nan
 
 def wrap(model, shard, compiled):
     """train_gpt.GPT -> what to call for a loss; compiles its blocks, and shards its parameters, in place."""

@@ -167,3 +167,10 @@ def test_what_is_unknown_is_an_error(results, capsys):
             experiments.main(["tiny", "bf16", *words.split()])
     assert experiments.main(["--help"]) is None and capsys.readouterr().out == experiments.__doc__ + "\n"
     with pytest.raises(SystemExit, match="nothing in .*experiments.py first"): figures.main()
+
+def test_what_another_such_command_has_finished_meanwhile_is_not_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(experiments.subprocess, "Popen", lambda *a, **k: pytest.fail("trains"))
+    experiments.log_of("tiny", "python", "rtn", 1).write_text("{}\n")
+    experiments.train("tiny", "python", "rtn", 1, "", 1, {})

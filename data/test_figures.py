@@ -57,6 +57,9 @@ def test_a_table_tells_deviation_gaps_of_validation_and_training_and_speed_alone
     assert "to rtn" in (printed := capsys.readouterr().out) and "0.00 +- 0.00   -10.00 +- 0.00" in printed
     assert [line.split()[0] for line in printed.splitlines()[-4:]] == ["bf16", "sr", "rtn", "other"]
     assert figures.paired(rows, "rtn", "bf16", figures.training) == pytest.approx([20, 20])
+    for row, steps in dict(whole=(37, 38, 40), torn=(37, 40)).items():         # one loss was lost
+        rows[row] = {1: ({40: 1.0}, {step: float(step) for step in steps}, dict(val_loss=1.0))}
+    assert figures.paired(rows, "torn", "whole", figures.training) == [0]
     rows["long"] = {1: ({40: 1.0, 80: 0.9}, {}, dict(val_loss=0.9)), 2: ({}, {}, dict(val_loss=1.0))}
     assert figures.paired(rows, "long", "bf16") == pytest.approx([-2])      # not with another last step
     assert figures.binned({1: 1.0, 2: 2.0, 3: 4.0, 5: 9.0}, {1: 0.0, 2: 0.0, 3: 1.0}, 2) == {2: 1500, 4: 3000}

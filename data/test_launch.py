@@ -60,6 +60,9 @@ def main():
             assert not any(run(f"{name}-resumed", 2, "resume", f"{name}-resumed"))
     train_gpt.DAMPEN_EVERY = 7
     assert not any(run("undampened", 2, recipe="quintet", shard="true"))
+    Path("runs/fewer").mkdir()
+    shutil.copy("runs/shared-bf16/previous.pt", "runs/fewer/checkpoint.pt")
+    assert not any(run("fewer", 1, "resume", "fewer", "--shard=false"))
     assert not any(run("compared", 2, recipe="bf16,rtn", steps=2))
     statuses = [run(f.__name__, 2, instead=f) for f in (fail, stop)]
     Path("statuses").write_text(json.dumps(statuses))
@@ -97,6 +100,11 @@ def test_a_resumed_run_is_the_same_to_the_bit_with_noise_of_its_own_in_each_proc
         assert all(torch.equal(p[k], b["optimizer"]["state"][i][k]) for k in p)
     assert len(a["rng"]) == 2 and not torch.equal(a["rng"][0]["cpu"], a["rng"][1]["cpu"])
     assert all(torch.equal(p["cpu"], q["cpu"]) for p, q in zip(a["rng"], b["rng"]))
+
+def test_one_process_goes_on_with_what_two_have_begun(place):
+    one, fewer = losses(place, "one-bf16"), losses(place, "fewer")
+    assert len(fewer) == 4 and (one[-4:] - fewer).abs().max() < 1e-5        # from step 3, and 1 of val
+    assert len(checkpoint(place, "fewer")["rng"]) == 1
 
 def test_shards_of_weights_are_dampened(place):
     before, after = (checkpoint(place, name)["model"] for name in ("undampened", "shared-quintet"))
