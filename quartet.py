@@ -416,12 +416,16 @@ def check(recipe, backend, in_features=0, out_features=0, name=""):
     """
     for word, known in ((recipe, RECIPES), (backend, ("auto", "torch", "triton"))):
         if word not in known: raise ValueError(f"{word!r} is not one of {', '.join(known)}")
+    if row := RECIPES[recipe]:
+        unknown = ({row.x, row.w, *row.dx[1:], *row.dw[1:], None} - QUANTIZERS.keys()
+                   | {row.dx[0], row.dw[0]} - ROTATIONS.keys()) - {None}
+        if unknown: raise ValueError(f"{recipe!r}: {unknown} not in QUANTIZERS or ROTATIONS: add them there")
     lacks = (backend == "triton" or backend == "auto" and torch.cuda.is_available()) and load_kernels()
-    if lacks is None and not kernels.supports(RECIPES[recipe]):
+    if lacks is None and not kernels.supports(row):
         lacks = f"a mode in kernels.py for each quantizer of {recipe!r}"
     if lacks and backend == "triton":
         raise ValueError(f"backend 'triton' needs {lacks}; backend 'torch' runs everywhere")
-    if not (row := RECIPES[recipe]): return
+    if not row: return
     if lacks: warnings.warn(f"backend 'triton' needs {lacks}: 'auto' takes 'torch', which is slower")
     as_saved = not row.dx[0] and row.w.endswith("_16x16")       # what `transpose` can take
     if None in (row.dx[1], *row.dw[1:]) or row.dx[2] is None and not as_saved:

@@ -32,6 +32,19 @@ def test_none_for_a_quantizer_where_w_does_not_transpose_as_it_is_is_refused(row
         monkeypatch.setitem(RECIPES, "mine", good)
         Linear(128, 128, recipe="mine")
 
+@pytest.mark.parametrize("row, message", [
+    (Recipe("rtn", "rtm", EDEN, EDEN), "{'rtm'} not in QUANTIZERS"),
+    (Recipe("rtn", "rtn", ("rht", "sr", "sr"), EDEN), "{'rht'} not in QUANTIZERS or ROTATIONS")])
+def test_a_row_of_unknown_names_is_refused(row, message, monkeypatch):
+    monkeypatch.setitem(RECIPES, "mine", row)
+    with pytest.raises(ValueError, match=message): Linear(128, 128, recipe="mine")
+
+def test_kernels_have_square_blocks_for_x_and_w_only():
+    """They would take 1x16 blocks in a backward: the reference takes over."""
+    kernels = pytest.importorskip("kernels")
+    assert kernels.supports(RECIPES["nvidia"])
+    assert not kernels.supports(RECIPES["quartet2"]._replace(dw=("rht128", "rtn_16x16", "rtn")))
+
 def test_within_autocast_rotations_quantizers_and_gemms_give_the_same_bits():
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     def results():
