@@ -68,9 +68,8 @@ def wrap(model, shard, compiled):
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     return model
 def reduce_gradients(net, last):
-    """Whether the next backward pass ends with gradients averaged over processes: the last of a step does."""
+    """Let whole gradients be averaged over processes in the last backward pass of a step; shards, in each."""
     if isinstance(net, DistributedDataParallel): net.require_backward_grad_sync = last
-    elif WORLD > 1: net.set_requires_gradient_sync(last)
 def once(model, shard):
     """quartet.quantized_weights; but where no process has whole weights, each pass quantizes them."""
     return contextlib.nullcontext() if shard else quartet.quantized_weights(model)

@@ -1,5 +1,5 @@
 """Tests of launch.py, with two processes on a CPU: the same training as with one, and the same again."""
-import json, os, shutil, signal, socket, subprocess, sys, traceback
+import gc, json, os, shutil, signal, socket, subprocess, sys, traceback
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -45,6 +45,13 @@ def fail(*arguments): raise ValueError("broken on purpose")
 def stop(data, c, step, micro, device, random=train_gpt.Shards.random):
     if step == 4 and micro == 3: signal.raise_signal(signal.SIGTERM)
     return random(data, c, step, micro, device)
+def accumulate(data, c, step, micro, device, random=train_gpt.Shards.random):
+    """Between micro-batches a process has its half of each gradient, and no whole ones."""
+    if micro > 1:
+        model, = (m for m in gc.get_objects() if isinstance(m, train_gpt.GPT))
+        sizes = [(p.grad.to_local().numel(), p.numel()) for p in model.parameters() if p.dim() == 2]
+        assert sizes and all(2 * part == whole for part, whole in sizes)
+    return random(data, c, step, micro, device)
 
 def main():
     """Every run that the tests look at, from one process: its imports take longer than a run."""
@@ -64,6 +71,7 @@ def main():
     shutil.copy("runs/shared-bf16/previous.pt", "runs/fewer/checkpoint.pt")
     assert not any(run("fewer", 1, "resume", "fewer", "--shard=false"))
     assert not any(run("compared", 2, recipe="bf16,rtn", steps=2))
+    assert not any(run("accumulated", 2, instead=accumulate, recipe="bf16", shard="true", steps=2))
     statuses = [run(f.__name__, 2, instead=f) for f in (fail, stop)]
     Path("statuses").write_text(json.dumps(statuses))
 
