@@ -599,7 +599,7 @@ def test_gemm_multiplies_what_it_is_given(monkeypatch):                         
         return TensorHandle(rest[-1].data + (a @ b.T).numpy(), rest[-1].dtype)
     if not GPU:
         from triton.runtime.interpreter import InterpreterBuilder as builder, TensorHandle
-        if not hasattr(builder, "create_dot_scaled"): pytest.skip("Triton 3.6 does not interpret tl.dot_scaled")
+        if not hasattr(builder, "create_dot_scaled"): pytest.skip("Triton 3.6 interprets no tl.dot_scaled")
         monkeypatch.setattr(builder, "create_dot_scaled", dot_scaled)
     a, b = (rtn(normal(*s).to(DEVICE)) for s in ((140, 288), (1200, 288)))
     exact, magnitudes = (f(decode(a).double()) @ f(decode(b).double()).T for f in (torch.clone, torch.abs))
@@ -822,7 +822,7 @@ def test_knobs_keep_blocks_and_the_last_steps_in_bf16(tiny, monkeypatch):
     ("--recipes=bf16", "unknown knob --recipes: did you mean 'recipe'"), ("--steps=many", "steps=many.*int"),
     ("30M", "unknown preset '30M'.*30m"), ("--steps=0", "too small"), ("--backend=cuda", "auto, torch"),
     ("--width=130", "multiple of twice the heads"), ("--batch=3", "of 96, processes x batch x sequence"),
-    ("cpu gpu", "at most one preset"), ("eval", "name of a run"), ("resume none", "no checkpoint"),
+    ("cpu gpu", "at most one preset"), ("eval", "takes one run"), ("resume none", "no checkpoint"),
     ("--corpus=none", r"none_train_\*.bin.*python data/prepare.py none"),
     ("--vocab_size=100", "token 122, beyond"), ("--hidden=96", r"Linear\(128, 192\).*out_features % 128"),
     ("--sequence=4096 --tokens_per_step=16384", "too few for --sequence=4096"),

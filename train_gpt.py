@@ -78,7 +78,8 @@ CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"
 CODE = ("quartet.py", "kernels.py", "train_gpt.py", "data/launch.py")
 CHECKPOINTS = ("checkpoint.pt", "previous.pt")  # the last one, and the one before
 DAMPEN_EVERY = 10
-MODEL_KNOBS = ("layers", "width", "heads", "hidden", "vocab_size", "sequence", "name")   # or of its run
+FIXED = ("layers", "width", "heads", "hidden", "vocab_size", "sequence", "name")    # what no resume changes
+HARMLESS = {"log_every", "save_every"}  # what one may change in a comparison
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16, datasheets
 
 class UserError(Exception): """A mistake of the user's: shown as one line, without a traceback."""
@@ -103,8 +104,7 @@ def parse(argv):
     if mode == "train" and not words:
         words = ["gpu" if torch.cuda.is_available() and knobs.get("device") != "cpu" else "cpu"]
     if len(words) != 1:
-        takes = "at most one preset" if mode == "train" else "the name of a run"
-        raise UserError(f"{mode} takes {takes}: see --help")
+        raise UserError(f"{mode} takes {'at most one preset' if mode == 'train' else 'one run'}: see --help")
     return mode, words[0], knobs
 
 def check(c):
@@ -119,9 +119,6 @@ def check(c):
         raise UserError("--device=cuda: PyTorch sees no GPU here; --device=cpu runs on the CPU")
     if c.width % (2 * c.heads):
         raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
-    if c.tokens_per_step % (micro := launch.WORLD * c.batch * c.sequence):
-        raise UserError(f"--tokens_per_step={c.tokens_per_step}: must be a multiple of {micro}, processes x "
-                        f"batch x sequence, {launch.WORLD} x {c.batch} x {c.sequence}: change it, or --batch")
     for recipe in c.recipe.split(","):
         known(recipe, quartet.RECIPES, f"unknown recipe {recipe!r}")
         with torch.device("meta"):  # ValueError for a shape that the recipe cannot take
@@ -273,7 +270,7 @@ def load(mode, word, knobs):
         raise UserError(f"--recipe={knobs['recipe']}: {path} goes on with {'several' if compares else 'one'}")
     if compares:
         old = json.loads((path / "compare.json").read_text())
-        unchanged(knobs, old, old.keys() - {"recipe", "log_every", "save_every"})
+        unchanged(knobs, old, old.keys() - HARMLESS - {"recipe"})
         return Config(**old | knobs), path, None
     if path.is_dir():  # without the last one: stopped between two renames of save
         path = next((p for p in (path / name for name in CHECKPOINTS) if p.exists()), path / CHECKPOINTS[0])
@@ -290,7 +287,8 @@ def load(mode, word, knobs):
     old = checkpoint.get("config") if isinstance(checkpoint, dict) else None
     if not old or checkpoint.get("format") != "train_gpt 4" or old.keys() - Config.__annotations__.keys():
         raise UserError(f"{path} was not written by this version of train_gpt.py")
-    unchanged(knobs, old, MODEL_KNOBS)
+    compared = mode == "resume" and (path.parent.parent / "compare.json").exists()
+    unchanged(knobs, old, old.keys() - HARMLESS if compared else FIXED)
     return Config(**old | knobs), path.parent, checkpoint
 def unchanged(knobs, old, names):
     """Raise UserError if knobs differ from old in one of names."""
@@ -517,7 +515,6 @@ def main(argv):
         return print("RECIPES:", ", ".join(quartet.RECIPES))
     mode, word, knobs = parse(argv)
     c, directory, checkpoint = load(mode, word, knobs)
-    if mode in ("eval", "sample"): c = dataclasses.replace(c, tokens_per_step=c.batch * c.sequence)
     check(c)
     if mode in ("eval", "sample"):
         device, _ = pick_device(c)
@@ -528,6 +525,9 @@ def main(argv):
         if mode == "eval": return eval_recipes(model, c, device, recipes)
         for piece in sample_text(model, c, device): print(piece, end="", flush=True)
         return print()
+    if c.tokens_per_step % (micro := launch.WORLD * c.batch * c.sequence):
+        raise UserError(f"--tokens_per_step={c.tokens_per_step}: must be a multiple of {micro}, processes x "
+                        f"batch x sequence, {launch.WORLD} x {c.batch} x {c.sequence}: change it, or --batch")
     stop = []
     def on_signal(signum, frame):
         print(f"\n{signal.Signals(signum).name}: this step, then saving (once more: at once)", flush=True)

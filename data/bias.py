@@ -117,7 +117,7 @@ def main(argv):
     recipe = a.recipe or ("quartet2" if c.recipe == "bf16" else c.recipe)
     train_gpt.known(recipe, [r for r, row in quartet.RECIPES.items() if row],
                     f"--recipe={recipe} is not a quantized forward pass")
-    c = dataclasses.replace(c, recipe=recipe, tokens_per_step=c.batch * c.sequence)
+    c = dataclasses.replace(c, recipe=recipe)
     train_gpt.check(c)
     device, _ = train_gpt.pick_device(c)
     torch.manual_seed(c.seed)

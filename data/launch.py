@@ -20,8 +20,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 def start(device, shard):
     """Join the other processes, if there are any, on this one's GPU; only rank 0 prints."""
     if WORLD == 1 and shard:
-        raise ValueError("--shard=true needs several processes, torchrun --nproc_per_node=N train_gpt.py ...: "
-                         "one takes --shard=false")
+        raise ValueError("--shard=true needs several processes, torchrun --nproc_per_node=N train_gpt.py ... "
+                         "; one takes --shard=false")
     if WORLD == 1: return
     if device == "cuda": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")

@@ -9,8 +9,8 @@ import pytest
 import torch
 import prepare, train_gpt
 
-KNOBS = ("--layers=1 --width=128 --heads=1 --hidden=128 --sequence=32 --batch=2 --tokens_per_step=64 --steps=4"
-         " --eval_tokens=64 --sample_tokens=2 --lr=3e-3 --corpus=tiny --device=cpu --name=a").split()
+KNOBS = ("--layers=1 --width=128 --heads=1 --hidden=128 --sequence=32 --batch=2 --tokens_per_step=64"
+         " --steps=4 --eval_tokens=64 --sample_tokens=2 --lr=3e-3 --corpus=tiny --device=cpu --name=a").split()
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
@@ -44,6 +44,8 @@ def test_a_stopped_comparison_goes_on_where_it_was_and_with_its_own_knobs_only(t
     assert calls == ["bf16"] * 4 + ["rtn"] * 4 + ["four_six"] * 4
     a, b = (torch.load(f"runs/{name}/rtn/checkpoint.pt", weights_only=True) for name in ("straight", "a"))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    for words in ["--steps=5"], ["--recipe=rtn"]:                           # result.json would tell of others
+        refused(f"cannot change: {words[0]}", "resume", "a/bf16", *words)
     rows = [line.split()[0] for line in Path("runs/a/compare.txt").read_text().splitlines()]
     assert rows == ["recipe", "bf16", "rtn", "four_six"]
 
@@ -65,7 +67,7 @@ def test_a_run_that_ended_in_bf16_is_evaluated_and_sampled_in_bf16(train, monkey
     monkeypatch.setattr(train_gpt.GPT, "forward", note)
     for words in ["a"], ["a", "--recipe=rtn"]: train_gpt.main(["sample", *words])
     train_gpt.main(["resume", "a", "--bf16_end=0"])
-    assert seen == ["bf16"] * 2 + ["rtn"] * 5                                # two tokens; then validation, too
+    assert seen == ["bf16"] * 2 + ["rtn"] * 5                               # two tokens; then validation, too
     assert result("a")["val_loss"] != before["val_loss"]
 
 def test_a_name_is_looked_for_in_runs_first_and_any_batch_evaluates(train, capsys):
