@@ -90,6 +90,7 @@ def train(size, corpus, row, seed, gpu, jobs, knobs, keep=()):
     keep: steps from which others go on, as soon as they are there. A run that has its log ends at the last.
     """
     target, (start, _, row) = log_of(size, corpus, row, seed), row.rpartition("+")
+    if (finished := target.exists()) and not keep: return   # of another such command, meanwhile
     directory = RUNS / target.stem
     run, (recipe, *more) = directory / "runs" / "run", KNOBS.get(row, (row,))
     begun = any((run / name).exists() for name in train_gpt.CHECKPOINTS)
@@ -100,7 +101,6 @@ def train(size, corpus, row, seed, gpu, jobs, knobs, keep=()):
     else: arguments = [*SIZES[size].split(), *COMMON.split(), f"--recipe={recipe}", f"--seed={seed}",
                        f"--corpus={corpus}", "--name=run", *more, *(f"--{k}={v}" for k, v in knobs.items())]
     if keep: arguments += [f"--save_every={math.gcd(*keep)}"]
-    if (finished := target.exists()) and not keep: return   # of another such command, meanwhile
     keep = {step: start_of(size, corpus, f"{row}@{step}", seed) for step in keep}
     arguments += ["--end"] * finished + [f"--keep={step}={path}" for step, path in keep.items()]
     child = subprocess.Popen([sys.executable, __file__, "train", *arguments], cwd=directory, text=True,
