@@ -342,7 +342,7 @@ def encode_again(s, v, i, mask, tensor_scale, finite, seed_ptr, codes_ptr, decod
     if AGAIN == 0:
         again = v + 24576.0 - 24576.0                                   # 1.5 * 2^23 * 2^-9
     else:
-        word = random_word(tl.load(seed_ptr), 0, AGAIN * count.to(tl.int64) + i)
+        word = random_word(tl.load(seed_ptr), 0, AGAIN * tl.cast(count, tl.int64) + i)
         again = round_by(v, (word >> 8).to(tl.float32) * U24, 0.125, 0x3C800000)
     v = tl.where(finite, tl.where(mask, again, v), 0.0)
     if codes_ptr is not None:

@@ -417,8 +417,7 @@ def check(recipe, backend, in_features=0, out_features=0, name=""):
     for word, known in ((recipe, RECIPES), (backend, ("auto", "torch", "triton"))):
         if word not in known: raise ValueError(f"{word!r} is not one of {', '.join(known)}")
     if row := RECIPES[recipe]:
-        unknown = ({row.x, row.w, *row.dx[1:], *row.dw[1:], None} - QUANTIZERS.keys()
-                   | {row.dx[0], row.dw[0]} - ROTATIONS.keys()) - {None}
+        unknown = {*row[:2], *row.dx, *row.dw} - {*QUANTIZERS, *ROTATIONS, None}
         if unknown: raise ValueError(f"{recipe!r}: {unknown} not in QUANTIZERS or ROTATIONS: add them there")
     lacks = (backend == "triton" or backend == "auto" and torch.cuda.is_available()) and load_kernels()
     if lacks is None and not kernels.supports(row):
@@ -464,11 +463,13 @@ def quantized_weights(model):
     """
     layers = [m for m in model.modules() if isinstance(m, Linear) and RECIPES[m.recipe]]
     versions, kind = [m.weight._version for m in layers], lambda q: [(t.shape, t.dtype, t.device) for t in q]
-    for m in layers:
-        new, m.once = module(m, m.weight.device.type).quantized(m.weight.detach().bfloat16(), m.recipe), True
-        if kind(m.weight_nvfp4) != kind(new): m.weight_nvfp4 = new
-        for old, t in zip(m.weight_nvfp4, new): old.copy_(t)
-    try: yield
+    try:
+        for m in layers:
+            w, m.once = m.weight.detach().bfloat16(), True
+            new = module(m, w.device.type).quantized(w, m.recipe)
+            if kind(m.weight_nvfp4) != kind(new): m.weight_nvfp4 = [*map(torch.empty_like, new)]    # no alias
+            for old, t in zip(m.weight_nvfp4, new): old.copy_(t)
+        yield
     finally:
         for m in layers: m.once = False
     if versions != [m.weight._version for m in layers]:

@@ -820,7 +820,7 @@ def test_knobs_keep_blocks_and_the_last_steps_in_bf16(tiny, monkeypatch):
 @pytest.mark.parametrize("args, message", [
     ("--recipe=quartet", "unknown recipe 'quartet'.*did you mean 'quartet2'"), ("--steps", "needs a value"),
     ("--recipes=bf16", "unknown knob --recipes: did you mean 'recipe'"), ("--steps=many", "steps=many.*int"),
-    ("30M", "unknown preset '30M'.*30m"), ("--steps=0", "too small"), ("--backend=cuda", "auto, torch"),
+    ("30M", "unknown preset '30M'.*30m"), ("--steps=0", "be from 1"), ("--backend=cuda", "auto, torch"),
     ("--width=130", "multiple of twice the heads"), ("--batch=3", "of 96, processes x batch x sequence"),
     ("cpu gpu", "at most one preset"), ("eval", "takes one run"), ("resume none", "no checkpoint"),
     ("--corpus=none", r"none_train_\*.bin.*python data/prepare.py none"),

@@ -80,7 +80,6 @@ CHECKPOINTS = ("checkpoint.pt", "previous.pt")  # the last one, and the one befo
 DAMPEN_EVERY = 10
 FIXED = ("layers", "width", "heads", "hidden", "vocab_size", "sequence", "name")    # what no resume changes
 HARMLESS = {"log_every", "save_every"}  # what one may change in a comparison
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16, datasheets
 
 class UserError(Exception): """A mistake of the user's: shown as one line, without a traceback."""
 def known(word, words, problem):
@@ -113,8 +112,9 @@ def check(c):
         known(getattr(c, name), choices, f"--{name}={getattr(c, name)}")
     for name, value in vars(c).items():
         least = int(type(value) is int and name not in ("bf16_blocks", "seed"))
-        if type(value) is not str and not value >= least:
-            raise UserError(f"--{name}={value}: too small, it must be at least {least}")
+        most = dict(bf16_end=1, bf16_blocks=c.layers - 1).get(name, 10**12 if type(value) is int else 1e38)
+        if type(value) is not str and not least <= value <= most:
+            raise UserError(f"--{name}={value}: it must be from {least} to {most}")
     if c.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda: PyTorch sees no GPU here; --device=cpu runs on the CPU")
     if c.width % (2 * c.heads):
@@ -246,10 +246,9 @@ def learning_rate(c, step):
     warmup = max(1, c.steps // 10)
     if step < warmup: return c.lr * (step + 1) / warmup
     return c.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, c.steps - warmup)))
-
 def recipe_of(c, step):
     """The recipe of a step, and of the forward pass after it: bf16 in the last bf16_end of the steps."""
-    return "bf16" if min(step, c.steps) > c.steps * (1 - c.bf16_end) else c.recipe
+    return "bf16" if min(step, c.steps) > c.steps - c.steps * c.bf16_end else c.recipe
 
 def make_optimizer(model, c):
     """AdamW; weight decay on the weights of linear layers, none on embedding and norms."""
@@ -289,19 +288,21 @@ def load(mode, word, knobs):
         raise UserError(f"{path} was not written by this version of train_gpt.py")
     compared = mode == "resume" and (path.parent.parent / "compare.json").exists()
     unchanged(knobs, old, old.keys() - HARMLESS if compared else FIXED)
+    if mode == "resume" and knobs.get("steps", math.inf) < checkpoint["step"]:
+        raise UserError(f"--steps={knobs['steps']}: {path} is of step {checkpoint['step']} already: take more")
     return Config(**old | knobs), path.parent, checkpoint
 def unchanged(knobs, old, names):
     """Raise UserError if knobs differ from old in one of names."""
     other = [f"--{k}={v} (saved: {old[k]})" for k, v in knobs.items() if k in names and v != old[k]]
     if other: raise UserError(f"these cannot change: {', '.join(other)}; leave them out, or train anew")
 
-def save(directory, **state):
+def save(directory, c, step, **state):
     """Write a checkpoint whole or not at all, if this is rank 0; the last two are kept."""
     if launch.RANK: return
     part, (new, old) = directory / "checkpoint.part", (directory / name for name in CHECKPOINTS)
     try:
         with open(part, "wb") as f:
-            torch.save(dict(format="train_gpt 4", **state), f)
+            torch.save(dict(format="train_gpt 4", config=vars(c), step=step, **state), f)
             f.flush(), os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # torch.save turns the first into the second
         part.unlink(missing_ok=True)
@@ -319,16 +320,15 @@ class Log:
             lines = [s for s in self.path.read_text().splitlines(True) if s[-1] == "\n"]  # one may be torn
             lines = [line for line in lines if json.loads(line).get("step", 0) <= start]
             self.skipped = sum('"grad_norm": null' in line for line in lines)
-            self.path.write_text("".join(lines))
-        cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-        name = torch.cuda.get_device_name() if device == "cuda" else cpu
+            (part := self.path.with_suffix(".part")).write_text("".join(lines))
+            os.replace(part, self.path)
+        name, peak = launch.describe(device)
         size, vocabulary = sum(p.numel() for p in model.parameters()), c.vocab_size * c.width
         hidden, tokens = size - 2 * vocabulary, c.steps * c.tokens_per_step
         flops = 6 * (size - vocabulary + c.layers * c.width * c.sequence)  # of a token, forward and backward
-        peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
         self.top = launch.WORLD * peak / flops  # tokens/s, 0 if unknown
         digest = lambda content: hashlib.sha256(content).hexdigest()[:8]
-        code = digest(b"".join((Path(__file__).parent / f).read_bytes() for f in CODE))
+        self.code = digest(b"".join((Path(__file__).parent / f).read_bytes() for f in CODE))
         micro = c.tokens_per_step // (c.batch * c.sequence * launch.WORLD)
         processes = f"{launch.WORLD} x " * (launch.WORLD > 1)
         header = dict(  # all that the numbers of a run depend on
@@ -338,10 +338,9 @@ class Log:
             batch=f"{c.tokens_per_step:,} tokens a step, {processes}{micro} x {c.batch} x {c.sequence}",
             steps=f"{c.steps:,}: {tokens:,} tokens, {tokens / hidden:.1f} a parameter",
             corpus=f"{c.corpus}, {sum(map(len, data.shards)):,} tokens, sha256 {digest(data.shards[0])}",
-            versions=f"python {platform.python_version()}, torch {torch.__version__}, code {code}")
+            versions=f"python {platform.python_version()}, torch {torch.__version__}, code {self.code}")
         print("\n".join(f"{what:>10}  {value}" for what, value in header.items()), flush=True)
         self.write(start=start, config=vars(c), **header)
-
     def write(self, **record):
         """Append one record to log.jsonl; null for what is not finite, which JSON lacks."""
         if launch.RANK: return
@@ -358,9 +357,10 @@ class Log:
         if steps[0] > self.start + 1: self.rates.append(rate)  # the first step compiles, or warms up
         for step, loss, norm, lr in zip(steps, losses, norms, lrs):
             self.write(step=step, loss=loss, grad_norm=norm, lr=lr, ms=round(seconds * 1e3, 3))
-            self.in_a_row = 0 if math.isfinite(norm) else self.in_a_row + 1
-            self.skipped += self.in_a_row > 0
-            if self.in_a_row: print(f"step {step} skipped: loss {loss}, norm {norm}; {self.skipped} so far")
+            bad = not math.isfinite(norm)
+            self.in_a_row = self.in_a_row + 1 if bad or self.in_a_row >= 10 else 0  # 10 end the run
+            self.skipped += bad
+            if bad: print(f"step {step} skipped: loss {loss}, norm {norm}; {self.skipped} so far")
         left, mfu = int((self.c.steps - step) * seconds), f"  mfu {rate / self.top:5.1%}" if self.top else ""
         print(f"step {step:{len(str(self.c.steps))}}/{self.c.steps}  loss {loss:7.4f}  norm {norm:6.3f}  "
               f"lr {lr:.2e}  {seconds * 1e3:7.1f} ms  {rate / 1e3:7.1f} ktok/s{mfu}  "
@@ -425,13 +425,13 @@ def train(c, data, directory, stop, checkpoint=None):
         log.step(step, begin, launch.mean(total.clone()), norm, lr, flush=evaluating or saving)
         if log.in_a_row >= 10:
             first = diagnose.first_not_finite(model, *data[0].random(c, step, 0, device))
-            raise UserError(f"step {step}: {log.in_a_row} steps in a row had no finite gradient; what is not "
+            raise UserError(f"step {step}: 10 steps in a row had no finite gradient; what is not "
                             f"finite first: {first}. Lower --lr, from a checkpoint in {directory} or anew")
         if evaluating:
             loss = evaluate(model, data[1], c, device)
             log.write(step=step, val_loss=loss)
             print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(c, loss)}", flush=True)
-        if saving: save(directory, config=vars(c), step=step, **launch.snapshot(model, optimizer))
+        if saving: save(directory, c, step, code=log.code, **launch.snapshot(model, optimizer))
         if stopping:
             whole = directory.parent if (directory.parent / "compare.json").exists() else directory
             print(f"stopped after step {step}, saved. To go on: python train_gpt.py resume {whole}")

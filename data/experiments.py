@@ -162,8 +162,8 @@ def queue(size, rows, seeds, corpus, knobs, jobs):
 def keep_checkpoints(keep, end):
     """Let train_gpt.py copy checkpoints to keep, {step: path}, and stop at the last of these if `end`."""
     save = train_gpt.save
-    def keeping(directory, *, step, **state):
-        save(directory, step=step, **state)
+    def keeping(directory, c, step, **state):
+        save(directory, c, step, **state)
         if step in keep:
             shutil.copy(directory / "checkpoint.pt", f"{keep[step]}.part")
             os.replace(f"{keep[step]}.part", keep[step])
@@ -192,6 +192,8 @@ def main(arguments):
         rows = GROUPS[group].split() if group in GROUPS else group.split(",")
         wanted += [start + plus + row for row in rows if not start or row != first] + [first] * bool(start)
     for row in wanted: train_gpt.known(row.split("+")[-1], quartet.RECIPES | KNOBS, f"unknown row {row!r}")
+    if own := {"recipe", "seed", "name"} & {*knobs}:
+        raise train_gpt.UserError(f"--{own.pop()} is a run's own here: rows name recipes, --seeds=1,2 seeds")
     knobs = train_gpt.parse([f"--{k}={v}" for k, v in knobs.items()])[2]
     return queue(size, wanted, [*map(int, seeds.split(","))], corpus, knobs, int(jobs))
 

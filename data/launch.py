@@ -6,7 +6,7 @@ starts a process for each of N GPUs (or, to try it out, N on a CPU). Each takes 
 step, and its own rounding noise. All hold the whole model, or, sharded, an N-th of weights, gradients and
 optimizer, and of the other weights a block at a time. Rank 0 prints and writes.
 """
-import atexit, contextlib, math, os, sys
+import atexit, contextlib, math, os, platform, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 import quartet
 
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16, datasheets
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def start(device, shard):
@@ -43,6 +44,11 @@ def stopping(stop):
     dist.all_reduce(flag := torch.tensor(len(stop)), dist.ReduceOp.MAX)
     return bool(flag)
 
+def describe(device):
+    """-> the name of a device, "cuda" or "cpu", and its peak in dense bf16 FLOP/s, 0 if unknown."""
+    cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
+    return name, next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
 def peak_memory(device, reset=False):
     """GiB at most since the last reset: of the GPU's allocator, or resident in RAM (on Linux; else NaN)."""
     if device == "cuda":

@@ -4,8 +4,8 @@
 
 MODEL: a name on the Hugging Face hub, or a directory. TEXT: a file in UTF-8. As usual for WikiText-2, it is
 one sequence of tokens, cut into windows without overlap; each token but a window's first is predicted from
-those before it in the window. Every linear layer but the head is quantized, by quartet.quantize_model. Needs
-the package transformers; the table is also that of `python train_gpt.py eval RUN`.
+those before it in the window. Every nn.Linear but the head is quantized, by quartet.quantize_model. Needs the
+package transformers; the table is also that of `python train_gpt.py eval RUN`.
 """
 import argparse, math, sys
 from pathlib import Path
@@ -81,16 +81,18 @@ def main(argv):
     try: torch.empty(1, device=a.device)
     except (RuntimeError, AssertionError):          # the latter of a PyTorch without CUDA
         raise ValueError(f"--device={a.device}: PyTorch has none here; leave the knob out") from None
-    try: from transformers import AutoModelForCausalLM, AutoTokenizer
+    try: from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
     except ImportError as e: raise ValueError(f"{e}: pip install transformers") from None
     tokenizer = AutoTokenizer.from_pretrained(a.model)
-    model = AutoModelForCausalLM.from_pretrained(a.model, dtype="auto").to(a.device).eval()
+    packed = getattr(AutoConfig.from_pretrained(a.model), "quantization_config", None)
+    decoded = dict(quantization_config=CompressedTensorsConfig(dequantize=True)) if packed else {}
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype="auto", **decoded).to(a.device).eval()
     tokens = tokenizer(a.text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"][0]
     tokens = tokens[:a.tokens]
     n = len(tokens) // a.window
     if not n: raise ValueError(f"{a.text}: {len(tokens)} tokens, less than a --window={a.window}: shorten it")
-    with torch.no_grad(): model(tokens[None, :2].to(a.device))          # compressed weights are decoded now
     swapped = quartet.quantize_model(model, "bf16", skip=head_of(model))
+    if not swapped: raise ValueError(f"{a.model} has no nn.Linear but its head: nothing to quantize here")
     print(f"{a.model}: {len(swapped)} linear layers, {n} windows of {a.window} tokens, {a.device}")
     show(losses(model, tokens[:n * a.window].view(n, a.window), a.batch))
 

@@ -65,7 +65,7 @@ def test_a_log_or_start_of_other_knobs_is_an_error_before_anything_is_trained(re
     log.write_text("{}\n")
     experiments.main(["tiny", "rtn", "--corpus=a", "--steps=9"])
     config = vars(train_gpt.Config(**train_gpt.parse(experiments.SIZES["tiny"].split())[2]))
-    torch.save(dict(format="train_gpt 4", config=config | dict(steps=9)), start)
+    torch.save(dict(format="train_gpt 4", config=config | dict(steps=9), step=1), start)
     with pytest.raises(train_gpt.UserError, match="tiny-a-rtn@1-1.pt has --steps=9, not 8: move"):
         experiments.main(["tiny", "rtn@1+bf16", "--corpus=a", "--steps=8"])
 
@@ -135,7 +135,7 @@ def test_sigterm_to_this_process_alone_lets_the_running_ones_save(results, monke
 def test_a_run_that_fails_is_told_at_the_end_and_the_others_are_trained(results, monkeypatch, capsys):
     monkeypatch.setitem(experiments.KNOBS, "bad", ("bf16", "--lr=-1"))
     assert "not finished: 1 of" in experiments.main(["tiny", "bad,bf16", *SHORT])
-    assert "tiny-python-bad-1 has not finished:\nexperiments.py: --lr=-1.0: too" in capsys.readouterr().out
+    assert "tiny-python-bad-1 has not finished:\nexperiments.py: --lr=-1.0: it must" in capsys.readouterr().out
     assert [path.name for path in results.iterdir()] == ["tiny-python-bf16-1.jsonl"]
     assert experiments.main(["tiny", "bf16", *SHORT]) is None
 
@@ -174,3 +174,8 @@ def test_what_another_such_command_has_finished_meanwhile_is_not_trained(tmp_pat
     monkeypatch.setattr(experiments.subprocess, "Popen", lambda *a, **k: pytest.fail("trains"))
     experiments.log_of("tiny", "python", "rtn", 1).write_text("{}\n")
     experiments.train("tiny", "python", "rtn", 1, "", 1, {})
+
+def test_what_makes_a_run_itself_is_no_knob(results):
+    for knob in "--recipe=rtn", "--seed=7", "--name=x":
+        with pytest.raises(train_gpt.UserError, match=f"{knob[:6]}.* is a run's own"):
+            experiments.main(["tiny", "bf16", knob])

@@ -90,5 +90,13 @@ def test_the_command_measures_a_model_on_a_text(tmp_path, capsys):
     perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=64", "--tokens=150"])
     lines = capsys.readouterr().out.splitlines()
     assert "7 linear layers, 2 windows of 64 tokens" in lines[0] and len(lines) == 16
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")    # as most are
+    perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=64"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 16 and lines[3].split()[4] == "0.0000"
     with pytest.raises(ValueError, match="160 tokens.*--window=999"):
         perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=999"])
+    gpt2 = transformers.GPT2Config(vocab_size=256, n_embd=64, n_layer=1, n_head=1, n_positions=64)
+    transformers.GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "model")      # its layers are no nn.Linear
+    with pytest.raises(ValueError, match="no nn.Linear but its head"):
+        perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=64"])

@@ -90,3 +90,16 @@ def test_auto_says_once_why_it_is_not_triton_on_a_gpu_and_nothing_on_a_cpu(monke
     for fast in True, False:                    # kernels.py runs, with a mode for each quantizer, or not
         monkeypatch.setattr(quartet, "kernels", types.SimpleNamespace(supports=lambda row: fast))
         assert "for each quantizer of 'rtn': 'auto' takes" in "".join(said(auto)) or fast and said(auto) == []
+
+def test_a_bf16_weight_that_is_not_quantized_is_no_change_within_quantized_weights(monkeypatch):
+    monkeypatch.setitem(RECIPES, "x", Recipe("rtn", "bf16", EDEN, EDEN))
+    linear, x = Linear(128, 128, recipe="x", dtype=torch.bfloat16), torch.randn(4, 128)
+    expected = linear(x)
+    for _ in range(2):
+        with quartet.quantized_weights(linear): assert torch.equal(linear(x), expected)
+
+def test_quantized_weights_that_cannot_be_made_are_not_used(monkeypatch):
+    model = torch.nn.Sequential(Linear(128, 128, recipe="rtn"), Linear(128, 128, recipe="rtn"))
+    monkeypatch.setattr(model[1], "weight", None)
+    with pytest.raises(AttributeError), quartet.quantized_weights(model): pass
+    assert not model[0].once

@@ -1,5 +1,5 @@
 """Tests of how runs of train_gpt.py are named, resumed and read: what goes on must fit what began."""
-import json, signal, sys
+import json, re, signal, sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -69,6 +69,40 @@ def test_a_run_that_ended_in_bf16_is_evaluated_and_sampled_in_bf16(train, monkey
     train_gpt.main(["resume", "a", "--bf16_end=0"])
     assert seen == ["bf16"] * 2 + ["rtn"] * 5                               # two tokens; then validation, too
     assert result("a")["val_loss"] != before["val_loss"]
+
+def test_the_last_steps_in_bf16_are_counted_exactly_and_knobs_have_bounds(train):
+    for end, steps in (0.1, 10), (0.9, 10), (0.9, 100), (0.3, 1000), (1.0, 7):
+        c = train_gpt.Config(recipe="rtn", bf16_end=end, steps=steps)
+        assert sum(train_gpt.recipe_of(c, i) == "bf16" for i in range(1, steps + 1)) == round(end * steps)
+    for knob, most in dict(bf16_end=1, bf16_blocks=0, lr=1e38, seed=10**12).items():
+        value = "inf" if knob == "lr" else str(most + 1)
+        refused(f"--{knob}={value}.*: it must be from 0 to {re.escape(str(most))}", "cpu", *KNOBS, f"--{knob}={value}")
+
+def test_ten_steps_in_a_row_without_a_gradient_end_a_run_also_between_two_lines(train, monkeypatch):
+    """Steps 3 to 12 of 14 have none, and the run prints a line after each 20."""
+    predict, calls = train_gpt.GPT.predict, []
+    def spoiled(self, x, targets):
+        calls.append(0)
+        return predict(self, x, targets) * (float("nan") if 3 <= len(calls) <= 12 else 1)
+    monkeypatch.setattr(train_gpt.GPT, "predict", spoiled)
+    with pytest.raises(train_gpt.UserError, match="10 steps in a row"): train("--steps=14", "--log_every=20")
+    records = [*map(json.loads, open("runs/a/log.jsonl"))]
+    assert sum(r.get("grad_norm", 0) is None for r in records) == 10
+
+def test_a_log_is_repaired_whole_or_not_at_all(train, monkeypatch):
+    train("--recipe=bf16")
+    log = Path("runs/a/log.jsonl")
+    before = log.read_text()
+    log.write_text(before + '{"step": 5, "lo')
+    def crash(*paths): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(train_gpt.os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt): train_gpt.main(["resume", "a", "--steps=5"])
+    assert log.read_text() == before + '{"step": 5, "lo'
+    refused("--steps=3: .*of step 4 already", "resume", "a", "--steps=3")
+    train_gpt.main(["resume", "a", "--steps=5"])
+    assert log.read_text().startswith(before) and all(map(json.loads, open(log)))
+    assert len(torch.load("runs/a/checkpoint.pt", weights_only=True)["code"]) == 8
 
 def test_a_name_is_looked_for_in_runs_first_and_any_batch_evaluates(train, capsys):
     train("--recipe=bf16")
