@@ -70,5 +70,5 @@ def test_command_prints_and_writes_every_layer(tmp_path, capsys, monkeypatch):
     assert [line.split(",")[0] for line in text if "tokens" in line] == LAYERS
     assert len(text) == 4 * 14 + 2 + 12 + 1 and "of 4" in text[-2]      # four tables, the summary, the path
     for wrong, message in (("--draws=100", "a power of 4"), ("--recipe=bf16", "not a quantized forward"),
-                           ("--batch=0", "at least 1")):
+                           ("--batch=0", "from 1")):
         with pytest.raises(train_gpt.UserError, match=message): bias.main([str(tmp_path), wrong])
