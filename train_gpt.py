@@ -112,7 +112,7 @@ def check(c):
         known(getattr(c, name), choices, f"--{name}={getattr(c, name)}")
     for name, value in vars(c).items():
         least = int(type(value) is int and name not in ("bf16_blocks", "seed"))
-        most = dict(bf16_end=1, bf16_blocks=c.layers - 1).get(name, 10**12 if type(value) is int else 1e38)
+        most = dict(bf16_end=1, bf16_blocks=c.layers - 1).get(name, (10**12, 1e38)[type(value) is float])
         if type(value) is not str and not least <= value <= most:
             raise UserError(f"--{name}={value}: it must be from {least} to {most}")
     if c.device == "cuda" and not torch.cuda.is_available():
