@@ -289,7 +289,7 @@ def load(mode, word, knobs):
     compared = mode == "resume" and (path.parent.parent / "compare.json").exists()
     unchanged(knobs, old, old.keys() - HARMLESS if compared else FIXED)
     if mode == "resume" and knobs.get("steps", math.inf) < checkpoint["step"]:
-        raise UserError(f"--steps={knobs['steps']}: {path} is of step {checkpoint['step']} already: take more")
+        raise UserError(f"--steps={knobs['steps']}: {path} is at step {checkpoint['step']} now: take more")
     return Config(**old | knobs), path.parent, checkpoint
 def unchanged(knobs, old, names):
     """Raise UserError if knobs differ from old in one of names."""
