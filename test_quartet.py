@@ -19,6 +19,7 @@ from quartet import (NVFP4, RECIPES, ROTATIONS, Linear, Recipe, decode, e2m1, e4
                      uniform, unpack)
 from train_gpt import prepare
 import bench, demonstrate  # of data/
+from test_runs import place, result  # of data/, the first a fixture
 
 HERE = Path(__file__).parent
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])                            # by code, 0 to 7
@@ -702,18 +703,8 @@ def test_kernels_compile_for_every_target_without_spills(tmp_path):
 TINY = ("--layers=1 --width=128 --heads=2 --hidden=128 --sequence=32 --tokens_per_step=128 --eval_tokens=256 "
         "--sample_tokens=4 --log_every=1 --corpus=tiny --device=cpu --lr=3e-3 --name=a").split()
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """A directory of its own with a small corpus; signal handlers as they were. -> train(args)."""
-    tokens = np.frombuffer(b"the quick brown fox jumps over the lazy dog\n" * 40, np.uint8)
-    for split in ("train", "val"): prepare.write_shard(tmp_path / f"tiny_{split}_000000.bin", tokens)
-    monkeypatch.setattr(train_gpt, "DATA", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield lambda *args: train_gpt.main(["cpu", *TINY, *args])
-    for s, handler in handlers.items(): signal.signal(s, handler)
-    torch.use_deterministic_algorithms(False)
+def tiny(place): return lambda *args: train_gpt.main(["cpu", *TINY, *args])
 def saved(name="a"): return torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)
-def result(name="a"): return json.loads(Path(f"runs/{name}/result.json").read_text())
 def losses(name="a", key="loss"):
     return {r["step"]: r[key] for r in map(json.loads, open(f"runs/{name}/log.jsonl")) if key in r}
 

@@ -1,5 +1,6 @@
 """Tests of quartet.py beside test_quartet.py: rows that cannot be computed, and where its layers are used."""
-import pickle, types, warnings
+import os, pickle, subprocess, sys, types, warnings
+from pathlib import Path
 import pytest
 import torch
 import quartet
@@ -44,6 +45,24 @@ def test_kernels_have_square_blocks_for_x_and_w_only():
     kernels = pytest.importorskip("kernels")
     assert kernels.supports(RECIPES["nvidia"])
     assert not kernels.supports(RECIPES["quartet2"]._replace(dw=("rht128", "rtn_16x16", "rtn")))
+
+COMPILE_ONE = """
+import triton, kernels
+types = dict(scale="*bf16", top="*i32", seed="*i64", e4m3="*u8", tensor_scale="*fp32", codes="*u8",
+             decoded="*bf16", columns="i32", size="i32", inverse_n="fp32")
+constants = dict(count=1, AGAIN=16, SWIZZLED=False, B=128)
+kernel = kernels.encode_kernel
+signature = {n: "constexpr" if n in constants else types[n.removesuffix("_ptr")] for n in kernel.arg_names}
+source = triton.compiler.ASTSource(kernel, signature, constants)
+triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32))
+"""
+def test_a_count_of_one_block_compiles():
+    """Triton makes a constant of an argument that is 1, which has no dtype."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE_ONE], cwd=Path(quartet.__file__).parent, text=True,
+                          capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 def test_within_autocast_rotations_quantizers_and_gemms_give_the_same_bits():
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))

@@ -13,17 +13,21 @@ KNOBS = ("--layers=1 --width=128 --heads=1 --hidden=128 --sequence=32 --batch=2 
          " --steps=4 --eval_tokens=64 --sample_tokens=2 --lr=3e-3 --corpus=tiny --device=cpu --name=a").split()
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
-    """train(*words) in a directory of its own with a small corpus; signal handlers as they were."""
+def place(tmp_path, monkeypatch):
+    """A directory of its own, with a small corpus, to train in; signal handlers stay as they were."""
     tokens = np.frombuffer(b"the quick brown fox jumps over the lazy dog\n" * 40, np.uint8)
     for split in ("train", "val"): prepare.write_shard(tmp_path / f"tiny_{split}_000000.bin", tokens)
     monkeypatch.setattr(train_gpt, "DATA", tmp_path)
     monkeypatch.chdir(tmp_path)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield lambda *words: train_gpt.main(["cpu", *KNOBS, *words])
+    yield tmp_path
     for s, handler in handlers.items(): signal.signal(s, handler)
+    torch.use_deterministic_algorithms(False)               # train_gpt.py sets it on a GPU
 
-def result(run): return json.loads(Path(f"runs/{run}/result.json").read_text())
+@pytest.fixture
+def train(place): return lambda *words: train_gpt.main(["cpu", *KNOBS, *words])
+
+def result(run="a"): return json.loads(Path(f"runs/{run}/result.json").read_text())
 def refused(message, *words):
     with pytest.raises(train_gpt.UserError, match=message): train_gpt.main([*words])
 
@@ -76,7 +80,8 @@ def test_the_last_steps_in_bf16_are_counted_exactly_and_knobs_have_bounds(train)
         assert sum(train_gpt.recipe_of(c, i) == "bf16" for i in range(1, steps + 1)) == round(end * steps)
     for knob, most in dict(bf16_end=1, bf16_blocks=0, lr=1e38, seed=10**12).items():
         value = "inf" if knob == "lr" else str(most + 1)
-        refused(f"--{knob}={value}.*: it must be from 0 to {re.escape(str(most))}", "cpu", *KNOBS, f"--{knob}={value}")
+        refused(f"--{knob}={value}.*: it must be from 0 to {re.escape(str(most))}", "cpu", *KNOBS,
+                f"--{knob}={value}")
 
 def test_ten_steps_in_a_row_without_a_gradient_end_a_run_also_between_two_lines(train, monkeypatch):
     """Steps 3 to 12 of 14 have none, and the run prints a line after each 20."""
