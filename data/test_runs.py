@@ -9,8 +9,9 @@ import pytest
 import torch
 import prepare, train_gpt
 
-KNOBS = ("--layers=1 --width=128 --heads=1 --hidden=128 --sequence=32 --batch=2 --tokens_per_step=64"
-         " --steps=4 --eval_tokens=64 --sample_tokens=2 --lr=3e-3 --corpus=tiny --device=cpu --name=a").split()
+KNOBS = ("--layers=1 --width=128 --heads=1 --hidden=128 --sequence=32 --batch=2"
+         " --tokens_per_step=64 --steps=4 --eval_tokens=64 --sample_tokens=2 --lr=3e-3 --corpus=tiny"
+         " --device=cpu --name=a").split()
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
