@@ -60,16 +60,21 @@ def measure(x, w, dy, recipe, sizes):
     """
     layer = quartet.Linear(*w.T.shape, recipe=recipe, device=w.device, dtype=w.dtype)
     layer.weight.data, leaf = w, x.clone().requires_grad_()
-    y = layer(leaf)                                             # once: the forward does not draw
     xq, wq = quartet.QUANTIZERS[quartet.RECIPES[recipe].x](x, None, None), quartet.quantized(w, recipe)
     exact = [a.double() @ quartet.decode(quartet.NVFP4(*b)).double() for a, b in ((dy, wq), (dy.T, xq))]
     norms, errors = [e.square().sum() for e in exact], ([], [])
     sums = [torch.zeros(PARTS, *e.shape, device=e.device) for e in exact]
-    for b in range(1, sizes[-1] + 1):
-        draw = torch.autograd.grad(y, (leaf, layer.weight), dy, retain_graph=True)
-        for s, d, e in zip(sums, draw, exact): s[b % PARTS] += d - e    # sums of errors: float32 is plenty
-        if b in sizes:                                          # kept on the device: nothing waits for it
-            for error, s in zip(errors, sums): error.append((s.sum(0) / b).double().square().sum())
+    def draw(part):
+        for s, d, e in zip(sums, torch.autograd.grad(layer(leaf), (leaf, layer.weight), dy), exact):
+            s.index_add_(0, part, (d - e).float()[None])        # of errors: float32 is plenty
+    parts = torch.arange(PARTS, device=x.device).split(1)
+    with quartet.quantized_weights(layer):
+        run = train_gpt.launch.as_graph(draw, parts[0]) if x.is_cuda else draw
+        for s in sums: s.zero_()                                # of draws while it was recorded
+        for b in range(1, sizes[-1] + 1):
+            run(parts[b % PARTS])
+            if b in sizes:                                      # kept on the device: nothing waits for it
+                for error, s in zip(errors, sums): error.append((s.sum(0) / b).double().square().sum())
     found = []
     for error, s, norm in zip(errors, sums, norms):
         gram = sum(c.double() @ c.double().T for c in s.flatten(1).split(2**20, 1)) * (PARTS / b)**2 / norm

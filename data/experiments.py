@@ -102,7 +102,7 @@ def train(size, corpus, row, seed, gpu, jobs, knobs, keep=()):
                        f"--corpus={corpus}", "--name=run", *more, *(f"--{k}={v}" for k, v in knobs.items())]
     if keep: arguments += [f"--save_every={math.gcd(*keep)}"]
     keep = {step: start_of(size, corpus, f"{row}@{step}", seed) for step in keep}
-    arguments += ["--end"] * finished + [f"--keep={step}={path}" for step, path in keep.items()]
+    arguments += [f"--end={target}"] * finished + [f"--keep={step}={path}" for step, path in keep.items()]
     child = subprocess.Popen([sys.executable, __file__, "train", *arguments], cwd=directory, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                              env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
@@ -160,11 +160,21 @@ def queue(size, rows, seeds, corpus, knobs, jobs):
     if left: return f"experiments.py: not finished: {left} of the runs; the same command goes on with them"
 
 def keep_checkpoints(keep, end):
-    """Let train_gpt.py copy checkpoints to keep, {step: path}, and stop at the last of these if `end`."""
+    """Let train_gpt.py copy checkpoints to keep, {step: path}, and stop at the last of these if `end`.
+
+    end: the log that the run has already. Its losses must be those, or rows of a seed had not one start.
+    """
     save = train_gpt.save
+    def losses(log):
+        records = (json.loads(line) for line in open(log))
+        return {(r["step"], k): r[k] for r in records for k in ("loss", "val_loss") if k in r and "step" in r}
     def keeping(directory, c, step, **state):
         save(directory, c, step, **state)
         if step in keep:
+            before, now = (losses(log) for log in (end, directory / "log.jsonl")) if end else ({}, {})
+            if wrong := [k for k in before.keys() & now.keys() if before[k] != now[k]]:
+                raise train_gpt.UserError(f"step {min(wrong)[0]}: not the losses of {end}, of another GPU or "
+                                          "code: take another seed, or move the logs of this one away")
             shutil.copy(directory / "checkpoint.pt", f"{keep[step]}.part")
             os.replace(f"{keep[step]}.part", keep[step])
         if end and step == max(keep): sys.exit()
@@ -174,8 +184,9 @@ def main(arguments):
     register()
     if arguments[:1] == ["train"]:
         keep = dict(a[7:].split("=", 1) for a in arguments if a.startswith("--keep="))
-        keep_checkpoints({int(step): path for step, path in keep.items()}, "--end" in arguments)
-        return train_gpt.main([a for a in arguments[1:] if a != "--end" and not a.startswith("--keep=")])
+        end = [a[6:] for a in arguments if a.startswith("--end=")]
+        keep_checkpoints({int(step): path for step, path in keep.items()}, end and end[0])
+        return train_gpt.main([a for a in arguments[1:] if not a.startswith(("--end=", "--keep="))])
     if {"-h", "--help"} & {*arguments}: return print(__doc__)
     words = [a for a in arguments if not a.startswith("--")]
     knobs = dict(a[2:].partition("=")[::2] for a in arguments if a.startswith("--"))

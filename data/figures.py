@@ -140,8 +140,9 @@ def draw(runs):
         records = [json.loads(line) for line in path.read_text().splitlines()]
         _, axes = plt.subplots(1, 2, figsize=(6, 3), sharey=True)
         for ax, gemm in zip(axes, ("dx", "dw")):
-            for color, method in enumerate(dict.fromkeys(r["method"] for r in records)):
-                for i, r in enumerate(r for r in records if (r["gemm"], r["method"]) == (gemm, method)):
+            of = [r for r in records if (r["gemm"], r["operand"]) == (gemm, "both")]
+            for color, method in enumerate(dict.fromkeys(r["method"] for r in of)):
+                for i, r in enumerate(r for r in of if r["method"] == method):
                     ax.loglog(r["B"], [B * error / r["error"][0] for B, error in zip(r["B"], r["error"])],
                               color=f"C{color}", linewidth=0.7, label="" if i else method)
             ax.set_title(f"{gemm} of each layer"), ax.set_xlabel("B, draws in the mean")

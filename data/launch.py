@@ -50,10 +50,10 @@ def describe(device):
     name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return name, next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
 def peak_memory(device, reset=False):
-    """GiB at most since the last reset: of the GPU's allocator, or resident in RAM (on Linux; else NaN)."""
+    """GiB at most since the last reset: taken from the GPU, or resident in RAM (on Linux; else NaN)."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats() if reset else None
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_reserved() / 2**30     # a CUDA graph's is not "allocated"
     try:
         Path("/proc/self/clear_refs").write_text("5") if reset else None
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
@@ -68,8 +68,9 @@ def wrap(model, shard, compiled):
         model.predict = torch.compile(model.predict, fullgraph=True)
     if shard:
         from torch.distributed.fsdp import fully_shard      # here: it takes longer to import than torch
-        for block in model.blocks: fully_shard(block)
-        fully_shard(model)
+        mesh = dist.init_device_mesh(model.rope.device.type, (WORLD,))      # not any GPU that is there
+        for block in model.blocks: fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     elif WORLD > 1:
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     return model

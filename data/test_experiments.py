@@ -1,5 +1,5 @@
 """Tests of experiments.py and figures.py: runs are kept and not repeated; tables pair seeds."""
-import json, os, signal, threading, time
+import json, os, re, signal, threading, time
 import pytest, torch
 import experiments, figures
 import quartet, train_gpt
@@ -86,6 +86,11 @@ def test_rows_go_on_from_a_step_of_another(results, monkeypatch, capsys):
     assert trunk.stat().st_mtime_ns == before and (results / "tiny-python-rtn@1+quartet2-1.jsonl").exists()
     again = torch.load(start, weights_only=False)["model"]
     assert all(torch.equal(again[name], expected[name]) for name in expected)
+    start.rename(aside := start.with_name("aside")), (whole := trunk.read_text())
+    trunk.write_text(re.sub(r'("step": 1, "val_loss": )5', r"\g<1>6", whole))     # as if of another GPU
+    assert "not finished: 1 of" in experiments.main(["tiny", "rtn@1+nvidia", *more]) and not start.exists()
+    assert f"step 1: not the losses of {trunk}, of another GPU" in capsys.readouterr().out
+    aside.rename(start), trunk.write_text(whole)
     monkeypatch.setattr(experiments, "train", lambda *run: pytest.fail(f"trained again: {run}"))
     experiments.main(["tiny", "rtn@1+bf16,quartet2", *more])
     with pytest.raises(train_gpt.UserError, match="not ROW@STEP"): experiments.main(["tiny", "rtn+bf16"])
@@ -108,7 +113,7 @@ def test_the_step_is_there_before_the_run_ends(tmp_path, monkeypatch, results):
     monkeypatch.chdir(tmp_path)
     tiny = [*experiments.SIZES["tiny"].split(), *SHORT, "--steps=9", "--save_every=1", "--name=run"]
     with pytest.raises(SystemExit):
-        experiments.main(["train", "--keep=1=1.pt", "--keep=2=2.pt", "--end", *tiny])
+        experiments.main(["train", "--keep=1=1.pt", "--keep=2=2.pt", f"--end={os.devnull}", *tiny])
     assert [torch.load(f"{step}.pt", weights_only=False)["step"] for step in (1, 2)] == [1, 2]
     assert not (tmp_path / "runs/run/result.json").exists()
 
@@ -150,7 +155,8 @@ def test_pictures_of_runs_quantizers_and_means(results, tmp_path, monkeypatch):
         log = (dict(step=1, loss=loss), dict(step=1, val_loss=loss),
                dict(val_loss=loss, tokens_per_s=1e6, peak_gib=1.0, jobs=1))
         (results / f"10m-a-{row}-1.jsonl").write_text("\n".join(map(json.dumps, log)))
-    means = (dict(gemm=gemm, method="sr", B=[1, 4], error=[0.1, 0.02]) for gemm in ("dx", "dw"))
+    means = (dict(gemm=gemm, method="sr", operand=operand, B=[1, 4], error=[0.1, 0.02])
+             for gemm in ("dx", "dw") for operand in ("both", "dy"))
     (results / "bias-10m.jsonl").write_text("\n".join(map(json.dumps, means)))
     figures.main()
     names = {path.name for path in figures.FIGURES.iterdir()}
