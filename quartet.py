@@ -281,7 +281,7 @@ QUANTIZERS = {                              # name: function of (x, R, seed) -> 
 
 class Recipe(NamedTuple):
     """A row of RECIPES. Backward quantizes again what the forward's NVFP4 x and w decode to, or as stated."""
-    x: str                       # y = x w^T, sums over K: quantizer of x
+    x: str                       # y = x w^T, sums over K: quantizer of x, without noise
     w: str                       #                         quantizer of w
     dx: tuple                    # dx = dy w, sums over N: rotation, quantizer of dy, of w (None: as saved)
     dw: tuple                    # dw = dy^T x, over M:    rotation, quantizer of dy, of x
@@ -481,7 +481,7 @@ def quantized_weights(model):
 # ends. Pulled towards Q(w), as weight decay pulls towards 0, w settles on one of the two.
 @torch.no_grad()
 def dampen(model, share):
-    """Move each weight of a Linear by share * its recipe's `dampen` of the way to its quantized value.
+    """Move each weight of a Linear by share * its recipe's `dampen` (at most 1) of the way to its quantized one.
 
     share: float, or () tensor on the weights' device. After a step of the optimizer, its learning rate times
     (step / steps)^4, so that weights are free until late; or every few steps the sum of these.
@@ -492,7 +492,7 @@ def dampen(model, share):
         if isinstance(m, Linear) and RECIPES[m.recipe] and RECIPES[m.recipe].dampen:
             w = m.weight.to_local() if hasattr(m.weight, "to_local") else m.weight      # of FSDP2: some rows
             values = module(m, w.device.type).on_grid(w.bfloat16(), m.recipe)
-            w.lerp_(values.to(w.dtype), share * RECIPES[m.recipe].dampen)
+            w.lerp_(values.to(w.dtype), (w.new_zeros(()) + share * RECIPES[m.recipe].dampen).clamp(max=1))
 
 if __name__ == "__main__":                      # print the sections in numbers: data/demonstrate.py
     sys.path.append(os.path.join(os.path.dirname(__file__), "data"))

@@ -95,8 +95,7 @@ def parse(argv):
     for name, equals, value in (arg[2:].partition("=") for arg in argv if arg.startswith("--")):
         known(name, types, f"unknown knob --{name}")
         if not equals: raise UserError(f"--{name} needs a value: --{name}=VALUE")
-        try:
-            knobs[name] = types[name](value)
+        try: knobs[name] = types[name](value)
         except ValueError:
             raise UserError(f"--{name}={value}: it takes a value of type {types[name].__name__}") from None
     mode = words.pop(0) if words and words[0] in ("resume", "eval", "sample") else "train"
@@ -126,7 +125,6 @@ def check(c):
 
 # ---- 2. The model: Llama's. linear(in, out) makes its hidden layers; the others are never quantized --------
 plain = partial(nn.Linear, bias=False)
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + SwiGLU(norm(x)). x (B, T, width); linear makes the four layers."""
     def __init__(self, c, linear):
@@ -222,8 +220,8 @@ class Shards:
         return window[:, :-1], window[:, 1:]
 
     def random(self, c, step, micro, device):
-        """The micro-batch of a step: random places, the same for every recipe and after every resume."""
-        generator = np.random.default_rng((c.seed, step, micro))
+        """This process's micro-batch of a step: random places, the same for all recipes, and when resumed."""
+        generator = np.random.default_rng((c.seed, step, micro * launch.WORLD + launch.RANK))
         return self.at(generator.integers(self.ends[-1], size=c.batch), device)
 
     def in_order(self, c, device):
@@ -313,12 +311,12 @@ def save(directory, c, step, **state):
 
 class Log:
     """log.jsonl, one line a record, and what is printed. Losses stay on the device until a line is due."""
-    def __init__(self, c, directory, start, model, data, device, compiled):
+    def __init__(self, c, directory, start, code, model, data, device, compiled):
         self.c, self.start, self.pending, self.rates, self.path = c, start, [], [], directory / "log.jsonl"
         self.skipped = self.in_a_row = 0  # steps whose gradient was not finite
         if self.path.exists() and not launch.RANK:  # resumed: drop what is done again
-            lines = [s for s in self.path.read_text().splitlines(True) if s[-1] == "\n"]  # one may be torn
-            lines = [line for line in lines if json.loads(line).get("step", 0) <= start]
+            lines = [line for line in self.path.read_text(errors="replace").splitlines(True)  # one may be torn
+                     if line[0] + line[-2:] == "{}\n" and json.loads(line).get("step", 0) <= start]
             self.skipped = sum('"grad_norm": null' in line for line in lines)
             (part := self.path.with_suffix(".part")).write_text("".join(lines))
             os.replace(part, self.path)
@@ -338,7 +336,8 @@ class Log:
             batch=f"{c.tokens_per_step:,} tokens a step, {processes}{micro} x {c.batch} x {c.sequence}",
             steps=f"{c.steps:,}: {tokens:,} tokens, {tokens / hidden:.1f} a parameter",
             corpus=f"{c.corpus}, {sum(map(len, data.shards)):,} tokens, sha256 {digest(data.shards[0])}",
-            versions=f"python {platform.python_version()}, torch {torch.__version__}, code {self.code}")
+            versions=f"python {platform.python_version()}, torch {torch.__version__}, code {self.code}"
+                     + f", the checkpoint's: {code}" * (code not in (None, self.code)))
         print("\n".join(f"{what:>10}  {value}" for what, value in header.items()), flush=True)
         self.write(start=start, config=vars(c), **header)
     def write(self, **record):
@@ -394,7 +393,7 @@ def train(c, data, directory, stop, checkpoint=None):
         loss = net(x, y) / accumulate
         loss.backward()
         total.add_(loss.detach())
-    log = Log(c, directory, start, model, data[0], device, compiled)
+    log = Log(c, directory, start, checkpoint and checkpoint.get("code"), model, data[0], device, compiled)
     launch.peak_memory(device, reset=True)
     for step in range(start + 1, c.steps + 1):
         begin, last = time.perf_counter(), step == c.steps
@@ -412,9 +411,8 @@ def train(c, data, directory, stop, checkpoint=None):
         with launch.once(model, shard):  # a step quantizes weights once, for all micro-batches and gradients
             for micro in range(accumulate):
                 launch.reduce_gradients(net, micro == accumulate - 1)
-                run(*data[0].random(c, step, micro * launch.WORLD + launch.RANK, device))
-        norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-        norm = norm.full_tensor() if shard else norm
+                run(*data[0].random(c, step, micro, device))
+        norm = launch.whole(nn.utils.clip_grad_norm_(model.parameters(), c.clip))
         optimizer.found_inf = (~norm.isfinite()).float()  # then a fused AdamW skips the step, without a sync
         optimizer.step()
         if step % DAMPEN_EVERY == 0:  # for so many steps at once: cheaper. Not if this one was skipped
@@ -424,7 +422,8 @@ def train(c, data, directory, stop, checkpoint=None):
         saving = stopping or last or step % c.save_every == 0
         log.step(step, begin, launch.mean(total.clone()), norm, lr, flush=evaluating or saving)
         if log.in_a_row >= 10:
-            first = diagnose.first_not_finite(model, *data[0].random(c, step, 0, device))
+            batches = [data[0].random(c, step, micro, device) for micro in range(accumulate)]
+            first = diagnose.first_not_finite(model, batches)
             raise UserError(f"step {step}: 10 steps in a row had no finite gradient; what is not "
                             f"finite first: {first}. Lower --lr, from a checkpoint in {directory} or anew")
         if evaluating:
@@ -434,7 +433,7 @@ def train(c, data, directory, stop, checkpoint=None):
         if saving: save(directory, c, step, code=log.code, **launch.snapshot(model, optimizer))
         if stopping:
             whole = directory.parent if (directory.parent / "compare.json").exists() else directory
-            print(f"stopped after step {step}, saved. To go on: python train_gpt.py resume {whole}")
+            print(f"stopped after step {step}, saved. To go on: {launch.command()} resume {whole}")
             sys.exit(130 if stop and stop[0] == signal.SIGINT else 0)
     loss = loss if start < c.steps else evaluate(model, data[1], c, device)
     result = dict(recipe=c.recipe, val_loss=loss, skipped=log.skipped, peak_gib=launch.peak_memory(device),
@@ -519,6 +518,7 @@ def main(argv):
     if mode in ("eval", "sample"):
         device, _ = pick_device(c)
         recipes = c.recipe.split(",") if "recipe" in knobs else ()
+        if mode == "sample": known(c.recipe, quartet.RECIPES, f"--recipe={c.recipe}: one recipe samples")
         first = recipes[0] if recipes else recipe_of(c, checkpoint["step"])
         model = GPT(c, partial(quartet.Linear, recipe=first, backend=c.backend)).to(device)
         model.load_state_dict(checkpoint["model"])

@@ -1,10 +1,12 @@
 """Where a run goes wrong: the first tensor that is not finite."""
 import torch, torch.nn as nn
+import launch
 
-def first_not_finite(model, tokens, targets):
-    """One forward and backward pass of train_gpt.GPT -> the name of the first tensor with NaN or infinity.
+def first_not_finite(model, batches):
+    """Passes over [(tokens, targets), ...] of train_gpt.GPT -> the name of the first tensor not finite.
 
-    In order of computing: a layer's weight, input, output; the loss; the gradient dy of a layer's output.
+    In order of computing: a layer's weight, input, output; the loss; the gradient dy of a layer's output. Of
+    several processes that of the first, by rank, which has found one; all wait for it.
     """
     found = []
     def see(name, *values):
@@ -17,7 +19,8 @@ def first_not_finite(model, tokens, targets):
         if isinstance(m, (nn.Linear, nn.Embedding, nn.RMSNorm)):
             m.register_forward_hook(lambda *args, name=name: hook(name, *args))
     with torch.compiler.set_stance("force_eager"):
-        loss = model(tokens, targets)
-        see("the loss", loss)
-        loss.backward()
-    return found[0] if found else "nothing any more, in this batch"
+        for tokens, targets in batches:
+            loss = model(tokens, targets)
+            see("the loss", loss)
+            loss.backward()
+    return next((names[0] for names in launch.gather(found) if names), "nothing any more, in this step")

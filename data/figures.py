@@ -137,12 +137,11 @@ def draw(runs):
     plt.bar_label(plt.barh([*values], [*values.values()]), fmt=" %.1f", fontsize=7)
     plt.gca().invert_yaxis(), plt.xlabel("NMSE on N(0, 1), 1e-3"), save("nmse")
     for path in sorted(RESULTS.glob("bias-*.jsonl")):
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [r for r in map(json.loads, path.read_text().splitlines()) if r["operand"] == "both"]
         _, axes = plt.subplots(1, 2, figsize=(6, 3), sharey=True)
         for ax, gemm in zip(axes, ("dx", "dw")):
-            of = [r for r in records if (r["gemm"], r["operand"]) == (gemm, "both")]
-            for color, method in enumerate(dict.fromkeys(r["method"] for r in of)):
-                for i, r in enumerate(r for r in of if r["method"] == method):
+            for color, method in enumerate(dict.fromkeys(r["method"] for r in records)):
+                for i, r in enumerate(r for r in records if (r["gemm"], r["method"]) == (gemm, method)):
                     ax.loglog(r["B"], [B * error / r["error"][0] for B, error in zip(r["B"], r["error"])],
                               color=f"C{color}", linewidth=0.7, label="" if i else method)
             ax.set_title(f"{gemm} of each layer"), ax.set_xlabel("B, draws in the mean")
@@ -157,8 +156,8 @@ def follow(paths):
     logs = sorted({log for path in paths for log in Path(path).rglob("log.jsonl")})
     runs, free = {}, ("recipe", "backend", "name", "log_every", "save_every")
     for log in logs:
-        lines = log.read_text().splitlines(True)                # the last one may be half written
-        records = [json.loads(line) for line in lines if line[-1] == "\n"]
+        lines = log.read_text(errors="replace").splitlines(True)        # the last one may be half written
+        records = [json.loads(line) for line in lines if line[0] + line[-2:] == "{}\n"]
         config = next((r["config"] for r in records[::-1] if "config" in r), None)
         if not config: print(f"{log}: nothing yet, skipped"); continue
         by_step = lambda key: {r["step"]: r[key] for r in records if r.get(key)}

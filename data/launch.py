@@ -4,9 +4,10 @@
 
 starts a process for each of N GPUs (or, to try it out, N on a CPU). Each takes its own micro-batches of every
 step, and its own rounding noise. All hold the whole model, or, sharded, an N-th of weights, gradients and
-optimizer, and of the other weights a block at a time. Rank 0 prints and writes.
+optimizer, and of the other weights a block at a time. Rank 0 prints and writes. After a SIGTERM all save and
+end with 0, as one does; torchrun, which passes it on, ends with 1.
 """
-import atexit, contextlib, math, os, platform, sys
+import atexit, contextlib, gc, math, os, platform, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -44,6 +45,10 @@ def stopping(stop):
     dist.all_reduce(flag := torch.tensor(len(stop)), dist.ReduceOp.MAX)
     return bool(flag)
 
+def command():
+    """What starts train_gpt.py with as many processes."""
+    return "python train_gpt.py" if WORLD == 1 else f"torchrun --nproc_per_node={WORLD} train_gpt.py"
+
 def describe(device):
     """-> the name of a device, "cuda" or "cpu", and its peak in dense bf16 FLOP/s, 0 if unknown."""
     cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
@@ -52,7 +57,7 @@ def describe(device):
 def peak_memory(device, reset=False):
     """GiB at most since the last reset: taken from the GPU, or resident in RAM (on Linux; else NaN)."""
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats() if reset else None
+        if reset: gc.collect(), torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_reserved() / 2**30     # a CUDA graph's is not "allocated"
     try:
         Path("/proc/self/clear_refs").write_text("5") if reset else None
@@ -81,13 +86,16 @@ def once(model, shard):
     """quartet.quantized_weights; but where no process has whole weights, each pass quantizes them."""
     return contextlib.nullcontext() if shard else quartet.quantized_weights(model)
 
+def whole(t):
+    """t, or the tensor that it is a shard of: then all processes take part."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 def snapshot(model, optimizer):
     """-> what a checkpoint holds of them, as one process has them, and all processes' generators, by rank."""
-    def whole(t):
-        if hasattr(t, "full_tensor"): t = t.full_tensor()   # of shards; all processes take part
+    def kept(t):
+        t = whole(t)
         return None if RANK else t.cpu() if isinstance(t, torch.Tensor) else t
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return dict(model=tree_map(whole, model.state_dict()), optimizer=tree_map(whole, optimizer.state_dict()),
+    return dict(model=tree_map(kept, model.state_dict()), optimizer=tree_map(kept, optimizer.state_dict()),
                 rng=gather(dict(cpu=torch.get_rng_state(), cuda=cuda)))
 def restore(model, optimizer, saved, seed):
     """The inverse of `snapshot`; where there were other processes, noise has new seeds."""

@@ -18,6 +18,10 @@ def test_weights_move_by_a_share_of_the_way_to_what_x_is_multiplied_by():
     values = quartet.decode(quartet.scale_search(before[0].bfloat16()))
     assert torch.equal(m[0].weight, torch.lerp(before[0], values, 0.3))
     assert all(torch.equal(layer.weight, w) for layer, w in zip(m[1:], before[1:]))
+    m[0].weight.data.copy_(before[0])
+    dampen(m, 0.2), dampen(m, torch.tensor(0.2))                        # twice the way: at most all of it
+    assert torch.equal(m[0].weight, values)
+    m[0].weight.data.copy_(before[0])
     for _ in range(60): dampen(m, 0.03)                                 # 0.7^60 of the way is left: 5e-10
     assert (m[0].weight - on_grid(m[0].weight.bfloat16(), "quintet")).abs().max() < 1e-6
 

@@ -15,7 +15,8 @@ def model():
     return made, *torch.randint(0, 256, (2, 2, 16))
 
 def test_nothing_is_found_where_all_is_finite():
-    assert diagnose.first_not_finite(*model()).startswith("nothing")
+    made, *batch = model()
+    assert diagnose.first_not_finite(made, [batch]).startswith("nothing")
 
 @pytest.mark.parametrize("name, what", [
     ("blocks.1.up", "the weight of blocks.1.up"), ("embedding", "the weight of embedding"),
@@ -23,18 +24,18 @@ def test_nothing_is_found_where_all_is_finite():
 def test_a_weight_is_named(name, what):
     made, *batch = model()
     made.get_submodule(name).weight.data[3] = math.inf
-    assert diagnose.first_not_finite(made, *batch) == what
+    assert diagnose.first_not_finite(made, [batch]) == what
 
 def test_inputs_outputs_and_gradients_are_named_in_the_order_of_computing():
     made, *batch = model()
     made.blocks[1].out.register_forward_hook(lambda m, args, y: y * math.nan)
-    assert diagnose.first_not_finite(made, *batch) == "the output of blocks.1.out"
+    assert diagnose.first_not_finite(made, [batch]) == "the output of blocks.1.out"
     made, *batch = model()
     made.blocks[1].down.register_forward_pre_hook(lambda m, args: (args[0] * math.inf,))
-    assert diagnose.first_not_finite(made, *batch) == "the input of blocks.1.down"
+    assert diagnose.first_not_finite(made, [batch]) == "the input of blocks.1.down"
     made, *batch = model()
     made.blocks[0].up.register_forward_hook(lambda m, args, y: y.register_hook(lambda dy: dy / 0) and None)
-    assert diagnose.first_not_finite(made, *batch) == "the gradient dy of blocks.0.up"
+    assert diagnose.first_not_finite(made, [batch]) == "the gradient dy of blocks.0.up"
 
 def train(name, **more):
     knobs = KNOBS | dict(recipe="quartet2", name=name) | more

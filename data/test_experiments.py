@@ -140,7 +140,8 @@ def test_sigterm_to_this_process_alone_lets_the_running_ones_save(results, monke
 def test_a_run_that_fails_is_told_at_the_end_and_the_others_are_trained(results, monkeypatch, capsys):
     monkeypatch.setitem(experiments.KNOBS, "bad", ("bf16", "--lr=-1"))
     assert "not finished: 1 of" in experiments.main(["tiny", "bad,bf16", *SHORT])
-    assert "tiny-python-bad-1 has not finished:\nexperiments.py: --lr=-1.0: it must" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "tiny-python-bad-1 has not finished:\nexperiments.py: --lr=-1.0: it must" in printed
     assert [path.name for path in results.iterdir()] == ["tiny-python-bf16-1.jsonl"]
     assert experiments.main(["tiny", "bf16", *SHORT]) is None
 

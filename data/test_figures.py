@@ -6,13 +6,13 @@ import torch
 import figures, train_gpt
 
 def write(path, recipe, losses, **config):
-    """A log as train_gpt.py writes it, whose last line is torn."""
+    """A log as train_gpt.py writes it, whose last lines are damaged and torn."""
     path.mkdir(parents=True)
     config = dict(recipe=recipe, steps=9, tokens_per_step=4000, name=path.name, **config)
     records = [dict(start=0, config=config)]
     for step, loss in enumerate(losses, 1): records += [dict(step=step, loss=loss + 1, ms=2.0)]
     records += [dict(step=step, val_loss=loss) for step, loss in enumerate(losses, 1)]
-    (path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 4, "lo')
+    (path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '\0"ms": 1}\n{"step": 4, "lo')
 
 def test_runs_are_tabled_beside_the_bf16_run_that_is_like_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,5 @@
 """Tests of launch.py, with two processes on a CPU: the same training as with one, and the same again."""
-import gc, json, os, shutil, signal, socket, subprocess, sys, traceback
+import gc, json, os, re, shutil, signal, socket, subprocess, sys, traceback
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -41,14 +41,18 @@ def run(name, processes, *arguments, instead=None, **knobs):
         finally: os._exit(status)
     return [os.waitpid(pid, 0)[1] for pid in pids]
 
+def the_model(): return next(m for m in gc.get_objects() if isinstance(m, train_gpt.GPT))
 def fail(*arguments): raise ValueError("broken on purpose")
 def stop(data, c, step, micro, device, random=train_gpt.Shards.random):
-    if step == 4 and micro == 3: signal.raise_signal(signal.SIGTERM)
+    if step == 4 and micro == 1: signal.raise_signal(signal.SIGTERM)
+    return random(data, c, step, micro, device)
+def spoil(data, c, step, micro, device, random=train_gpt.Shards.random):
+    the_model().blocks[0].up.weight.data[0, 0] = float("nan")   # of rank 1 alone
     return random(data, c, step, micro, device)
 def accumulate(data, c, step, micro, device, random=train_gpt.Shards.random):
     """Between micro-batches a process has its half of each gradient, and no whole ones."""
-    if micro > 1:
-        model, = (m for m in gc.get_objects() if isinstance(m, train_gpt.GPT))
+    if micro > 0:
+        model = the_model()
         sizes = [(p.grad.to_local().numel(), p.numel()) for p in model.parameters() if p.dim() == 2]
         assert sizes and all(2 * part == whole for part, whole in sizes)
     return random(data, c, step, micro, device)
@@ -72,6 +76,7 @@ def main():
     assert not any(run("fewer", 1, "resume", "fewer", "--shard=false"))
     assert not any(run("compared", 2, recipe="bf16,rtn", steps=2))
     assert not any(run("accumulated", 2, instead=accumulate, recipe="bf16", shard="true", steps=2))
+    assert all(run("spoil", 2, instead=spoil, steps=11))
     statuses = [run(f.__name__, 2, instead=f) for f in (fail, stop)]
     Path("statuses").write_text(json.dumps(statuses))
 
@@ -81,6 +86,7 @@ def place(tmp_path_factory):
     done = subprocess.run([sys.executable, __file__], cwd=place, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "broken on purpose" in done.stderr
+    assert len(re.findall("first: the weight of blocks.0.up", done.stderr)) == 2    # by rank 1
     return place
 
 def checkpoint(place, name):
@@ -135,7 +141,8 @@ def test_a_process_that_fails_ends_the_others_and_one_that_gets_a_signal_stops_t
     failed, stopped = json.loads((place / "statuses").read_text())
     assert all(failed) and stopped == [0, 0]
     assert checkpoint(place, "stop")["step"] == 4 and len(losses(place, "stop")) == 5       # 4 and 1 of val
-    assert "go on: python train_gpt.py resume runs/stop" in (place / "stop-0.out").read_text()
+    said = (place / "stop-0.out").read_text()
+    assert "go on: torchrun --nproc_per_node=2 train_gpt.py resume runs/stop" in said
 
 def test_one_process_reads_what_two_have_written(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
@@ -151,5 +158,14 @@ def test_the_documented_command_works_and_what_needs_several_processes_says_so(t
                           env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0 and done.stdout.count("step 1/1") == 1, done.stderr
     with pytest.raises(ValueError, match="shard.*torchrun"): train_gpt.main(["cpu", "--shard=true"])
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
+def test_memory_that_a_graph_keeps_is_counted():
+    x = torch.ones(2**26, device="cuda")                        # 0.25 GiB
+    launch.peak_memory("cuda", reset=True)
+    replay = launch.as_graph(lambda x: x.add(1).mul(2).sum(), x)        # three more, two of them in the graph
+    held = [torch.ones(2**28, device="cuda")]                   # 1, beside them
+    replay(x)
+    assert launch.peak_memory("cuda") >= 2
 
 if __name__ == "__main__": main()

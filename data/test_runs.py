@@ -106,9 +106,22 @@ def test_a_log_is_repaired_whole_or_not_at_all(train, monkeypatch):
         with pytest.raises(KeyboardInterrupt): train_gpt.main(["resume", "a", "--steps=5"])
     assert log.read_text() == before + '{"step": 5, "lo'
     refused("--steps=3: .*at step 4 now", "resume", "a", "--steps=3")
+    damaged = before.replace('{"step": 2,', "\0\0\0", 1) + "\0\0"       # a block that no disk has got
+    log.write_text(damaged)
     train_gpt.main(["resume", "a", "--steps=5"])
-    assert log.read_text().startswith(before) and all(map(json.loads, open(log)))
+    records = [*map(json.loads, open(log))]
+    assert [r["step"] for r in records if "loss" in r] == [1, 3, 4, 5]
     assert len(torch.load("runs/a/checkpoint.pt", weights_only=True)["code"]) == 8
+
+def test_a_run_that_other_code_goes_on_with_says_so(train, capsys):
+    train("--recipe=bf16")
+    path = Path("runs/a/checkpoint.pt")
+    torch.save(torch.load(path, weights_only=True) | dict(code="12345678"), path)
+    assert "the checkpoint's" not in capsys.readouterr().out
+    train_gpt.main(["resume", "a", "--steps=5"])
+    assert f"code {torch.load(path, weights_only=True)['code']}, the checkpoint's: 12345678\n" in (
+        capsys.readouterr().out)
+    refused("--recipe=bf16,rtn: one recipe samples", "sample", "a", "--recipe=bf16,rtn")
 
 def test_a_name_is_looked_for_in_runs_first_and_any_batch_evaluates(train, capsys):
     train("--recipe=bf16")
