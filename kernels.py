@@ -617,8 +617,8 @@ class QuantizedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        row, dx, dw = quartet.RECIPES[ctx.recipe], None, None
-        wq, xq = ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])
+        row, dx, dw, kept = quartet.RECIPES[ctx.recipe], None, None, ctx.saved_tensors     # read once
+        wq, xq = kept[:3], list(kept[3:])
         form = ctx.native, not ctx.native, ctx.native                           # codes, decoded, swizzled
         with torch.autocast(dy.device.type, enabled=False):
             words = quartet.draw(dy, 12)

@@ -2,11 +2,11 @@
 
 An article, and the project's reference, in plain PyTorch; `python quartet.py` prints its sections in numbers.
 
-A linear layer multiplies three times: y = x w^T forward, dx = dy w and dw = dy^T x backward. FP4 tensor cores
-do that several times faster than bf16 ones if both operands are NVFP4: 4-bit values, a scale for every 16
-along the summed axis. So x, w and dy are rounded to 4 bits. Forward, each error counts once: take the least
-squared error. Backward, errors of many steps add up in the weights and those of mean zero cancel: take a mean
-that is right. Quartet II, arXiv:2601.22813, does so by Four Over Six, section 4, and MS-EDEN, section 7.
+A linear layer multiplies matrices three times: y = x w^T forward, dx = dy w and dw = dy^T x backward. FP4
+tensor cores do such a GEMM several times faster than bf16 ones if both operands are NVFP4: 4-bit values, a
+scale for every 16 along the summed axis. So x, w and dy are rounded to 4 bits. Forward, each error counts
+once: take the least squared error. Backward, errors of many steps add up in the weights and those of mean
+zero cancel: be right on average. Quartet II, arXiv:2601.22813, does so by Four Over Six and MS-EDEN.
 
 One decision shapes the code: the tensor scale is a power of two, chosen last. Rounding a block scale to E4M3
 is then rounding it to 4 significant bits: a block is final after one look, in one pass. Decoded values have
@@ -43,7 +43,7 @@ def round_fp(v, mantissa_bits, min_exp, max_val, u=None):
 # float32 (...) -> (...); round_scale: to E4M3 of any exponent, 4 significant bits, below 2^100; infinity: NaN
 def e2m1(v, u=None): "To E2M1."; return round_fp(v, 1, 0, E2M1_MAX, u)
 def e4m3(s, u=None): "To E4M3."; return round_fp(s, 3, -6, E4M3_MAX, u)
-def round_scale(s, u=None): "To 4 bits."; return round_fp(s, 3, -126, math.inf, u)
+def round_scale(s, u=None): "To 4 significant bits."; return round_fp(s, 3, -126, math.inf, u)
 
 # ---- 2. NVFP4 tensors --------------------------------------------------------------------------------------
 class NVFP4(NamedTuple):
@@ -75,8 +75,8 @@ def blocks(x, block=(1, BLOCK)):
     """Cut x into blocks; find the amax of each, in units of a power of two near it.
 
     x (..., M, K) -> b (M/rows, rows, K/16, 16), amax and unit (M/rows, 1, K/16, 1), float32; rows: block[0].
-    The amax of b is amax * unit, amax in [1, 2) but near infinity, or 0 below 2^-120: scales are normal, in
-    bf16 too, and no square in that unit overflows or vanishes. ValueError for other inputs.
+    The amax of b is amax * unit, amax in [1, 2), near infinity in [1, 4), or 0 below 2^-120: scales are
+    normal, in bf16 too, and no square in that unit overflows or vanishes. ValueError for other inputs.
     """
     rows, m, k = block[0], math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1
     if not x.is_floating_point():
@@ -94,7 +94,7 @@ def over(a, c):
     """a / c for a constant c, correctly rounded: on a GPU, PyTorch makes of a / 6.0 a product with 1/6."""
     return a / a.new_full((), c)
 def ratio(b, s):
-    """b / s; where s is 0 (a block of zeros) or NaN (a block with NaN or infinity) 0, or NaN of those two."""
+    """b / s; where s is 0 or NaN (a block of zeros, or with NaN or infinity): 0, but NaN of those two."""
     return b / torch.where(s > 0, s, math.inf)
 def block_sum(t):
     """t (., rows, ., 16) -> (., 1, ., 1): block sums as a tree, i with i+8, then +4, +2, +1; rows alike."""
@@ -106,7 +106,7 @@ def assemble(shape, q, s, u=None):
     """The last step of every quantizer: choose the tensor scale, encode the scales as E4M3, pack the codes.
 
     shape of x; q (M/rows, rows, K/16, 16) E2M1 values; s (M/rows, 1, K/16, 1) of 4 significant bits -> NVFP4.
-    The largest s becomes 240 to 448; below 2^-14 of it, sub-normal, they are rounded once more, by u of s's
+    The largest s becomes 240 to 448; those then below 2^-6, sub-normal, are rounded once more, by u of s's
     shape if given. NaN or infinity in s: tensor scale NaN, codes and scales 0.
     """
     top = s.amax() if s.numel() else s.new_zeros(())
@@ -153,10 +153,10 @@ def four_six(x, block=(1, BLOCK)):
     q, s = nearest(b / unit, (round_scale(over(amax, top)) for top in (6.0, 4.0)))
     return assemble(x.shape, q, s * unit)
 
-SEARCH = 0, -1, 1, 4, 5                     # steps of E4M3 from amax / 6; amax / 4 is 4 or 5 of them up
+SEARCH = 0, -1, 1, 4, 5                     # steps of E4M3 from amax / 6; amax / 4 is 4 to 6 of them up
 def scale_search(x, block=(1, BLOCK)):
     """4/6 to its end: of scales near amax / 6 that of least error. NMSE 6.7e-3, 11.6e-3 with 16x16 blocks."""
-    # All seven from -1 to 5 make 6.68e-3 of 6.72e-3, with 1.3 times the instructions on an H100.
+    # Of 6.69e-3, -1 to 5 make 6.66e-3 by 1.3 times the instructions; 6, too (1% err less by 4/6), 6.63e-3.
     b, amax, unit = blocks(x, block)
     code = round_scale(over(amax, E2M1_MAX)).abs().view(torch.int32)    # NaN may be negative
     q, s = nearest(b / unit, (torch.where(code > 0, code + (n << 20), 0).view(torch.float32) for n in SEARCH))
@@ -165,7 +165,7 @@ def scale_search(x, block=(1, BLOCK)):
 # ---- 5. Stochastic rounding (SR) ---------------------------------------------------------------------------
 # Noise is an argument: a seed, hashed with an element's index. A draw can be replayed, is the same however a
 # kernel tiles, and no two elements, tensors, layers or steps share it.
-SR_MAX = E2M1_MAX * 16 / 17                 # 4-bit rounding shrinks a scale by 16/17 at most: amax lands <= 6
+SR_MAX = E2M1_MAX * 16 / 17                 # round_scale shrinks a scale to 16/17 at least: amax lands <= 6
 PHILOX_ROUNDS, M32 = 7, 0xFFFFFFFF          # 7: the fewest rounds that pass BigCrush, Salmon et al. 2011
 def philox(seed, counter):
     """64-bit seed, counter (n,) int64 -> (n, 4) int64 of 32 random bits: Philox4x32, as Triton's philox."""
@@ -197,8 +197,8 @@ def sr(x, seed):
 
 # ---- 6. Rotations ------------------------------------------------------------------------------------------
 # x w^T = (x R)(w R)^T / n if R R^T = n I, so both operands of a GEMM may be rotated along the axis it sums
-# over. Random signs, then a Hadamard matrix (RHT), make of 128 values 128 sums with random signs: an outlier
-# is spread over the group, and errors change with the signs. Signs after it would only flip what is rounded.
+# over. Random signs, then a Hadamard matrix, the RHT, make of 128 values 128 sums with random signs: outliers
+# are spread over the group, and errors change with the signs. Signs after it would only flip what is rounded.
 # R is an integer matrix, exact in bf16; 1/n, a power of two, goes into a tensor scale.
 ROTATIONS = dict(rht16=(16, 1), rht32=(32, 1), rht128=(128, 1), rht128x2=(128, 2))  # Hadamard's size, rounds
 def rotation_from(name, signs):
@@ -222,19 +222,19 @@ def rotate(x, R):
     if R is None: return x
     if x.shape[-1] % GROUP:
         raise ValueError(f"shape {tuple(x.shape)}: pad the last dimension with zeros to groups of {GROUP}")
-    # The last bit of float32 sums depends on the device. TF32, if on, is exact for bf16 values, as Linear's.
+    # The last bit of float32 sums depends on the device. TF32, if on, is exact for bf16 values like Linear's.
     with torch.autocast(x.device.type, enabled=False):      # it would round x, and the sums, to bf16
         return (x.reshape(-1, GROUP).float() @ R).view(x.shape)
 
 # ---- 7. MS-EDEN --------------------------------------------------------------------------------------------
-# RTN errs less than SR but shrinks: <q, v> < <v, v>. EDEN restores the length. Rotate, round v to q, multiply
-# by S = <v, v> / <v, q>: now <S q, v> = <v, v>, and as a random rotation leaves the error no direction of its
-# own, the mean of S q is v, whatever the rounding: 4/6 may choose it, by the angle between q and v. MS-EDEN
-# puts S into the block scale, the randomness into rounding that to E4M3. The mean is right only as far as the
-# rotated error has no direction. A group dominated by one large value becomes +-constant under signs and one
-# Hadamard, whatever the signs; all 128 values sit on one grid point, RTN erases the rest in every draw, and
-# no averaging brings it back. (The paper's corollary overlooks that.) Two rounds, R = D1 H D2 H, remove this
-# bias at no cost: R is still one 128 x 128 matrix.
+# RTN errs less than SR but shrinks: <q, v> < <v, v>. EDEN restores that product. Rotate, round v to q,
+# multiply by S = <v, v> / <v, q>: now <S q, v> = <v, v>, and as a random rotation leaves the error no
+# direction of its own, the mean of S q is v, whatever the rounding: 4/6 may choose it, by the angle between q
+# and v. MS-EDEN puts S into the block scale, the randomness into rounding that to E4M3. The mean is right as
+# far as the rotated error has no direction. A group dominated by one large value becomes +-constant under
+# signs and one Hadamard; all 128 values sit on one grid point, RTN erases the rest in every draw, and no
+# averaging brings it back. (The paper's corollary overlooks that.) Two rounds, R = D1 H D2 H, still one
+# matrix, leave less than a thousandth of it.
 EDEN_MAX = SR_MAX / 0.93      # the paper's 6.07: some clipping pays. NMSE 9.32e-3; by .90 and .96, 9.47, 9.58
 def eden_factor(v, q):
     """S (M/rows, 1, K/16, 1) = <v, v> / <v, q> of blocks v (M/rows, rows, K/16, 16) and q; 1 if v = 0."""
@@ -247,10 +247,9 @@ def ms_eden(x, R, seed, four_six=False):
 
     x (..., K) of any float dtype, K % 128 == 0; R of `rotation` (None: x is rotated already); seed as in sr
     -> NVFP4 of x R, not normalised. NMSE 9.32e-3 if x R is N(0, 1), 8.07e-3 with four_six; 9.38 and 8.08e-3
-    where it is N(0, 128), as by rht128: scales lie elsewhere between powers of two. Before the scale is
-    rounded, <decode, x R> = <x R, x R> in every block. The mean is x R on N(0, 1), within noise; one value
-    of 100 in 128 leaves 0.1 of a draw's squared error, < 1e-4 if R has two rounds; of 300, 0.4 and 2e-4, but
-    5e-3 with four_six. Source: arXiv:2601.22813, Algorithm 1.
+    if N(0, 128), as by rht128. Before the scale is rounded, <decode, x R> = <x R, x R> in every block. The
+    mean is x R on N(0, 1), within noise; one value of 100 in 128 leaves 0.1 of a draw's squared error, < 1e-4
+    if R has two rounds; of 300, 0.4 and 2e-4, but 5e-3 with four_six. Source: arXiv:2601.22813, Algorithm 1.
     """
     b, amax, unit = blocks(rotate(x, R))
     s = over(amax, EDEN_MAX)                        # this first scale is not rounded
@@ -328,7 +327,7 @@ def matmul(a, b):
     slow = a.codes.device.type == "cpu" and not NATIVE_BF16     # float32 is as exact, and faster there
     return gemm(*(decode(t, torch.float32 if slow else torch.bfloat16) for t in (a, b)))
 def backward_matmul(row, e, other, words):
-    """One backward GEMM: e (I, L), other (J, L) or shorter, NVFP4 if row quantizes it not -> (I, J) bf16."""
+    """One backward GEMM: e (I, L), other (J, L) or shorter, NVFP4 unless row quantizes it -> (I, J) bf16."""
     bits = words[:4, None] >> torch.arange(64, device=words.device) & 1                # then two seeds
     R, n = rotation_from(row[0], bits.view(2, GROUP) * 2.0 - 1.0) if row[0] else (None, 1)
     if row[2]:
@@ -341,18 +340,23 @@ def quantized(w, recipe):
 def on_grid(w, recipe):
     """w (N, K) bf16 -> its values as y multiplies x by them, (N, K) bf16."""
     return decode(NVFP4(*quantized(w, recipe)), torch.bfloat16)
+@library.custom_op("quartet::stored", mutates_args=())
+def stored(t: torch.Tensor) -> torch.Tensor:
+    """A copy: between its own operations torch.compile keeps bf16 values in float32; here it must round."""
+    return t.clone()
+stored.register_fake(torch.empty_like)
 class QuantizedMatmul(torch.autograd.Function):
     """x (M, K), w (N, K) bf16; wq: `quantized` w, or Nones -> x w^T (M, N) bf16, as are the gradients."""
     @staticmethod
     def forward(ctx, x, w, recipe, *wq):
-        row, ctx.recipe = RECIPES[recipe], recipe
+        row, ctx.recipe, x, w = RECIPES[recipe], recipe, stored(x), stored(w)
         xq, wq = QUANTIZERS[row.x](x, None, None), quantized(w, recipe) if wq[0] is None else wq
         ctx.save_for_backward(*wq, *((x,) if row.original_x else xq))
         return matmul(xq, NVFP4(*wq))
     @staticmethod
     def backward(ctx, dy):
-        row, dx, dw = RECIPES[ctx.recipe], None, None
-        wq, x = NVFP4(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:]
+        row, dx, dw, saved = RECIPES[ctx.recipe], None, None, ctx.saved_tensors     # once: checkpoint's rule
+        wq, x, dy = NVFP4(*saved[:3]), saved[3:], stored(dy)
         with torch.autocast(dy.device.type, enabled=False):
             words = draw(dy, 12)
             if ctx.needs_input_grad[0]:
@@ -378,7 +382,7 @@ class Linear(torch.nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe, self.backend = recipe, backend
     def __setstate__(self, state):              # unpickled, maybe where kernels.py is not loaded yet
-        super().__setstate__(state)
+        super().__setstate__(state | dict(once=False))
         check(self.recipe, "torch" if self.backend == "torch" else "auto")
     def forward(self, x):
         if RECIPES[self.recipe] is None: return super().forward(x)
@@ -410,14 +414,12 @@ def module(m, kind):
     """kernels.py or this file, whichever computes a Linear m on a device of a kind."""
     return kernels if resolve(m.backend, kind, m.recipe) == "triton" else sys.modules[__name__]
 def check(recipe, backend, in_features=0, out_features=0, name=""):
-    """ValueError for an unknown recipe or backend, or a row or shape that cannot be computed.
-
-    A warning where "auto" means torch in spite of a GPU.
-    """
-    for word, known in ((recipe, RECIPES), (backend, ("auto", "torch", "triton"))):
-        if word not in known: raise ValueError(f"{word!r} is not one of {', '.join(known)}")
+    """ValueError for what cannot be computed; a warning where "auto" means torch in spite of a GPU."""
+    for what, word, known in (("recipe", recipe, RECIPES), ("backend", backend, ("auto", "torch", "triton"))):
+        if word not in known: raise ValueError(f"{what} {word!r} is not one of {', '.join(known)}")
     if row := RECIPES[recipe]:
-        unknown = {*row[:2], *row.dx, *row.dw} - {*QUANTIZERS, *ROTATIONS, None}
+        quantizers, rotations = {row.x, row.w, *row.dx[1:], *row.dw[1:]}, {row.dx[0], row.dw[0]}
+        unknown = quantizers - {*QUANTIZERS, None} | rotations - {*ROTATIONS, None}
         if unknown: raise ValueError(f"{recipe!r}: {unknown} not in QUANTIZERS or ROTATIONS: add them there")
     lacks = (backend == "triton" or backend == "auto" and torch.cuda.is_available()) and load_kernels()
     if lacks is None and not kernels.supports(row):
@@ -426,10 +428,11 @@ def check(recipe, backend, in_features=0, out_features=0, name=""):
         raise ValueError(f"backend 'triton' needs {lacks}; backend 'torch' runs everywhere")
     if not row: return
     if lacks: warnings.warn(f"backend 'triton' needs {lacks}: 'auto' takes 'torch', which is slower")
-    as_saved = not row.dx[0] and row.w.endswith("_16x16")       # what `transpose` can take
-    if None in (row.dx[1], *row.dw[1:]) or row.dx[2] is None and not as_saved:
-        raise ValueError(f"{recipe!r}, {row}: None can stand only for dx's quantizer of w, without rotation "
-                         "and of a w in 16x16 blocks (rtn_16x16), which transposes: name a quantizer")
+    as_saved = not row.dx[0] and str(row.w).endswith("_16x16")  # what `transpose` can take
+    used = row.x, row.w, *row.dx[1:2], *row.dw[1:], *row.dx[2:] * (not as_saved)
+    if len(row.dx + row.dw) != 6 or None in used or {*used[:2]} & {"sr", "ms_eden", "ms_eden_46"}:
+        raise ValueError(f"{recipe!r}, {row}: x and w take quantizers without noise, dx and dw a rotation, "
+                         "then two; None can stand only for dx's of a w in 16x16 blocks, not rotated")
     need = GROUP if row.dx[0] else BLOCK
     if in_features % BLOCK or out_features % need:
         raise ValueError(f"{name or 'Linear'}({in_features}, {out_features}): {recipe!r} needs in_features % "
@@ -457,10 +460,8 @@ def quantize_model(model, recipe, skip=(), backend="auto"):
 
 @contextlib.contextmanager
 def quantized_weights(model):
-    """Within it, each Linear takes its weight as quantized at the start, which has a fixed place in memory.
-
-    To accumulate gradients, or evaluate. RuntimeError at the end if a weight changed.
-    """
+    """To accumulate gradients, or evaluate: each Linear takes its weight as quantized at the start,
+    from a fixed place in memory. RuntimeError at the end if a weight changed (but through .data)."""
     layers = [m for m in model.modules() if isinstance(m, Linear) and RECIPES[m.recipe]]
     versions, kind = [m.weight._version for m in layers], lambda q: [(t.shape, t.dtype, t.device) for t in q]
     try:
@@ -481,12 +482,11 @@ def quantized_weights(model):
 # ends. Pulled towards Q(w), as weight decay pulls towards 0, w settles on one of the two.
 @torch.no_grad()
 def dampen(model, share):
-    """Move each weight of a Linear by share * its recipe's `dampen` (at most 1) of the way to its quantized one.
+    """Move each weight of a Linear by share * its recipe's `dampen` (at most 1) of the way to its 4-bit one.
 
     share: float, or () tensor on the weights' device. After a step of the optimizer, its learning rate times
     (step / steps)^4, so that weights are free until late; or every few steps the sum of these.
-    Source: oscillation dampening, Nagel et al. 2022, arXiv:2203.11086; here apart from gradients, as AdamW's
-    weight decay.
+    Source: oscillation dampening, Nagel et al. 2022, arXiv:2203.11086; here apart from the gradients.
     """
     for m in model.modules():
         if isinstance(m, Linear) and RECIPES[m.recipe] and RECIPES[m.recipe].dampen:

@@ -9,8 +9,8 @@ A comma list, --recipe=bf16,nvidia,quartet2, trains each recipe in turn on the s
 ends with a table. torchrun --nproc_per_node=N train_gpt.py ... shares a step among N GPUs (data/launch.py). A
 run writes runs/NAME/: log.jsonl, checkpoint.pt, previous.pt, sample.txt.
 """
-import codecs, ctypes, dataclasses, difflib, glob, hashlib, itertools, json, math, os, pickle, platform
-import shutil, signal, sys, time, zipfile
+import codecs, ctypes, dataclasses, difflib, glob, hashlib, itertools, json, math, os, platform, shutil
+import signal, sys, time
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -22,7 +22,8 @@ if os.name == "posix":  # glibc hands large freed blocks back; to keep them make
     malloc(-3, 2**25), malloc(-1, 2**31 - 1)    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 DATA = Path(__file__).resolve().parent / "data"
 sys.path.append(str(DATA))
-import diagnose, launch, perplexity, prepare  # of data/
+import diagnose, files, launch, perplexity, prepare  # of data/
+from files import CHECKPOINTS, UserError, save
 
 # ---- 1. Config: one knob a line ----------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +77,10 @@ PRESETS = {  # what differs from the defaults above, the 30m of arXiv:2601.22813
 CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
                device=("auto", "cpu", "cuda"), shard=("true", "false"))
 CODE = ("quartet.py", "kernels.py", "train_gpt.py", "data/launch.py")
-CHECKPOINTS = ("checkpoint.pt", "previous.pt")  # the last one, and the one before
 DAMPEN_EVERY = 10
 FIXED = ("layers", "width", "heads", "hidden", "vocab_size", "sequence", "name")    # what no resume changes
 HARMLESS = {"log_every", "save_every"}  # what one may change in a comparison
 
-class UserError(Exception): """A mistake of the user's: shown as one line, without a traceback."""
 def known(word, words, problem):
     """Raise UserError, with the closest of words as a hint, unless word is one of them."""
     if word not in words:
@@ -183,8 +182,9 @@ def sample(model, tokens, c, device):
     for _ in range(c.sample_tokens):
         with torch.compiler.set_stance("force_eager"):  # else every length compiles anew
             logits = model(torch.tensor([tokens[-c.sequence:]], device=device))[0, -1].float()
+        if not logits.isfinite().all(): return print("(its logits are not finite: no sample)")
         best, index = logits.topk(min(c.top_k, c.vocab_size) if c.temperature else 1)
-        chances = (best / (c.temperature or 1)).softmax(-1)
+        chances = ((best - best[0]) / (c.temperature or 1)).softmax(-1)
         tokens = tokens + [index[torch.multinomial(chances, 1, generator=generator)].item()]
         yield tokens[-1]
 
@@ -274,13 +274,7 @@ def load(mode, word, knobs):
     if not path.exists():
         runs = sorted(str(p.parent.relative_to("runs")) for p in Path("runs").rglob("checkpoint.pt"))
         known(word, runs, f"no checkpoint {path}: in runs/")
-    try:
-        if damaged := zipfile.ZipFile(path).testzip(): raise ValueError(damaged)  # by its checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing of it
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
-        older = path.with_name(CHECKPOINTS[1])
-        advice = f"take the one before, {mode} {older}" if older.exists() and older != path else "train again"
-        raise UserError(f"{path} is not a whole checkpoint ({type(e).__name__}): {advice}") from None
+    checkpoint = files.read(path, mode)
     old = checkpoint.get("config") if isinstance(checkpoint, dict) else None
     if not old or checkpoint.get("format") != "train_gpt 4" or old.keys() - Config.__annotations__.keys():
         raise UserError(f"{path} was not written by this version of train_gpt.py")
@@ -294,32 +288,15 @@ def unchanged(knobs, old, names):
     other = [f"--{k}={v} (saved: {old[k]})" for k, v in knobs.items() if k in names and v != old[k]]
     if other: raise UserError(f"these cannot change: {', '.join(other)}; leave them out, or train anew")
 
-def save(directory, c, step, **state):
-    """Write a checkpoint whole or not at all, if this is rank 0; the last two are kept."""
-    if launch.RANK: return
-    part, (new, old) = directory / "checkpoint.part", (directory / name for name in CHECKPOINTS)
-    try:
-        with open(part, "wb") as f:
-            torch.save(dict(format="train_gpt 4", config=vars(c), step=step, **state), f)
-            f.flush(), os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e:  # torch.save turns the first into the second
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {part} ({e.__context__ or e}): stopped. The last good checkpoint, if"
-                        f" any, stays: make room, then resume {directory}") from None
-    if new.exists(): os.replace(new, old)
-    os.replace(part, new)
-
 class Log:
     """log.jsonl, one line a record, and what is printed. Losses stay on the device until a line is due."""
     def __init__(self, c, directory, start, code, model, data, device, compiled):
         self.c, self.start, self.pending, self.rates, self.path = c, start, [], [], directory / "log.jsonl"
         self.skipped = self.in_a_row = 0  # steps whose gradient was not finite
         if self.path.exists() and not launch.RANK:  # resumed: drop what is done again
-            lines = [line for line in self.path.read_text(errors="replace").splitlines(True)  # one may be torn
-                     if line[0] + line[-2:] == "{}\n" and json.loads(line).get("step", 0) <= start]
+            lines = [line for line, r in files.records(self.path) if r.get("step", 0) <= start]
             self.skipped = sum('"grad_norm": null' in line for line in lines)
-            (part := self.path.with_suffix(".part")).write_text("".join(lines))
-            os.replace(part, self.path)
+            files.write(self.path, "".join(lines))
         name, peak = launch.describe(device)
         size, vocabulary = sum(p.numel() for p in model.parameters()), c.vocab_size * c.width
         hidden, tokens = size - 2 * vocabulary, c.steps * c.tokens_per_step
@@ -435,13 +412,18 @@ def train(c, data, directory, stop, checkpoint=None):
             whole = directory.parent if (directory.parent / "compare.json").exists() else directory
             print(f"stopped after step {step}, saved. To go on: {launch.command()} resume {whole}")
             sys.exit(130 if stop and stop[0] == signal.SIGINT else 0)
-    loss = loss if start < c.steps else evaluate(model, data[1], c, device)
+    finish(c, directory, log, loss if start < c.steps else evaluate(model, data[1], c, device), model, device)
+
+def finish(c, directory, log, loss, model, device):
+    """Write result.json and sample.txt of a run whose last validation has this loss; print the sample."""
     result = dict(recipe=c.recipe, val_loss=loss, skipped=log.skipped, peak_gib=launch.peak_memory(device),
                   tokens_per_s=float(np.median(log.rates)) if log.rates else math.nan)
-    text = "".join(sample_text(model, c, device))
+    text, path = "".join(sample_text(model, c, device)), directory / "result.json"
+    if log.start == c.steps and path.exists():  # this process has trained nothing: the speed is known
+        result |= {k: json.loads(path.read_text())[k] for k in ("peak_gib", "tokens_per_s")}
     if not launch.RANK:
-        (directory / "result.json").write_text(json.dumps(result) + "\n")
-        (directory / "sample.txt").write_text(text, encoding="utf-8")
+        files.write(path, json.dumps(result) + "\n")
+        files.write(directory / "sample.txt", text)
     launch.gather(None)
     print(f"sample:\n{text}\nwritten to {directory}/: log.jsonl, checkpoint.pt, result.json, sample.txt")
 
@@ -466,7 +448,7 @@ def sample_text(model, c, device):
 # ---- 5. Comparing recipes, evaluating, sampling, and the command line --------------------------------------
 def compare(c, data, directory, stop):
     """Train each recipe of the list, all else equal, and print a table. What has a result is not repeated."""
-    if not launch.RANK: (directory / "compare.json").write_text(json.dumps(vars(c)))
+    if not launch.RANK: files.write(directory / "compare.json", json.dumps(vars(c)))
     results = []
     for recipe in c.recipe.split(","):
         one, run = dataclasses.replace(c, recipe=recipe), directory / recipe
@@ -516,6 +498,7 @@ def main(argv):
     c, directory, checkpoint = load(mode, word, knobs)
     check(c)
     if mode in ("eval", "sample"):
+        if launch.WORLD > 1: raise UserError(f"{mode} takes one process: leave torchrun out")
         device, _ = pick_device(c)
         recipes = c.recipe.split(",") if "recipe" in knobs else ()
         if mode == "sample": known(c.recipe, quartet.RECIPES, f"--recipe={c.recipe}: one recipe samples")
@@ -530,21 +513,26 @@ def main(argv):
                         f"batch x sequence, {launch.WORLD} x {c.batch} x {c.sequence}: change it, or --batch")
     stop = []
     def on_signal(signum, frame):
-        print(f"\n{signal.Signals(signum).name}: this step, then saving (once more: at once)", flush=True)
+        again = " (once more: at once)" * (signum == signal.SIGINT)  # a cluster may send SIGTERM twice
+        print(f"\n{signal.Signals(signum).name}: this step, then saving{again}", flush=True)
         stop.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        if again: signal.signal(signum, signal.SIG_DFL)
     for signum in (signal.SIGINT, signal.SIGTERM): signal.signal(signum, on_signal)
     launch.start(pick_device(c)[0], c.shard == "true")
     if launch.RANK: launch.gather(None)  # until rank 0 has read, or first written, the data
     data = Shards(c, "train"), Shards(c, "val")  # fails before a directory is made
     if not launch.RANK: launch.gather(None)
     directory = launch.gather(directory or launch.RANK or new_directory(c, word))[0]
+    new, old = (directory / name for name in CHECKPOINTS)
+    if not launch.RANK and mode == "resume" and Path(word).name == old.name and new.exists():
+        os.replace(new, directory / "aside.pt")  # else the next save would put it in place of the good one
     compare(c, data, directory, stop) if "," in c.recipe else train(c, data, directory, stop, checkpoint)
 
 if __name__ == "__main__":
     try: main(sys.argv[1:])
     except (UserError, ValueError, OSError) as e: sys.exit(f"train_gpt.py: {e}")
     except (RuntimeError, MemoryError) as e:
-        if "allocate" not in str(e): raise
+        if launch.RANK and "by peer" in str(e): sys.exit(1)  # which has told why it ended
+        if "allocate" not in str(e) and "overflow" not in str(e): raise
         sys.exit(f"train_gpt.py: out of memory, try a smaller --batch. {str(e).splitlines()[0]}")
     except KeyboardInterrupt: sys.exit(130)

@@ -12,7 +12,7 @@ def first_not_finite(model, batches):
     def see(name, *values):
         if not all(v.isfinite().all() for v in values): found.append(name)
     def hook(name, m, inputs, y):
-        for what, values in dict(weight=[m.weight], input=inputs, output=[y]).items():
+        for what, values in dict(weight=[*m.parameters()], input=inputs, output=[y]).items():
             see(f"the {what} of {name}", *values)
         y.register_hook(lambda dy: see(f"the gradient dy of {name}", dy))
     for name, m in model.named_modules():

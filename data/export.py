@@ -11,7 +11,7 @@ compressed-tensors  the same values in 4 bits, `nvfp4-pack-quantized`: codes and
 A recipe like quartet2 trains with weights that are NVFP4, so neither rounds those again. Inputs are not
 quantized: software that loads the files multiplies these weights by inputs of its own precision.
 """
-import argparse, json, sys
+import argparse, dataclasses, json, sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -44,7 +44,9 @@ def tensors(c, state, packed):
     """
     train_gpt.known(c.recipe, quartet.RECIPES, f"recipe {c.recipe!r} is unknown, add it to quartet.py")
     row = quartet.RECIPES[c.recipe]
-    quantized = max(0, c.layers - c.bf16_blocks) if row and row.w != "bf16" and c.bf16_end == 0 else 0
+    quantized = max(0, c.layers - c.bf16_blocks) if row and row.w != "bf16" else 0
+    if len(state) != 3 + 6 * c.layers or len(state["blocks.0.up.weight"]) != 2 * c.hidden:
+        raise UserError("the model is not train_gpt.py's Llama: change `split` and `config` here, too")
     out, ignore = {}, ["lm_head"]
     for ours, theirs in (("embedding", "model.embed_tokens"), ("norm", "model.norm"), ("head", "lm_head")):
         out[f"{theirs}.weight"] = state[f"{ours}.weight"]
@@ -64,8 +66,8 @@ def tensors(c, state, packed):
                     if put and packed: out[f"{name}.weight_global_scale"] = 1 / t.tensor_scale.view(1)
                     if not put: ignore.append(name)
     if packed and not quantized:
-        raise UserError(f"--recipe={c.recipe} --bf16_blocks={c.bf16_blocks} --bf16_end={c.bf16_end}: no "
-                        "weights are NVFP4 in the end: take --format=hf, or train otherwise")
+        raise UserError(f"recipe {c.recipe} in the end, --bf16_blocks={c.bf16_blocks}: no weights are NVFP4: "
+                        "take --format=hf, or train otherwise")
     if packed: out = {n: t if ".weight_" in n else t.bfloat16() for n, t in out.items()}
     return out, ignore
 
@@ -108,6 +110,7 @@ def export(run, directory, packed):
     except ImportError as e: raise UserError(f"{e}: pip install safetensors") from None
     c, _, checkpoint = train_gpt.load("eval", run, {})
     if directory.exists(): raise UserError(f"{directory} exists: take another name, nothing is overwritten")
+    c = dataclasses.replace(c, recipe=train_gpt.recipe_of(c, checkpoint["step"]))
     found, ignore = tensors(c, checkpoint["model"], packed)
     part = directory.with_name(directory.name + ".part")
     part.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import torch
 import quartet
+import files        # of data/
 
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
 # 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the normal's is close
@@ -156,8 +157,7 @@ def follow(paths):
     logs = sorted({log for path in paths for log in Path(path).rglob("log.jsonl")})
     runs, free = {}, ("recipe", "backend", "name", "log_every", "save_every")
     for log in logs:
-        lines = log.read_text(errors="replace").splitlines(True)        # the last one may be half written
-        records = [json.loads(line) for line in lines if line[0] + line[-2:] == "{}\n"]
+        records = [record for _, record in files.records(log)]
         config = next((r["config"] for r in records[::-1] if "config" in r), None)
         if not config: print(f"{log}: nothing yet, skipped"); continue
         by_step = lambda key: {r["step"]: r[key] for r in records if r.get(key)}

@@ -35,7 +35,8 @@ def show(losses, more=lambda loss: ""):
     base = None
     for name, loss in losses:
         base = loss if base is None else base
-        print(f"{name:30}{loss:9.4f}{loss - base:12.4f}{math.exp(loss):12.3f}{more(loss)}", flush=True)
+        perplexity = f"{math.exp(loss):12.3f}" if loss < 16 else f"{math.exp(min(loss, 700)):12.3e}"
+        print(f"{name:30}{loss:9.4f}{loss - base:12.4f}{perplexity}{more(loss)}", flush=True)
 
 @torch.no_grad()
 def evaluate(model, windows, batch, note=lambda done: None):
@@ -91,6 +92,10 @@ def main(argv):
     tokens = tokens[:a.tokens]
     n = len(tokens) // a.window
     if not n: raise ValueError(f"{a.text}: {len(tokens)} tokens, less than a --window={a.window}: shorten it")
+    most, known = getattr(model.config, "max_position_embeddings", a.window), model.get_input_embeddings()
+    if a.window > most: raise ValueError(f"--window={a.window}: the model knows {most} positions, take these")
+    if tokens.max() >= len(known.weight):
+        raise ValueError(f"{a.model}: its tokenizer makes token {tokens.max()}, it has {len(known.weight)}")
     swapped = quartet.quantize_model(model, "bf16", skip=head_of(model))
     if not swapped: raise ValueError(f"{a.model} has no nn.Linear but its head: nothing to quantize here")
     print(f"{a.model}: {len(swapped)} linear layers, {n} windows of {a.window} tokens, {a.device}")
@@ -99,3 +104,6 @@ def main(argv):
 if __name__ == "__main__":
     try: main(sys.argv[1:])
     except (ValueError, OSError) as e: sys.exit(f"perplexity.py: {e}")
+    except RuntimeError as e:
+        if "allocate" not in str(e): raise
+        sys.exit(f"perplexity.py: out of memory, try a smaller --batch or --window. {str(e).splitlines()[0]}")

@@ -72,9 +72,11 @@ def test_nothing_is_overwritten_and_what_has_no_nvfp4_weights_says_so(run, tmp_p
     assert "in NVFP4: 163,840 parameters, 4.50" in capsys.readouterr().out
     with pytest.raises(train_gpt.UserError, match="out exists"): export.main(["a", "out"])
     saved = torch.load("runs/a/checkpoint.pt", weights_only=True)
-    saved["config"]["bf16_end"] = 0.1
+    saved["config"]["bf16_end"] = 0.1               # so the last steps; but before these weights are in NVFP4
+    torch.save(saved | dict(step=0), "runs/a/checkpoint.pt")
+    export.main(["a", "before", "--format=compressed-tensors"])
     torch.save(saved, "runs/a/checkpoint.pt")
-    with pytest.raises(train_gpt.UserError, match="bf16_end=0.1.*--format=hf"):
+    with pytest.raises(train_gpt.UserError, match="recipe bf16 in the end.*--format=hf"):
         export.main(["a", "new", "--format=compressed-tensors"])
     assert not (tmp_path / "new").exists()
 

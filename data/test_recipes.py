@@ -1,8 +1,8 @@
 """Tests of quartet.py beside test_quartet.py: rows that cannot be computed, and where its layers are used."""
-import os, pickle, subprocess, sys, types, warnings
+import copy, os, pickle, shutil, subprocess, sys, types, warnings
 from pathlib import Path
 import pytest
-import torch
+import torch, torch.utils.checkpoint
 import quartet
 from quartet import RECIPES, Linear, Recipe
 
@@ -28,17 +28,53 @@ def test_none_for_a_quantizer_where_w_does_not_transpose_as_it_is_is_refused(row
     monkeypatch.setitem(RECIPES, "mine", row)
     for make in (lambda: Linear(128, 128, recipe="mine"),
                  lambda: quartet.quantize_model(torch.nn.Linear(128, 128), "mine")):
-        with pytest.raises(ValueError, match=f"'mine'.*{message}.*rtn_16x16.*name a quantizer"): make()
+        with pytest.raises(ValueError, match=f"'mine'.*{message}.*in 16x16 blocks, not rotated"): make()
     for good in Recipe("rtn", "rtn_16x16", (None, "sr", None), EDEN), Recipe("rtn", "rtn", EDEN, EDEN):
         monkeypatch.setitem(RECIPES, "mine", good)
         Linear(128, 128, recipe="mine")
 
 @pytest.mark.parametrize("row, message", [
     (Recipe("rtn", "rtm", EDEN, EDEN), "{'rtm'} not in QUANTIZERS"),
-    (Recipe("rtn", "rtn", ("rht", "sr", "sr"), EDEN), "{'rht'} not in QUANTIZERS or ROTATIONS")])
+    (Recipe("rtn", "rtn", ("rht", "sr", "sr"), EDEN), "{'rht'} not in QUANTIZERS or ROTATIONS"),
+    (Recipe("rtn", "rtn", EDEN, ("ms_eden", "rht128", "ms_eden")), "'rht128'.* not in QUANTIZERS"),
+    (Recipe("rtn", "rtn", EDEN, EDEN[:2]), "dx and dw a rotation, then two"),
+    (Recipe("rtn", None, EDEN, EDEN), "None can stand only for dx's"),
+    (Recipe("sr", "rtn", EDEN, EDEN), "x and w take quantizers without noise")])
 def test_a_row_of_unknown_names_is_refused(row, message, monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", row)
     with pytest.raises(ValueError, match=message): Linear(128, 128, recipe="mine")
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler for a CPU")
+def test_compiled_for_a_cpu_is_eager_to_the_bit():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    m, (x, dy) = Linear(128, 128, recipe="quartet2"), torch.randn(2, 20, 128)
+    def step(f):
+        torch.manual_seed(1)
+        leaf = x.clone().requires_grad_()
+        y = f(leaf)
+        return y, *torch.autograd.grad(y, (leaf, m.weight), dy)
+    assert all(map(torch.equal, step(torch.compile(m, fullgraph=True)), step(m)))
+    torch._dynamo.reset()
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("recipe", ["nvidia", "quartet2"])
+def test_checkpointed_activations_give_the_same_gradients(recipe, reentrant):
+    torch.manual_seed(0)
+    m, x = Linear(128, 128, recipe=recipe), torch.randn(20, 128, requires_grad=True)
+    def gradients(f):
+        torch.manual_seed(1)
+        x.grad = m.weight.grad = None
+        f(x).square().sum().backward()
+        return x.grad, m.weight.grad
+    checkpointed = lambda x: torch.utils.checkpoint.checkpoint(m, x, use_reentrant=reentrant)
+    assert all(map(torch.equal, gradients(checkpointed), gradients(m)))
+
+def test_a_copy_made_within_quantized_weights_is_free_of_it():
+    m, x = Linear(128, 128), torch.ones(2, 128)
+    with quartet.quantized_weights(m): other = copy.deepcopy(m)
+    other.weight.data.zero_()
+    assert not other(x).any() and m(x).any()
 
 def test_kernels_have_square_blocks_for_x_and_w_only():
     """They would take 1x16 blocks in a backward: the reference takes over."""

@@ -123,6 +123,54 @@ def test_a_run_that_other_code_goes_on_with_says_so(train, capsys):
         capsys.readouterr().out)
     refused("--recipe=bf16,rtn: one recipe samples", "sample", "a", "--recipe=bf16,rtn")
 
+def test_a_signal_that_comes_twice_saves_as_one(train, monkeypatch):
+    def stop(data, c, step, micro, device, random=train_gpt.Shards.random):
+        if step == 2:
+            for _ in range(2): signal.raise_signal(signal.SIGTERM)
+        return random(data, c, step, micro, device)
+    monkeypatch.setattr(train_gpt.Shards, "random", stop)
+    with pytest.raises(SystemExit) as stopped: train()
+    assert stopped.value.code == 0 and torch.load("runs/a/checkpoint.pt", weights_only=True)["step"] == 2
+
+def test_a_recipe_that_diverges_does_not_end_the_others(train, capsys):
+    train("--recipe=bf16,rtn", "--lr=1e30")
+    assert capsys.readouterr().out.count("its logits are not finite: no sample") == 2
+    assert len(Path("runs/a/compare.txt").read_text().splitlines()) == 3
+    train_gpt.main(["sample", "a/rtn"])
+    assert "no sample" in capsys.readouterr().out
+
+def test_a_finished_run_keeps_its_speed(train):
+    train("--log_every=1")
+    before = result("a")
+    train_gpt.main(["resume", "a"])
+    assert result("a") == before and before["tokens_per_s"] > 0
+
+def test_a_bit_of_a_checkpoints_directory_is_seen(train):
+    train()
+    path = Path("runs/a/checkpoint.pt")
+    whole = path.read_bytes()
+    at = [m.start() for m in re.finditer(b"PK\1\2", whole)]                  # zip's record of an entry
+    for i, place in enumerate(at):
+        for offset, bit in (38, 16), (10, 8):           # "a directory"; "compressed"
+            path.write_bytes(whole[:place + offset] + bytes([whole[place + offset] ^ bit])
+                             + whole[place + offset + 1:])
+            refused("not a whole checkpoint.*(train again|one before)", "sample", "a")
+    assert len(at) > 20
+
+def test_going_on_from_the_one_before_keeps_it(train):
+    train("--save_every=2")
+    new, old = Path("runs/a/checkpoint.pt"), Path("runs/a/previous.pt")
+    good = old.read_bytes()
+    new.write_bytes(b"damaged")
+    train_gpt.main(["resume", "runs/a/previous.pt"])
+    assert torch.load(new, weights_only=True)["step"] == 4 and old.read_bytes() == good
+    assert Path("runs/a/aside.pt").read_bytes() == b"damaged"
+
+def test_what_takes_one_process_says_so(train, monkeypatch):
+    train()
+    monkeypatch.setattr(train_gpt.launch, "WORLD", 2)
+    for mode in "eval", "sample": refused(f"{mode} takes one process", mode, "a")
+
 def test_a_name_is_looked_for_in_runs_first_and_any_batch_evaluates(train, capsys):
     train("--recipe=bf16")
     Path("a").mkdir()
