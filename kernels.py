@@ -12,7 +12,7 @@ Elsewhere the kernels also write the decoded values, which bf16 holds exactly, a
 
 Layout is most of the speed. A thread owns whole blocks, so that sums of 16 stay in its registers. A product
 on tensor cores leaves each row spread over 4 threads, 2 columns at a time: R comes with its columns permuted
-such that what a thread holds of x R are whole blocks.
+such that what a thread holds of x R is whole blocks.
 """
 import os, sys
 from pathlib import Path
@@ -30,7 +30,7 @@ TO_E2M1 = tl.constexpr("{ .reg .b8 a, b, c, d; " + "".join(             # PTX: c
     f"cvt.rn.satfinite.e2m1x2.f32 {byte}, ${high}, ${high - 1}; " for byte, high in zip("abcd", (2, 4, 6, 8)))
     + "mov.b32 $0, {a, b, c, d}; }")
 MODES = "rtn", "four_six", "scale_search", "sr", "ms_eden", "ms_eden_46"        # quantizers
-STOCHASTIC = dict(sr=BLOCK, ms_eden=1, ms_eden_46=1)    # those that draw: numbers a block before assemble's u
+STOCHASTIC = dict(sr=BLOCK, ms_eden=1, ms_eden_46=1)    # those that draw: how many u a block, before assemble's
 
 # ---- 1. Small floats. Blocks in registers: b is (B, 16) float32, one block a row, one thread a row ---------
 @triton.jit
@@ -95,7 +95,7 @@ def over(a, C: tl.constexpr):
 
 @triton.jit
 def ratio(b, s, BF16: tl.constexpr):
-    """b (B, 16) / s (B, 1) of 4 bits, correctly rounded as in `over`; 0 where s is 0 or NaN.
+    """b (B, 16) / s (B, 1) of round_scale, correctly rounded as in `over`; 0 where s is 0 or NaN.
 
     If BF16 and 1/2 <= s <= 2, only as good as e2m1 needs, for b of 8 significant bits: b / s is then a tie of
     E2M1 or 2^-8 of it away from one, and b + b ((1 - s) / s) is a tie where it is (b (1 / s), not at 1.875).
@@ -176,7 +176,7 @@ def better(new, found):
 
 @triton.jit
 def quantize_blocks(b, first, i, seed, QUANTIZER: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr):
-    """b (B, 16), blocks with numbers first + i (B, 1) -> E2M1 values q (B, 16), scales s (B, 1) of 4 bits.
+    """b (B, 16), blocks with numbers first + i (B, 1) -> E2M1 values q (B, 16), scales s (B, 1).
 
     The functions of quartet.py, in its order of operations ("bf16": b and 1). ROWS neighbouring rows of b
     share a scale. BF16: b holds values of bf16.

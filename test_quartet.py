@@ -519,9 +519,10 @@ INPUTS = {"ragged": lambda: normal(3, 5, 144), "wide": lambda: wide(40), "below 
 def test_quantizers_and_kernels_give_the_same_bits_on_every_device(name, kind):
     x, rows, seed = INPUTS[kind](), 16 if "16x16" in name else 1, 2**63 - 1
     if math.prod(x.shape[:-1]) % rows: return
-    arguments = {"sr": (seed,), "ms_eden": (None, seed), "ms_eden_46": (None, seed, True)}
-    arguments, f = arguments.get(name, ((rows, 16),)), name.removesuffix("_16x16").removesuffix("_46")
-    f = getattr(kernels, f, None)                                        # None: sr_four_six
+    arguments = {"ms_eden": (None, seed), "ms_eden_46": (None, seed, True)}
+    arguments = arguments.get(name, (seed,) if name in kernels.STOCHASTIC else ((rows, 16),))
+    mode = name.removesuffix("_16x16")                                   # sr_four_six has none
+    f = getattr(kernels, "ms_eden" if name == "ms_eden_46" else mode) if mode in kernels.MODES else None
     for v in (x, x.bfloat16(), *[x.half()] * (kind == "wide")):
         expected, v, on_device = quantize(name, v, seed), v.to(DEVICE), torch.tensor(seed, device=DEVICE)
         assert same(quantize(name, v, on_device), expected) and (not f or same(f(v, *arguments), expected))

@@ -68,8 +68,7 @@ def read_documents(files):
 def split(documents):
     """documents, a list of bytes -> (train, val), two such lists, neither empty; equal ones stay together."""
     different = sorted(set(documents), key=lambda d: hashlib.sha256(d).digest())  # not in the order of files
-    if len(different) < 2:
-        raise ValueError("found no two different documents: put blank or <|endoftext|> lines between them")
+    if len(different) < 2: raise ValueError("no two different documents: part them by blank or <|endoftext|> lines")
     room = max(min(VAL_SHARE * sum(map(len, different)), VAL_MAX), min(map(len, different)))
     small = [d for d in different if len(d) <= room]
     val = {d for d, used in zip(small, np.cumsum([*map(len, small)])) if used <= room}
@@ -139,6 +138,7 @@ def prepare(corpus, directory=Path(__file__).parent, shards=1):
         paths = write_text(name, files, directory)
     for p in paths:
         print(f"{p}: {check_shard(p)} tokens, sha256 {hashlib.sha256(p.read_bytes()).hexdigest()[:8]}")
+    print(f"now: python train_gpt.py --corpus={paths[0].name.rsplit('_train_', 1)[0]}")
     return paths
 
 def main(args):
