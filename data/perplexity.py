@@ -35,8 +35,9 @@ def show(losses, more=lambda loss: ""):
     base = None
     for name, loss in losses:
         base = loss if base is None else base
-        perplexity = f"{math.exp(loss):12.3f}" if loss < 16 else f"{math.exp(min(loss, 700)):12.3e}"
-        print(f"{name:30}{loss:9.4f}{loss - base:12.4f}{perplexity}{more(loss)}", flush=True)
+        perplexity = math.inf if loss > 700 else math.exp(loss)
+        print(f"{name:30}{loss:9.4f}{loss - base:12.4f}{perplexity:12.{'3e' if loss > 16 else '3f'}}{more(loss)}",
+              flush=True)
 
 @torch.no_grad()
 def evaluate(model, windows, batch, note=lambda done: None):

@@ -37,6 +37,14 @@ def test_inputs_outputs_and_gradients_are_named_in_the_order_of_computing():
     made.blocks[0].up.register_forward_hook(lambda m, args, y: y.register_hook(lambda dy: dy / 0) and None)
     assert diagnose.first_not_finite(made, [batch]) == "the gradient dy of blocks.0.up"
 
+def test_a_norm_without_weights_is_looked_at_too():
+    made, *batch = model()
+    made.blocks[0].norm1 = torch.nn.RMSNorm(128, elementwise_affine=False)
+    made.embedding.weight.data[batch[0][0, 0]] = math.inf
+    assert diagnose.first_not_finite(made, [batch]) == "the weight of embedding"
+    made.embedding.weight.data[batch[0][0, 0]] = 3e38
+    assert diagnose.first_not_finite(made, [batch]) != "the weight of embedding"
+
 def train(name, **more):
     knobs = KNOBS | dict(recipe="quartet2", name=name) | more
     train_gpt.main(["cpu", *(f"--{knob}={value}" for knob, value in knobs.items())])

@@ -89,6 +89,14 @@ def test_a_recipe_of_a_fork_is_an_error_that_names_it():
     with pytest.raises(train_gpt.UserError, match="recipe 'mine' is unknown, add it.*there are bf16, rtn"):
         export.tensors(train_gpt.Config(recipe="mine"), {}, False)
 
+def test_another_model_is_not_exported_as_a_llama():
+    c = train_gpt.Config(**KNOBS)
+    state = train_gpt.GPT(c).state_dict()
+    narrow = state | {"blocks.0.up.weight": state["blocks.0.up.weight"][:c.hidden]}     # no gate
+    for other in narrow, state | {"blocks.0.q_norm.weight": torch.ones(64)}:
+        with pytest.raises(train_gpt.UserError, match="not train_gpt.py's Llama"):
+            export.tensors(c, other, False)
+
 def test_the_tokenizer_has_a_token_for_every_byte():
     vocabulary = export.byte_tokenizer()[0]["model"]["vocab"]
     assert sorted(vocabulary.values()) == [*range(256)] and vocabulary["a"] == ord("a")

@@ -1,5 +1,5 @@
 """Tests of perplexity.py, and of the table that `train_gpt.py eval` prints: post-training quantization."""
-import importlib.util, json
+import importlib.util, json, math
 from types import SimpleNamespace
 import pytest
 import torch, torch.nn.functional as F
@@ -57,6 +57,11 @@ def test_eval_without_recipes_prints_the_table_and_a_trained_forward_is_in_it(tm
 def test_a_knob_that_cannot_be_is_an_error_before_a_model_is_loaded(knob, way_out):
     with pytest.raises(ValueError, match=f"{knob}: .*{way_out}"): perplexity.main(["model", "text", knob])
 
+def test_a_large_loss_is_shown_too(capsys):
+    perplexity.show([("good", 1.0), ("bad", 20.0), ("diverged", 71293.0), ("lost", math.nan)])
+    assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "2.718", "4.852e+08", "inf", "nan"]
+
 @needs_transformers
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
@@ -96,6 +101,13 @@ def test_the_command_measures_a_model_on_a_text(tmp_path, capsys):
     assert len(lines) == 16 and lines[3].split()[4] == "0.0000"
     with pytest.raises(ValueError, match="160 tokens.*--window=999"):
         perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=999"])
+    with pytest.raises(ValueError, match="--window=4096: the model knows 2048 positions"):
+        (tmp_path / "long").write_text("abcd" * 2000)
+        perplexity.main([str(tmp_path / "model"), str(tmp_path / "long"), "--window=4096"])
+    config.vocab_size = 100
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="its tokenizer makes token 100, it has 100"):
+        perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=64"])
     gpt2 = transformers.GPT2Config(vocab_size=256, n_embd=64, n_layer=1, n_head=1, n_positions=64)
     transformers.GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "model")      # its layers are no nn.Linear
     with pytest.raises(ValueError, match="no nn.Linear but its head"):
