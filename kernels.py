@@ -30,7 +30,7 @@ TO_E2M1 = tl.constexpr("{ .reg .b8 a, b, c, d; " + "".join(             # PTX: c
     f"cvt.rn.satfinite.e2m1x2.f32 {byte}, ${high}, ${high - 1}; " for byte, high in zip("abcd", (2, 4, 6, 8)))
     + "mov.b32 $0, {a, b, c, d}; }")
 MODES = "rtn", "four_six", "scale_search", "sr", "ms_eden", "ms_eden_46"        # quantizers
-STOCHASTIC = dict(sr=BLOCK, ms_eden=1, ms_eden_46=1)    # those that draw: how many u a block before assemble's
+STOCHASTIC = dict(sr=BLOCK, ms_eden=1, ms_eden_46=1)    # that draw: how many u a block before assemble's
 
 # ---- 1. Small floats. Blocks in registers: b is (B, 16) float32, one block a row, one thread a row ---------
 @triton.jit

@@ -105,7 +105,7 @@ def parse(argv):
     return mode, words[0], knobs
 
 def check(c):
-    """Raise UserError, or ValueError for a shape, where a Config cannot run, before anything is written."""
+    """Raise UserError where a Config cannot run, before anything is written."""
     for name, choices in CHOICES.items():
         known(getattr(c, name), choices, f"--{name}={getattr(c, name)}")
     for name, value in vars(c).items():
@@ -119,8 +119,9 @@ def check(c):
         raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
     for recipe in c.recipe.split(","):
         known(recipe, quartet.RECIPES, f"unknown recipe {recipe!r}")
-        with torch.device("meta"):  # ValueError for a shape that the recipe cannot take
-            GPT(c, partial(quartet.Linear, recipe=recipe, backend=c.backend))
+        with torch.device("meta"):  # to see whether the recipe can take its shapes
+            try: GPT(c, partial(quartet.Linear, recipe=recipe, backend=c.backend))
+            except ValueError as e: raise UserError(f"--width={c.width} --hidden={c.hidden}: {e}") from None
 
 # ---- 2. The model: Llama's. linear(in, out) makes its hidden layers; the others are never quantized --------
 plain = partial(nn.Linear, bias=False)
@@ -524,9 +525,10 @@ def main(argv):
     if not launch.RANK: launch.gather(None)
     directory = launch.gather(directory or launch.RANK or new_directory(c, word))[0]
     new, old = (directory / name for name in CHECKPOINTS)
-    if not launch.RANK and mode == "resume" and Path(word).name == old.name and new.exists():
-        os.replace(new, directory / "aside.pt")  # else the next save would put it in place of the good one
-    compare(c, data, directory, stop) if "," in c.recipe else train(c, data, directory, stop, checkpoint)
+    with files.held(directory):
+        if not launch.RANK and mode == "resume" and Path(word).name == old.name and new.exists():
+            os.replace(new, directory / "aside.pt")  # else the next save would keep it and not the good one
+        compare(c, data, directory, stop) if "," in c.recipe else train(c, data, directory, stop, checkpoint)
 
 if __name__ == "__main__":
     try: main(sys.argv[1:])

@@ -1,10 +1,26 @@
 """Files that outlive crashes: checkpoints and results, whole or not there; logs, line by line."""
-import json, os, pickle, zipfile, zlib
+import contextlib, json, os, pickle, zipfile, zlib
+try: import fcntl
+except ImportError: fcntl = None    # Windows: nothing is locked
 import torch
 import launch
 
 CHECKPOINTS = ("checkpoint.pt", "previous.pt")  # the last one, and the one before
 class UserError(Exception): """A mistake of the user's: shown as one line, without a traceback."""
+
+@contextlib.contextmanager
+def held(directory):
+    """Within it no other job trains in a directory: UserError if one does, where the disk knows locks."""
+    if launch.RANK or not fcntl: return (yield)
+    f = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(f)
+        raise UserError(f"another process trains in {directory}: wait until it ends, or stop it") from None
+    except OSError: pass
+    try: yield
+    finally: os.close(f)            # also the system's, of a process that is killed
 
 def write(path, text):
     """Write text whole or not at all."""

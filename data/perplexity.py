@@ -35,9 +35,8 @@ def show(losses, more=lambda loss: ""):
     base = None
     for name, loss in losses:
         base = loss if base is None else base
-        perplexity = math.inf if loss > 700 else math.exp(loss)
-        print(f"{name:30}{loss:9.4f}{loss - base:12.4f}{perplexity:12.{'3e' if loss > 16 else '3f'}}{more(loss)}",
-              flush=True)
+        perplexity, kind = math.inf if loss > 700 else math.exp(loss), "3e" if loss > 16 else "3f"
+        print(f"{name:30}{loss:9.4f}{loss - base:12.4f}{perplexity:12.{kind}}{more(loss)}", flush=True)
 
 @torch.no_grad()
 def evaluate(model, windows, batch, note=lambda done: None):

@@ -7,7 +7,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import numpy as np
 import pytest
 import torch
-import prepare, train_gpt
+import files, prepare, train_gpt
 
 KNOBS = ("--layers=1 --width=128 --heads=1 --hidden=128 --sequence=32 --batch=2"
          " --tokens_per_step=64 --steps=4 --eval_tokens=64 --sample_tokens=2 --lr=3e-3 --corpus=tiny"
@@ -165,6 +165,11 @@ def test_going_on_from_the_one_before_keeps_it(train):
     train_gpt.main(["resume", "runs/a/previous.pt"])
     assert torch.load(new, weights_only=True)["step"] == 4 and old.read_bytes() == good
     assert Path("runs/a/aside.pt").read_bytes() == b"damaged"
+
+def test_a_run_is_one_processs(train):
+    train()
+    with files.held(Path("runs/a")): refused("another process trains in runs/a", "resume", "a", "--steps=5")
+    train_gpt.main(["resume", "a", "--steps=5"])
 
 def test_what_takes_one_process_says_so(train, monkeypatch):
     train()
