@@ -9,8 +9,8 @@ A comma list, --recipe=bf16,nvidia,quartet2, trains each recipe in turn on the s
 ends with a table. torchrun --nproc_per_node=N train_gpt.py ... shares a step among N GPUs (data/launch.py). A
 run writes runs/NAME/: log.jsonl, checkpoint.pt, previous.pt, sample.txt.
 """
-import codecs, ctypes, dataclasses, difflib, glob, hashlib, itertools, json, math, os, platform, shutil
-import signal, sys, time
+import codecs, ctypes, dataclasses, difflib, errno, glob, hashlib, itertools, json, math, os, platform
+import shutil, signal, sys, time
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -532,7 +532,9 @@ def main(argv):
 
 if __name__ == "__main__":
     try: main(sys.argv[1:])
-    except (UserError, ValueError, OSError) as e: sys.exit(f"train_gpt.py: {e}")
+    except (UserError, ValueError, OSError) as e:
+        full = isinstance(e, OSError) and e.errno == errno.ENOSPC
+        sys.exit(f"train_gpt.py: {e}" + ": the disk is full, make room, then resume the run" * full)
     except (RuntimeError, MemoryError) as e:
         if launch.RANK and "by peer" in str(e): sys.exit(1)  # which has told why it ended
         if "allocate" not in str(e) and "overflow" not in str(e): raise

@@ -36,6 +36,8 @@ SIZES = {   # arguments of train_gpt.py
             " --steps=20 --lr=1e-3 --compile=off --device=cpu"}
 COMMON = "--eval_tokens=4194304 --eval_every=500 --save_every=1000000 --sample_tokens=64 --log_every=20"
 
+DECIDES = "layers width heads hidden vocab_size sequence tokens_per_step steps lr weight_decay clip eval_tokens"
+
 exact = None, "bf16", "bf16"                # a backward GEMM of unquantized operands
 forward = lambda x, w: Recipe(x, w, exact, exact)
 backward = lambda *gemm: Recipe("bf16", "bf16", gemm, gemm)
@@ -75,12 +77,13 @@ def register():
 def log_of(size, corpus, row, seed): return RESULTS / f"{size}-{corpus}-{row}-{seed}.jsonl"
 def start_of(size, corpus, start, seed): return RUNS / f"{size}-{corpus}-{start}-{seed}.pt"
 
-def check(path, knobs):
-    """Raise UserError where a log or checkpoint has other knobs; but save_every changes nothing."""
-    if not knobs: return
+def check(path, size, knobs):
+    """Raise UserError where a log or checkpoint has other knobs, or, of DECIDES, other than SIZES has."""
+    _, preset, plain = train_gpt.parse([*SIZES[size].split(), *COMMON.split()])
+    plain = vars(train_gpt.Config(**train_gpt.PRESETS[preset] | plain))
     if path.suffix == ".pt": own = vars(train_gpt.load("resume", path, {})[0])
     else: own = json.loads(path.read_text().partition("\n")[0]).get("config", {})       # old logs have none
-    for k, v in knobs.items():
+    for k, v in ({k: plain[k] for k in DECIDES.split()} | knobs).items():
         if k != "save_every" and own.get(k, v) != v:
             raise train_gpt.UserError(f"{path} has --{k}={own[k]}, not {v}: move it away, or take {own[k]}")
 
@@ -125,12 +128,12 @@ def queue(size, rows, seeds, corpus, knobs, jobs):
     RESULTS.mkdir(exist_ok=True)
     for log in (log_of(size, corpus, row, seed) for row in rows for seed in seeds):
         for path in log, *(RUNS / log.stem / "runs" / "run").glob("*.pt"):
-            if path.exists(): check(path, knobs)
+            if path.exists(): check(path, size, knobs)
     runs = [(row, seed) for seed in seeds for row in rows if not log_of(size, corpus, row, seed).exists()]
     starts = {}                                             # what must be trained, up to which steps, before
     for start, seed in dict.fromkeys((row.rpartition("+")[0], seed) for row, seed in runs):
         path, (row, _, step) = start_of(size, corpus, start, seed), start.partition("@")
-        if start and path.exists(): check(path, knobs)
+        if start and path.exists(): check(path, size, knobs)
         elif start: starts.setdefault((row, seed), []).append(int(step))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     todo = [(*run, knobs, starts.get(run, ())) for run in dict.fromkeys([*starts, *runs])]

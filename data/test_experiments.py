@@ -46,7 +46,9 @@ def test_a_stopped_run_goes_on(results, monkeypatch, capsys):
     (place / "runs/run/result.json").unlink()
     with pytest.raises(train_gpt.UserError, match="run/checkpoint.pt has --steps=2, not 3"):
         experiments.main(["tiny", "bf16", *SHORT, "--steps=3"])
-    experiments.main(["tiny", "bf16", "--corpus=python"])
+    with pytest.raises(train_gpt.UserError, match="run/checkpoint.pt has --steps=2, not 20"):
+        experiments.main(["tiny", "bf16", "--corpus=python"])
+    experiments.main(["tiny", "bf16", *SHORT])
     log = [json.loads(line) for line in open(results / "tiny-python-bf16-1.jsonl")]
     assert [r["start"] for r in log if "start" in r] == [0, 2] and log[-1]["recipe"] == "bf16"
     assert not place.exists() and "tiny-python-bf16-1: {" in capsys.readouterr().out
