@@ -23,4 +23,5 @@ def first_not_finite(model, batches):
             loss = model(tokens, targets)
             see("the loss", loss)
             loss.backward()
-    return next((names[0] for names in launch.gather(found) if names), "nothing any more, or only the norm of all")
+    nothing = "nothing any more, or only the norm of all"
+    return next((names[0] for names in launch.gather(found) if names), nothing)

@@ -36,7 +36,7 @@ SIZES = {   # arguments of train_gpt.py
             " --steps=20 --lr=1e-3 --compile=off --device=cpu"}
 COMMON = "--eval_tokens=4194304 --eval_every=500 --save_every=1000000 --sample_tokens=64 --log_every=20"
 
-DECIDES = "layers width heads hidden vocab_size sequence tokens_per_step steps lr weight_decay clip eval_tokens"
+DECIDES = "layers width heads hidden vocab_size sequence tokens_per_step steps lr weight_decay eval_tokens"
 
 exact = None, "bf16", "bf16"                # a backward GEMM of unquantized operands
 forward = lambda x, w: Recipe(x, w, exact, exact)
