@@ -36,7 +36,8 @@ SIZES = {   # arguments of train_gpt.py
             " --steps=20 --lr=1e-3 --compile=off --device=cpu"}
 COMMON = "--eval_tokens=4194304 --eval_every=500 --save_every=1000000 --sample_tokens=64 --log_every=20"
 
-DECIDES = "layers width heads hidden vocab_size sequence tokens_per_step steps lr weight_decay eval_tokens"
+DECIDES = ("layers", "width", "heads", "hidden", "vocab_size", "sequence", "tokens_per_step", "steps", "lr",
+           "weight_decay", "clip", "eval_tokens")       # what runs must share to be compared
 
 exact = None, "bf16", "bf16"                # a backward GEMM of unquantized operands
 forward = lambda x, w: Recipe(x, w, exact, exact)
@@ -83,7 +84,7 @@ def check(path, size, knobs):
     plain = vars(train_gpt.Config(**train_gpt.PRESETS[preset] | plain))
     if path.suffix == ".pt": own = vars(train_gpt.load("resume", path, {})[0])
     else: own = json.loads(path.read_text().partition("\n")[0]).get("config", {})       # old logs have none
-    for k, v in ({k: plain[k] for k in DECIDES.split()} | knobs).items():
+    for k, v in ({k: plain[k] for k in DECIDES} | knobs).items():
         if k != "save_every" and own.get(k, v) != v:
             raise train_gpt.UserError(f"{path} has --{k}={own[k]}, not {v}: move it away, or take {own[k]}")
 
@@ -153,8 +154,7 @@ def queue(size, rows, seeds, corpus, knobs, jobs):
                 with lock: training.remove(run) # or others might find neither its step there nor it training
     def stop(signum, frame):
         with lock: todo.clear()
-        for child in CHILDREN:      # it may have had this signal, too, and would end at once by a second one
-            child.send_signal(signal.SIGINT if signum == signal.SIGTERM else signal.SIGTERM)
+        for child in CHILDREN: child.send_signal(signal.SIGTERM)    # saves, also after a Ctrl-C of its own
     for signum in (signal.SIGINT, signal.SIGTERM): signal.signal(signum, stop)
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus.split(",") * jobs]    # "": a CPU
     for w in workers: w.start()

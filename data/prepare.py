@@ -68,7 +68,7 @@ def read_documents(files):
 def split(documents):
     """documents, a list of bytes -> (train, val), two such lists, neither empty; equal ones stay together."""
     different = sorted(set(documents), key=lambda d: hashlib.sha256(d).digest())  # not in the order of files
-    if len(different) < 2: raise ValueError("no two different documents: part them by <|endoftext|> lines")
+    if len(different) < 2: raise ValueError("no two different documents: part by blank or <|endoftext|> line")
     room = max(min(VAL_SHARE * sum(map(len, different)), VAL_MAX), min(map(len, different)))
     small = [d for d in different if len(d) <= room]
     val = {d for d, used in zip(small, np.cumsum([*map(len, small)])) if used <= room}
