@@ -510,7 +510,7 @@ def _(x, row, row_R, row_seed, col, col_R, col_seed, inverse_n, *form):
 
 def parts(row):
     """The quantizers in a row of RECIPES; of x and w without block shapes: 16x16 has no backward mode."""
-    return {q.removesuffix("_16x16") for q in row[:2]} | {str(q) for q in (*row.dx[1:], *row.dw[1:])}
+    return {str(q).removesuffix("_16x16") for q in row[:2]} | {str(q) for q in (*row.dx[1:], *row.dw[1:])}
 def supports(row):
     """Whether the kernels have a mode for every quantizer of a row of RECIPES (None: bf16)."""
     return row is None or parts(row) <= {*MODES, "bf16", "None"}

@@ -81,6 +81,7 @@ def test_kernels_have_square_blocks_for_x_and_w_only():
     kernels = pytest.importorskip("kernels")
     assert kernels.supports(RECIPES["nvidia"])
     assert not kernels.supports(RECIPES["quartet2"]._replace(dw=("rht128", "rtn_16x16", "rtn")))
+    kernels.supports(RECIPES["nvidia"]._replace(w=None))        # refused by `quartet.check`, in its words
 
 COMPILE_ONE = """
 import triton, kernels
