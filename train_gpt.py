@@ -28,7 +28,7 @@ from files import CHECKPOINTS, UserError, save
 # ---- 1. Config: one knob a line ----------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that a run depends on; the comments are its help text."""
+    """All that a run depends on; the comments are its help text. Types: str, int, float."""
     recipe: str = "quartet2"        # rows of quartet.RECIPES, by commas: how hidden linear layers multiply
     backend: str = "auto"           # auto | torch | triton: who quantizes; auto is triton with a GPU
     layers: int = 6                 # Transformer blocks
