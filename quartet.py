@@ -277,6 +277,7 @@ QUANTIZERS = {                              # name: function of (x, R, seed) -> 
     "ms_eden":        ms_eden,
     "ms_eden_46":     lambda x, R, seed: ms_eden(x, R, seed, True),
 }
+NOISY = {"sr", "ms_eden", "ms_eden_46"}     # those that draw: for the backward pass only
 
 class Recipe(NamedTuple):
     """A row of RECIPES. Backward quantizes again what the forward's NVFP4 x and w decode to, or as stated."""
@@ -430,11 +431,10 @@ def check(recipe, backend, in_features=0, out_features=0, name=""):
     if lacks: warnings.warn(f"backend 'triton' needs {lacks}: 'auto' takes 'torch', which is slower")
     as_saved = not row.dx[0] and str(row.w).endswith("_16x16")  # what `transpose` can take
     used = row.x, row.w, *row.dx[1:2], *row.dw[1:], *row.dx[2:] * (not as_saved)
-    if len(row.dx + row.dw) != 6 or None in used or {*used[:2]} & {"sr", "ms_eden", "ms_eden_46"}:
+    if len(row.dx + row.dw) != 6 or None in used or {*used[:2]} & NOISY:
         raise ValueError(f"{recipe!r}, {row}: x and w take quantizers without noise, dx and dw a rotation, "
                          "then two; None can stand only for dx's of a w in 16x16 blocks, not rotated")
-    need = GROUP if row.dx[0] else BLOCK
-    if in_features % BLOCK or out_features % need:
+    if out_features % (need := GROUP if row.dx[0] else BLOCK) or in_features % BLOCK:
         raise ValueError(f"{name or 'Linear'}({in_features}, {out_features}): {recipe!r} needs in_features % "
                          f"{BLOCK} == 0, out_features % {need} == 0: resize, use recipe='bf16' or skip=...")
 

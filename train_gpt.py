@@ -274,7 +274,7 @@ def load(mode, word, knobs):
         path = next((p for p in (path / name for name in CHECKPOINTS) if p.exists()), path / CHECKPOINTS[0])
     if not path.exists():
         runs = sorted(str(p.parent.relative_to("runs")) for p in Path("runs").rglob("checkpoint.pt"))
-        known(word, runs, f"no checkpoint {path}: in runs/")
+        known(word, runs, f"no checkpoint of {word}: in runs/")
     checkpoint = files.read(path, mode)
     old = checkpoint.get("config") if isinstance(checkpoint, dict) else None
     if not old or checkpoint.get("format") != "train_gpt 4" or old.keys() - Config.__annotations__.keys():

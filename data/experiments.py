@@ -78,10 +78,14 @@ def register():
 def log_of(size, corpus, row, seed): return RESULTS / f"{size}-{corpus}-{row}-{seed}.jsonl"
 def start_of(size, corpus, start, seed): return RUNS / f"{size}-{corpus}-{start}-{seed}.pt"
 
+def config(size):
+    """All knobs of a size, {name: value}."""
+    _, preset, knobs = train_gpt.parse([*SIZES[size].split(), *COMMON.split()])
+    return vars(train_gpt.Config(**train_gpt.PRESETS[preset] | knobs))
+
 def check(path, size, knobs):
     """Raise UserError where a log or checkpoint has other knobs, or, of DECIDES, other than SIZES has."""
-    _, preset, plain = train_gpt.parse([*SIZES[size].split(), *COMMON.split()])
-    plain = vars(train_gpt.Config(**train_gpt.PRESETS[preset] | plain))
+    plain = config(size)
     if path.suffix == ".pt": own = vars(train_gpt.load("resume", path, {})[0])
     else: own = json.loads(path.read_text().partition("\n")[0]).get("config", {})       # old logs have none
     for k, v in ({k: plain[k] for k in DECIDES} | knobs).items():
@@ -131,6 +135,7 @@ def queue(size, rows, seeds, corpus, knobs, jobs):
         for path in log, *(RUNS / log.stem / "runs" / "run").glob("*.pt"):
             if path.exists(): check(path, size, knobs)
     runs = [(row, seed) for seed in seeds for row in rows if not log_of(size, corpus, row, seed).exists()]
+    if not runs: print(f"all of these runs are there, in {RESULTS}: move logs away to train them again")
     starts = {}                                             # what must be trained, up to which steps, before
     for start, seed in dict.fromkeys((row.rpartition("+")[0], seed) for row, seed in runs):
         path, (row, _, step) = start_of(size, corpus, start, seed), start.partition("@")
@@ -193,22 +198,25 @@ def main(arguments):
     if {"-h", "--help"} & {*arguments}: return print(__doc__)
     words = [a for a in arguments if not a.startswith("--")]
     knobs = dict(a[2:].partition("=")[::2] for a in arguments if a.startswith("--"))
-    if len(words) < 2 or words[0] not in SIZES: sys.exit(__doc__)
+    if len(words) < 2: raise train_gpt.UserError("it takes a SIZE and a GROUP, or more: see --help")
+    train_gpt.known(words[0], SIZES, f"unknown size {words[0]!r}")
     seeds, jobs, corpus = knobs.pop("seeds", "1"), knobs.pop("jobs", "1"), knobs.pop("corpus", "novels")
     if not re.fullmatch(r"\d+(,\d+)*", seeds):
         raise train_gpt.UserError(f"--seeds={seeds}: it takes whole numbers by commas, as in --seeds=1,2,3")
     if not re.fullmatch(r"[1-9]\d*", jobs): raise train_gpt.UserError(f"--jobs={jobs}: take --jobs=1 or more")
-    size, *groups, wanted = *words, []
-    for word in groups:
-        start, plus, group = word.rpartition("+")
-        first, at, step = start.partition("@")
-        if start and not step.isdigit(): raise train_gpt.UserError(f"{word}: not ROW@STEP+GROUP")
-        rows = GROUPS[group].split() if group in GROUPS else group.split(",")
-        wanted += [start + plus + row for row in rows if not start or row != first] + [first] * bool(start)
-    for row in wanted: train_gpt.known(row.split("+")[-1], quartet.RECIPES | KNOBS, f"unknown row {row!r}")
     if own := {"recipe", "seed", "name"} & {*knobs}:
         raise train_gpt.UserError(f"--{own.pop()} is a run's own here: rows name recipes, --seeds=1,2 seeds")
     knobs = train_gpt.parse([f"--{k}={v}" for k, v in knobs.items()])[2]
+    size, *groups, wanted = *words, []
+    steps = (config(size) | knobs)["steps"]
+    for word in groups:
+        start, plus, group = word.rpartition("+")
+        first, at, step = start.partition("@")
+        if start and not (step.isdigit() and 0 < int(step) < steps):
+            raise train_gpt.UserError(f"{word}: not ROW@STEP+GROUP with a step from 1 to {steps - 1}")
+        rows = GROUPS[group].split() if group in GROUPS else group.split(",")
+        wanted += [start + plus + row for row in rows if not start or row != first] + [first] * bool(start)
+    for row in wanted: train_gpt.known(row.split("+")[-1], quartet.RECIPES | KNOBS, f"unknown row {row!r}")
     return queue(size, wanted, [*map(int, seeds.split(","))], corpus, knobs, int(jobs))
 
 if __name__ == "__main__":

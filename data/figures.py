@@ -84,9 +84,10 @@ def table(size, corpus, start, rows, base="quartet2"):
 
 def binned(losses, base, width):
     """Differences losses - base, by step, in 1e-3 nats -> {the last of every `width` steps: their mean}."""
-    bins = {}
-    for step in sorted(losses.keys() & base.keys()):
-        bins.setdefault(-(-step // width) * width, []).append(1e3 * (losses[step] - base[step]))
+    bins, steps = {}, sorted(losses.keys() & base.keys())
+    for step in steps:
+        last = min(-(-step // width) * width, steps[-1])
+        bins.setdefault(last, []).append(1e3 * (losses[step] - base[step]))
     return {step: statistics.mean(values) for step, values in bins.items()}
 
 def nmse(name):
@@ -109,8 +110,7 @@ def draw(runs):
         name = "-".join(filter(None, key))
         gaps = {row: interval(found) for row in rows if row[:2] != "v_" and row != "bf16"
                 for found in [paired(rows, row, "bf16")] if found}
-        if not gaps: continue
-        order = sorted(gaps, key=gaps.get)
+        if not (order := sorted(gaps, key=gaps.get)): continue
         plt.figure(figsize=(6, 1 + 0.2 * len(order)))
         plt.barh(order, [gaps[row][0] for row in order], xerr=[gaps[row][1] for row in order])
         plt.gca().invert_yaxis(), plt.xlabel("loss gap to bf16 at the end, 1e-3 nats"), save(f"rows-{name}")
@@ -135,16 +135,16 @@ def draw(runs):
         axes[0].invert_yaxis(), save(f"speed-{name}")
     plt.figure(figsize=(6, 2.6))
     values = {name: 1e3 * nmse(name) for name in quartet.QUANTIZERS if name != "bf16"}
-    plt.bar_label(plt.barh([*values], [*values.values()]), fmt=" %.1f", fontsize=7)
+    plt.bar_label(plt.barh([*values], [*values.values()]), fmt=" %.3g", fontsize=7)
     plt.gca().invert_yaxis(), plt.xlabel("NMSE on N(0, 1), 1e-3"), save("nmse")
     for path in sorted(RESULTS.glob("bias-*.jsonl")):
         records = [r for r in map(json.loads, path.read_text().splitlines()) if r["operand"] == "both"]
         _, axes = plt.subplots(1, 2, figsize=(6, 3), sharey=True)
         for ax, gemm in zip(axes, ("dx", "dw")):
-            for color, method in enumerate(dict.fromkeys(r["method"] for r in records)):
+            for color, method in zip("C0 C1 C2 C3 C9 k".split(), dict.fromkeys(r["method"] for r in records)):
                 for i, r in enumerate(r for r in records if (r["gemm"], r["method"]) == (gemm, method)):
                     ax.loglog(r["B"], [B * error / r["error"][0] for B, error in zip(r["B"], r["error"])],
-                              color=f"C{color}", linewidth=0.7, label="" if i else method)
+                              color=color, linewidth=0.7, label="" if i else method)
             ax.set_title(f"{gemm} of each layer"), ax.set_xlabel("B, draws in the mean")
         axes[0].set_ylabel("B error(B) / error(1): 1 if unbiased"), axes[0].legend(fontsize=6)
         save(path.stem)
@@ -162,7 +162,7 @@ def follow(paths):
         if not config: print(f"{log}: nothing yet, skipped"); continue
         by_step = lambda key: {r["step"]: r[key] for r in records if r.get(key)}
         runs[str(log.parent)] = config, by_step("loss"), by_step("val_loss"), by_step("ms")
-    if not runs: sys.exit(f"figures.py: no log.jsonl in {', '.join(paths)}: give directories that hold runs")
+    if not runs: sys.exit(f"figures.py: no log.jsonl in {', '.join(paths)}: it takes runs, or --base=ROW")
     same = {name: {k: v for k, v in run[0].items() if k not in free} for name, run in runs.items()}
     def gaps(name):
         like = [other for other in runs if same[other] == same[name] and runs[other][0]["recipe"] == "bf16"]

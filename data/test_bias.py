@@ -20,7 +20,7 @@ def normal(outlier=1.0):
     dy[:, 0] *= outlier
     return x.bfloat16(), w.bfloat16(), dy.bfloat16()
 
-# error: 1e3 times that of one draw. NMSE a and b of two operands (quartet.py, section 10) make a + b + a b.
+# error: 1e3 times that of one draw. NMSE a and b of two operands make a + b + a b.
 @pytest.mark.parametrize("method, outlier, error, biased", [
     ("sr", 1, 47.6, ()), ("sr rht128", 1, 47.6, ()), ("sr 4/6", 1, 35.3, ("dx", "dw")),
     ("ms_eden", 1, 18.7, ()), ("ms_eden x2", 1, 18.7, ()),
@@ -30,11 +30,16 @@ def test_floor_is_seen_where_the_mean_is_wrong_and_nowhere_else(method, outlier,
     for gemm, r in zip(("dx", "dw"), bias.measure(*normal(outlier), name, [1, 4, 16, 64])):
         if gemm in biased:
             assert r["floor"] > 5 * r["sigma"] and r["slope"] > -0.9
+            assert abs(r["floor"] - (r["error"][-1] - r["error"][0] / 64)) < 3 * r["sigma"]
             assert bias.bound(r) == (r["floor"], True) and " +- " in bias.shown(r)
         else:
             assert abs(r["floor"]) < 3 * r["sigma"] < r["error"][-2] and bias.shown(r)[0] == "<"
             assert abs(r["slope"] + 1) < (0.1 if outlier == 1 else 0.3)     # with one dy, few dw outweigh all
         assert error is None or abs(r["error"][0] * 1e3 / error - 1) < 0.1
+
+def test_outliers_bias_the_gradients_of_quartet2_and_not_of_quintet():
+    for recipe, biased in ("quartet2", True), ("quintet", False):
+        assert bias.bound(bias.measure(*normal(100), recipe, [1, 4, 16, 64])[0])[1] == biased
 
 @pytest.mark.parametrize("recipe", ["quartet2", "nvidia"])
 def test_exact_is_the_gradient_of_the_same_forward_but_for_rounding_it_to_bf16(recipe):

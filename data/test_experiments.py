@@ -95,7 +95,10 @@ def test_rows_go_on_from_a_step_of_another(results, monkeypatch, capsys):
     aside.rename(start), trunk.write_text(whole)
     monkeypatch.setattr(experiments, "train", lambda *run: pytest.fail(f"trained again: {run}"))
     experiments.main(["tiny", "rtn@1+bf16,quartet2", *more])
-    with pytest.raises(train_gpt.UserError, match="not ROW@STEP"): experiments.main(["tiny", "rtn+bf16"])
+    assert "all of these runs are there" in capsys.readouterr().out
+    for word in "rtn+bf16", "rtn@0+bf16", "rtn@3+bf16":
+        with pytest.raises(train_gpt.UserError, match="not ROW@STEP.* from 1 to 2"):
+            experiments.main(["tiny", word, *more])
 
 def test_a_run_goes_on_from_a_step_as_soon_as_that_is_there(results, monkeypatch):
     other, ended = threading.Event(), []
@@ -161,13 +164,19 @@ def test_pictures_of_runs_quantizers_and_means(results, tmp_path, monkeypatch):
     means = (dict(gemm=gemm, method="sr", operand=operand, B=[1, 4], error=[0.1, 0.02])
              for gemm in ("dx", "dw") for operand in ("both", "dy"))
     (results / "bias-10m.jsonl").write_text("\n".join(map(json.dumps, means)))
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.loglog", lambda ax, *curve, **style: drawn.append(curve))
     figures.main()
+    assert drawn == [([1, 4], pytest.approx([1.0, 0.8]))] * 2   # "both", dx and dw: B error(B) / error(1)
     names = {path.name for path in figures.FIGURES.iterdir()}
     assert names == {"rows-10m-a.svg", "gap-10m-a.svg", "speed-10m-a.svg", "nmse.svg", "bias-10m.svg"}
 
 def test_what_is_unknown_is_an_error(results, capsys):
     with pytest.raises(train_gpt.UserError, match="'quartet3'.*did you mean 'quartet2'"):
         experiments.main(["tiny", "quartet3"])
+    with pytest.raises(train_gpt.UserError, match="unknown size '10n': did you mean '10m'"):
+        experiments.main(["10n", "bf16"])
+    with pytest.raises(train_gpt.UserError, match="a SIZE and a GROUP"): experiments.main(["10m"])
     for words, message in (
             ("--jobs=0", "--jobs=0: take"), ("--jobs=x", "--jobs=x: take"), ("--seeds 1,2", "--seeds=: it"),
             ("--seeds=1,2,x", "--seeds=1,2,x: it takes.*as in --seeds=1,2,3"),

@@ -82,6 +82,7 @@ def test_kernels_have_square_blocks_for_x_and_w_only():
     assert kernels.supports(RECIPES["nvidia"])
     assert not kernels.supports(RECIPES["quartet2"]._replace(dw=("rht128", "rtn_16x16", "rtn")))
     kernels.supports(RECIPES["nvidia"]._replace(w=None))        # refused by `quartet.check`, in its words
+    assert kernels.STOCHASTIC.keys() == quartet.NOISY
 
 COMPILE_ONE = """
 import triton, kernels
