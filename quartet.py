@@ -405,8 +405,8 @@ def load_kernels():
     compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
     if not (gpu and compiler or os.environ.get("TRITON_INTERPRET") == "1"):
         return "a C compiler (apt install gcc)" if gpu else "an NVIDIA GPU of compute capability 8.0 or more"
-    try: import kernels
-    except ImportError as e: return f"the package triton (pip install triton): {e}"
+    try: from kernels import supports; import kernels   # a package of that name lacks the first
+    except ImportError as e: return f"kernels.py, and the package triton (pip install triton): {e}"
 def resolve(backend, kind, recipe):
     """The backend that "auto" means on a device of a kind, "cuda" or "cpu"; else backend."""
     fast = kernels is not None and kind == "cuda" and kernels.supports(RECIPES[recipe])

@@ -783,7 +783,8 @@ def test_sampling_draws_by_seed_among_the_likeliest():
     model = train_gpt.GPT(c)
     draw = lambda **knobs: [*train_gpt.sample(model, [1, 2], dataclasses.replace(c, **knobs), "cpu")]
     likeliest = model(torch.tensor([[1, 2]]))[0, -1].topk(3).indices.tolist()
-    assert draw(temperature=0.0) == draw(top_k=1) and draw(temperature=0.0)[0] == likeliest[0]
+    assert draw(temperature=0.0) == draw(temperature=1e-50) == draw(top_k=1)
+    assert draw(temperature=0.0)[0] == likeliest[0]
     assert draw() == draw() != draw(seed=2) and draw(temperature=1e-3)[0] == likeliest[0]
     assert {draw(seed=s, top_k=3, temperature=9.0, sample_tokens=1)[0] for s in range(40)} == {*likeliest}
 
@@ -842,8 +843,9 @@ def test_checkpoints_are_whole_or_not_there_and_the_last_two_are_kept(tiny, monk
     assert saved()["step"] == 7
     limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), new.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))        # as if the disk were full
-    try: train_gpt.main(["resume", "a", "--steps=8"])
-    except train_gpt.UserError as e: assert re.match("cannot write runs/a/.*too large.*make room", str(e))
+    try:
+        with pytest.raises(train_gpt.UserError, match="cannot write runs/a/.*too large.*make room"):
+            train_gpt.main(["resume", "a", "--steps=8"])
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert new.read_bytes() == before and not Path("runs/a/checkpoint.part").exists()
 
@@ -852,7 +854,7 @@ def test_a_loss_that_is_not_finite_leaves_a_good_checkpoint_and_bad_ones_are_nev
         def __reduce__(self): return os.mkdir, (str(tmp_path / "hacked"),)
     with pytest.raises(train_gpt.UserError, match="10 steps in a row.*first: .*--lr"):
         tiny("--lr=1e25", "--steps=12", "--save_every=1")
-    assert saved()["step"] == 10 and all(w.isfinite().all() for w in saved()["model"].values())
+    assert saved()["step"] == 1 and all(w.isfinite().all() for w in saved()["model"].values())
     whole = (path := Path("runs/a/checkpoint.pt")).read_bytes()
     torch.save({"model": {}}, "other.pt")
     for content, args, message in (

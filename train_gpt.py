@@ -185,7 +185,7 @@ def sample(model, tokens, c, device):
             logits = model(torch.tensor([tokens[-c.sequence:]], device=device))[0, -1].float()
         if not logits.isfinite().all(): return print("(its logits are not finite: no sample)")
         best, index = logits.topk(min(c.top_k, c.vocab_size) if c.temperature else 1)
-        chances = ((best - best[0]) / (c.temperature or 1)).softmax(-1)
+        chances = ((best - best[0]) / max(c.temperature, 1e-9)).softmax(-1)
         tokens = tokens + [index[torch.multinomial(chances, 1, generator=generator)].item()]
         yield tokens[-1]
 
@@ -279,10 +279,12 @@ def load(mode, word, knobs):
     old = checkpoint.get("config") if isinstance(checkpoint, dict) else None
     if not old or checkpoint.get("format") != "train_gpt 4" or old.keys() - Config.__annotations__.keys():
         raise UserError(f"{path} was not written by this version of train_gpt.py")
-    compared = mode == "resume" and (path.parent.parent / "compare.json").exists()
-    unchanged(knobs, old, old.keys() - HARMLESS if compared else FIXED)
-    if mode == "resume" and knobs.get("steps", math.inf) < checkpoint["step"]:
-        raise UserError(f"--steps={knobs['steps']}: {path} is at step {checkpoint['step']} now: take more")
+    unchanged(knobs, old, FIXED)
+    if mode == "resume":
+        step, steps = checkpoint["step"], (old | knobs)["steps"]
+        if steps < step: raise UserError(f"--steps={steps}: {path} is at step {step} now: take more")
+        if steps == step or (path.parent.parent / "compare.json").exists():
+            unchanged(knobs, old, old.keys() - HARMLESS)  # or its result would tell of others
     return Config(**old | knobs), path.parent, checkpoint
 def unchanged(knobs, old, names):
     """Raise UserError if knobs differ from old in one of names."""
@@ -291,7 +293,7 @@ def unchanged(knobs, old, names):
 
 class Log:
     """log.jsonl, one line a record, and what is printed. Losses stay on the device until a line is due."""
-    def __init__(self, c, directory, start, code, model, data, device, compiled):
+    def __init__(self, c, directory, start, checkpoint, model, data, device, compiled):
         self.c, self.start, self.pending, self.rates, self.path = c, start, [], [], directory / "log.jsonl"
         self.skipped = self.in_a_row = 0  # steps whose gradient was not finite
         if self.path.exists() and not launch.RANK:  # resumed: drop what is done again
@@ -304,7 +306,10 @@ class Log:
         flops = 6 * (size - vocabulary + c.layers * c.width * c.sequence)  # of a token, forward and backward
         self.top = launch.WORLD * peak / flops  # tokens/s, 0 if unknown
         digest = lambda content: hashlib.sha256(content).hexdigest()[:8]
-        self.code = digest(b"".join((Path(__file__).parent / f).read_bytes() for f in CODE))
+        self.now = dict(code=digest(b"".join((Path(__file__).parent / f).read_bytes() for f in CODE)),
+                        corpus=digest(data.shards[0]))
+        was = self.now | (checkpoint or {})
+        code, corpus = (v + f", the checkpoint's: {was[k]}" * (v != was[k]) for k, v in self.now.items())
         micro = c.tokens_per_step // (c.batch * c.sequence * launch.WORLD)
         processes = f"{launch.WORLD} x " * (launch.WORLD > 1)
         header = dict(  # all that the numbers of a run depend on
@@ -313,9 +318,8 @@ class Log:
             parameters=f"{size:,}, {hidden:,} without embedding and head",
             batch=f"{c.tokens_per_step:,} tokens a step, {processes}{micro} x {c.batch} x {c.sequence}",
             steps=f"{c.steps:,}: {tokens:,} tokens, {tokens / hidden:.1f} a parameter",
-            corpus=f"{c.corpus}, {sum(map(len, data.shards)):,} tokens, sha256 {digest(data.shards[0])}",
-            versions=f"python {platform.python_version()}, torch {torch.__version__}, code {self.code}"
-                     + f", the checkpoint's: {code}" * (code not in (None, self.code)))
+            corpus=f"{c.corpus}, {sum(map(len, data.shards)):,} tokens, sha256 {corpus}",
+            versions=f"python {platform.python_version()}, torch {torch.__version__}, code {code}")
         print("\n".join(f"{what:>10}  {value}" for what, value in header.items()), flush=True)
         self.write(start=start, config=vars(c), **header)
     def write(self, **record):
@@ -365,13 +369,13 @@ def train(c, data, directory, stop, checkpoint=None):
     accumulate, shard = c.tokens_per_step // (c.batch * c.sequence * launch.WORLD), c.shard == "true"
     net, optimizer = launch.wrap(model, shard, compiled), make_optimizer(model, c)
     if launch.RANK: torch.manual_seed((c.seed << 20) + launch.RANK)  # of noise; the model is the same in all
+    log = Log(c, directory, start, checkpoint, model, data[0], device, compiled)
     if checkpoint: launch.restore(model, optimizer, checkpoint, c.seed)  # nothing may draw before a step
     total, recipe = torch.zeros((), device=device), None
     def micro_step(x, y):
         loss = net(x, y) / accumulate
         loss.backward()
         total.add_(loss.detach())
-    log = Log(c, directory, start, checkpoint and checkpoint.get("code"), model, data[0], device, compiled)
     launch.peak_memory(device, reset=True)
     for step in range(start + 1, c.steps + 1):
         begin, last = time.perf_counter(), step == c.steps
@@ -408,7 +412,8 @@ def train(c, data, directory, stop, checkpoint=None):
             loss = evaluate(model, data[1], c, device)
             log.write(step=step, val_loss=loss)
             print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(c, loss)}", flush=True)
-        if saving: save(directory, c, step, code=log.code, **launch.snapshot(model, optimizer))
+        if saving and (stopping or last or not log.in_a_row):  # else both kept might be of no use
+            save(directory, c, step, **log.now, **launch.snapshot(model, optimizer))
         if stopping:
             whole = directory.parent if (directory.parent / "compare.json").exists() else directory
             print(f"stopped after step {step}, saved. To go on: {launch.command()} resume {whole}")
@@ -440,7 +445,7 @@ def sample_text(model, c, device):
             gpt2 = tiktoken.get_encoding("gpt2")
         except Exception as e:  # not installed, or no download
             return (yield f"(GPT-2's tokens need tiktoken, pip install tiktoken: {type(e).__name__})")
-        prompt = gpt2.encode_ordinary(c.prompt) or [gpt2.eot_token]
+        prompt = [t for t in gpt2.encode_ordinary(c.prompt) or [gpt2.eot_token] if t < c.vocab_size] or [0]
         text_of = lambda t: gpt2.decode_single_token_bytes(t) if t < gpt2.n_vocab else b""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
     for t in itertools.chain(prompt, sample(model, prompt, c, device)): yield decoder.decode(text_of(t))
@@ -458,8 +463,8 @@ def compare(c, data, directory, stop):
             print(f"\n==== {recipe}", flush=True)
             torch._dynamo.reset()
             begun = any((run / name).exists() for name in CHECKPOINTS)
-            saved = load("resume", run, vars(one))[2] if begun else None
-            train(one, data, run, stop, saved)
+            with files.held(run):
+                train(one, data, run, stop, load("resume", run, vars(one))[2] if begun else None)
         results.append(json.loads((run / "result.json").read_text()))
     base = next((r["val_loss"] for r in results if r["recipe"] == "bf16"), math.nan)
     rows = [f"{'recipe':12}{'val loss':>10}{'gap to bf16':>13}{'tokens/s':>12}{'peak GiB':>10}"]
@@ -528,6 +533,7 @@ def main(argv):
     with files.held(directory):
         if not launch.RANK and mode == "resume" and Path(word).name == old.name and new.exists():
             os.replace(new, directory / "aside.pt")  # else the next save would keep it and not the good one
+            print(f"{new} is {directory / 'aside.pt'} now, which nothing reads")
         compare(c, data, directory, stop) if "," in c.recipe else train(c, data, directory, stop, checkpoint)
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def byte_tokenizer():
 
 def export(run, directory, packed):
     """Write config.json, model.safetensors and, for bytes, a tokenizer into a new directory."""
-    try: from safetensors.torch import save_file
+    try: from safetensors import SafetensorError; from safetensors.torch import save_file
     except ImportError as e: raise UserError(f"{e}: pip install safetensors") from None
     c, _, checkpoint = train_gpt.load("eval", run, {})
     if directory.exists(): raise UserError(f"{directory} exists: take another name, nothing is overwritten")
@@ -117,7 +117,8 @@ def export(run, directory, packed):
     files = {"config.json": config(c, ignore if packed else None)}
     if c.vocab_size == 256: files |= zip(("tokenizer.json", "tokenizer_config.json"), byte_tokenizer())
     for name, content in files.items(): (part / name).write_text(json.dumps(content, indent=1) + "\n")
-    save_file(found, part / "model.safetensors", metadata=dict(format="pt"))
+    try: save_file(found, part / "model.safetensors", metadata=dict(format="pt"))
+    except SafetensorError as e: raise UserError(f"cannot write {part}, remove it: {e}") from None
     part.rename(directory)                              # all of it or nothing
     size = sum(t.nbytes for t in found.values())
     values = sum(t.numel() for t in checkpoint["model"].values())

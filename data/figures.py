@@ -189,12 +189,12 @@ def main(arguments=()):
     if {"-h", "--help"} & {*arguments}: return print(__doc__)
     try:
         if arguments and arguments[0][:7] != "--base=": return follow(arguments)
-        runs, base = read(), arguments[0][7:] if arguments else "quartet2"
-        if not runs: sys.exit(f"figures.py: nothing in {RESULTS}: run data/experiments.py first")
+        if not (runs := read()): sys.exit(f"figures.py: nothing in {RESULTS}: run data/experiments.py first")
+        base = arguments[0][7:] if arguments else "quartet2"
         names = sorted({row for rows in runs.values() for row in rows})
         if arguments and base not in names: sys.exit(f"figures.py: no row {base!r}: {', '.join(names)}")
         for name, rows in runs.items(): table(*name, rows, base)
         draw(runs)
-    except ImportError as e: print(f"no pictures: {e} (pip install matplotlib)")
+    except (ImportError, OSError) as e: print(f"no pictures: {e} (they take matplotlib, and room to write)")
 
 if __name__ == "__main__": main(sys.argv[1:])

@@ -24,7 +24,8 @@ def held(directory):
 
 def write(path, text):
     """Write text whole or not at all."""
-    (part := path.with_name(f"{path.name}.part")).write_text(text, encoding="utf-8")
+    with open(part := path.with_name(f"{path.name}.part"), "w", encoding="utf-8") as f:
+        f.write(text), f.flush(), os.fsync(f.fileno())
     os.replace(part, path)
 
 def records(log):
@@ -52,12 +53,14 @@ def save(directory, c, step, **state):
 
 def read(path, mode):
     """A checkpoint of `save`. UserError if any bit of it is wrong, with the one before as the way out."""
+    open(path, "rb").close()            # what may not be read is not broken
     try:
         with zipfile.ZipFile(path) as z:    # has checksums; torch compresses nothing, makes no directories
             if any(i.compress_type or i.external_attr for i in z.infolist()) or z.testzip(): raise ValueError
         return torch.load(path, map_location="cpu", weights_only=True)  # executes nothing of it
     except (RuntimeError, EOFError, LookupError, ValueError, OSError, zlib.error, pickle.UnpicklingError,
             zipfile.BadZipFile) as e:
+        if "allocate" in str(e): raise  # nor is it where memory is short
         older = path.with_name(CHECKPOINTS[1])
         advice = f"take the one before, {mode} {older}" if older.exists() and older != path else "train again"
         raise UserError(f"{path} is not a whole checkpoint ({type(e).__name__}): {advice}") from None

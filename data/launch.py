@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map
 
 import quartet
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16, datasheets
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+              "A100": 312e12, "B200": 2250e12}              # dense bf16, datasheets; the first in its name
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def start(device, shard):
@@ -98,7 +99,7 @@ def snapshot(model, optimizer):
     return dict(model=tree_map(kept, model.state_dict()), optimizer=tree_map(kept, optimizer.state_dict()),
                 rng=gather(dict(cpu=torch.get_rng_state(), cuda=cuda)))
 def restore(model, optimizer, saved, seed):
-    """The inverse of `snapshot`; where there were other processes, noise has new seeds."""
+    """The inverse of `snapshot`, which empties it; where there were other processes, noise has new seeds."""
     def part(t, p):
         if not hasattr(p, "full_tensor") or t.shape != p.shape: return t
         from torch.distributed.tensor import distribute_tensor
@@ -107,10 +108,11 @@ def restore(model, optimizer, saved, seed):
     model.load_state_dict({name: part(t, params[name]) for name, t in saved["model"].items()})
     state = {i: {k: part(t, order[i]) for k, t in s.items()} for i, s in saved["optimizer"]["state"].items()}
     optimizer.load_state_dict(saved["optimizer"] | dict(state=state))
-    if len(saved["rng"]) != WORLD: return torch.manual_seed((seed << 20) + saved["step"] * WORLD + RANK)
-    torch.set_rng_state(saved["rng"][RANK]["cpu"])
-    if model.rope.is_cuda and saved["rng"][RANK]["cuda"] is not None:
-        torch.cuda.set_rng_state(saved["rng"][RANK]["cuda"])
+    rng, step = saved["rng"], saved["step"]
+    saved.clear()                               # each process would hold a copy of all that in RAM to the end
+    if len(rng) != WORLD: return torch.manual_seed((seed << 20) + step * WORLD + RANK)
+    torch.set_rng_state(rng[RANK]["cpu"])
+    if model.rope.is_cuda and rng[RANK]["cuda"] is not None: torch.cuda.set_rng_state(rng[RANK]["cuda"])
 
 def as_graph(f, *args):
     """f(*args) of CUDA tensors, recorded -> a function of such args that replays it as one launch.

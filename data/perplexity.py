@@ -4,8 +4,9 @@
 
 MODEL: a name on the Hugging Face hub, or a directory. TEXT: a file in UTF-8. As usual for WikiText-2, it is
 one sequence of tokens, cut into windows without overlap; each token but a window's first is predicted from
-those before it in the window. Every nn.Linear but the head is quantized, by quartet.quantize_model. Needs the
-package transformers; the table is also that of `python train_gpt.py eval RUN`.
+those before it in the window. Every nn.Linear but the head is quantized, by quartet.quantize_model: experts
+that a model keeps in one 3-D tensor are not; how much of it is quantized is printed. Needs the package
+transformers; the table is also that of `python train_gpt.py eval RUN`.
 """
 import argparse, math, sys
 from pathlib import Path
@@ -84,21 +85,29 @@ def main(argv):
         raise ValueError(f"--device={a.device}: PyTorch has none here; leave the knob out") from None
     try: from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
     except ImportError as e: raise ValueError(f"{e}: pip install transformers") from None
-    tokenizer = AutoTokenizer.from_pretrained(a.model)
-    packed = getattr(AutoConfig.from_pretrained(a.model), "quantization_config", None)
-    decoded = dict(quantization_config=CompressedTensorsConfig(dequantize=True)) if packed else {}
-    model = AutoModelForCausalLM.from_pretrained(a.model, dtype="auto", **decoded).to(a.device).eval()
-    tokens = tokenizer(a.text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"][0]
-    tokens = tokens[:a.tokens]
+    try: text = a.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e: raise ValueError(f"{a.text}: not in UTF-8, {e}") from None
+    try:
+        tokenizer, config = AutoTokenizer.from_pretrained(a.model), AutoConfig.from_pretrained(a.model)
+        method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+        if method not in (None, "compressed-tensors"): raise ValueError(f"by {method}: take the original")
+        decoded = dict(quantization_config=CompressedTensorsConfig(dequantize=True)) if method else {}
+        model = AutoModelForCausalLM.from_pretrained(a.model, dtype="auto", **decoded).to(a.device).eval()
+    except Exception as e:                          # of transformers, and of what it reads files by
+        if "allocate" in str(e): raise
+        raise ValueError(f"cannot load {a.model}: {type(e).__name__}: {e}") from None
+    tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0][:a.tokens]
     n = len(tokens) // a.window
     if not n: raise ValueError(f"{a.text}: {len(tokens)} tokens, less than a --window={a.window}: shorten it")
     most, known = getattr(model.config, "max_position_embeddings", a.window), model.get_input_embeddings()
     if a.window > most: raise ValueError(f"--window={a.window}: the model knows {most} positions, take these")
     if tokens.max() >= len(known.weight):
         raise ValueError(f"{a.model}: its tokenizer makes token {tokens.max()}, it has {len(known.weight)}")
-    swapped = quartet.quantize_model(model, "bf16", skip=head_of(model))
+    for recipe in *rows(), "bf16": swapped = quartet.quantize_model(model, recipe, skip=head_of(model))
     if not swapped: raise ValueError(f"{a.model} has no nn.Linear but its head: nothing to quantize here")
-    print(f"{a.model}: {len(swapped)} linear layers, {n} windows of {a.window} tokens, {a.device}")
+    size = sum(model.get_submodule(name).weight.numel() for name in swapped) / model.num_parameters()
+    print(f"{a.model}: {len(swapped)} linear layers, {size:.0%} of the parameters; {n} windows of {a.window} "
+          f"tokens, {a.device}")
     show(losses(model, tokens[:n * a.window].view(n, a.window), a.batch))
 
 if __name__ == "__main__":

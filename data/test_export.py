@@ -1,5 +1,5 @@
 """Tests of export.py: Llama's layout computes what the trained model does, and other software reads it."""
-import importlib.util, subprocess, sys
+import importlib.util, resource, subprocess, sys
 import pytest
 import torch, torch.nn.functional as F
 import export, quartet, train_gpt
@@ -96,6 +96,16 @@ def test_another_model_is_not_exported_as_a_llama():
     for other in narrow, state | {"blocks.0.q_norm.weight": torch.ones(64)}:
         with pytest.raises(train_gpt.UserError, match="not train_gpt.py's Llama"):
             export.tensors(c, other, False)
+
+@needs_safetensors
+def test_a_full_disk_is_told(run):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(train_gpt.UserError, match="cannot write new.part.*too large"):
+            export.main(["a", "new"])
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    export.main(["a", "new"])
 
 def test_the_tokenizer_has_a_token_for_every_byte():
     vocabulary = export.byte_tokenizer()[0]["model"]["vocab"]

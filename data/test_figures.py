@@ -1,5 +1,5 @@
 """Tests of figures.py on runs of one's own, and of what train_gpt.py prints as it samples."""
-import json, runpy, sys
+import json, runpy, sys, types
 from pathlib import Path
 import pytest
 import torch
@@ -38,6 +38,8 @@ def test_runs_are_tabled_beside_the_bf16_run_that_is_like_them(tmp_path, monkeyp
     with pytest.raises(SystemExit, match="no log.jsonl in bad/torn"): figures.main(["bad/torn"])
     assert figures.main(["--help"]) is None and figures.__doc__ in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no log.jsonl in nothing"): figures.main(["nothing"])
+    monkeypatch.setattr(figures, "follow", lambda paths: open("runs"))          # as a disk that is read only
+    assert figures.main(["runs"]) is None and "no pictures: [Errno" in capsys.readouterr().out
 
 def test_a_table_tells_deviation_gaps_of_validation_and_training_and_speed_alone(capsys):
     """Over 3 seeds bf16 ends at 1 to 1.002; rtn 0.01 above, and in training 0.02, of which one has no log."""
@@ -83,6 +85,14 @@ def test_a_sample_streams_in_whole_characters_and_by_any_recipe(trained, monkeyp
     monkeypatch.setattr(train_gpt, "sample", lambda *_: iter([*"\u20ac".encode(), 0xff, 0xe2]))
     pieces = [*train_gpt.sample_text(None, c, "cpu")]
     assert pieces == ["x", "", "", "\u20ac", "\ufffd", "", "\ufffd"]     # at once, but bytes of one wait
+
+def test_a_prompt_of_tokens_that_the_model_has_not_got_is_left_out(monkeypatch):
+    gpt2 = types.SimpleNamespace(encode_ordinary=lambda text: [7, 600, 9], eot_token=700, n_vocab=701,
+                                 decode_single_token_bytes=lambda t: b"%d " % t)
+    monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=lambda name: gpt2))
+    monkeypatch.setattr(train_gpt, "sample", lambda model, prompt, c, device: [len(prompt)])
+    for vocabulary, text in (512, "7 9 2 "), (50304, "7 600 9 3 "), (5, "0 1 "):
+        assert "".join(train_gpt.sample_text(None, train_gpt.Config(vocab_size=vocabulary), "cpu")) == text
 
 def test_ctrl_c_ends_a_sample_without_a_traceback(trained, monkeypatch):
     def interrupt(*_, **__): raise KeyboardInterrupt

@@ -168,4 +168,9 @@ def test_memory_that_a_graph_keeps_is_counted():
     replay(x)
     assert launch.peak_memory("cuda") >= 2
 
+def test_the_peak_is_that_of_the_card(monkeypatch):
+    for name, peak in ("H100 80GB HBM3", 989e12), ("H100 PCIe", 756e12), ("H200 NVL", 835e12), ("T4", 0):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: f"NVIDIA {name}")
+        assert launch.describe("cuda") == (f"NVIDIA {name}", peak)
+
 if __name__ == "__main__": main()

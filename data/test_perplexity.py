@@ -94,7 +94,7 @@ def test_the_command_measures_a_model_on_a_text(tmp_path, capsys):
     (tmp_path / "text").write_text("abcd" * 40)
     perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=64", "--tokens=150"])
     lines = capsys.readouterr().out.splitlines()
-    assert "7 linear layers, 2 windows of 64 tokens" in lines[0] and len(lines) == 16
+    assert "7 linear layers, 53% of the parameters; 2 windows of 64 tokens" in lines[0] and len(lines) == 16
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")    # as most are
     perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=64"])
     lines = capsys.readouterr().out.splitlines()
@@ -112,3 +112,30 @@ def test_the_command_measures_a_model_on_a_text(tmp_path, capsys):
     transformers.GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "model")      # its layers are no nn.Linear
     with pytest.raises(ValueError, match="no nn.Linear but its head"):
         perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=64"])
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])                           # half a download
+    with pytest.raises(ValueError, match="cannot load .*model: SafetensorError"):
+        perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=64"])
+    config.quantization_config = dict(quant_method="fp8")
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="by fp8: take the original"):
+        perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=64"])
+    (tmp_path / "text").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="text: not in UTF-8"):
+        perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=64"])
+
+@needs_transformers
+def test_experts_that_are_no_linear_layers_are_told_by_the_share_of_what_is_quantized(tmp_path, capsys):
+    import export, transformers
+    config = transformers.MixtralConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4)
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    for name, content in zip(("tokenizer.json", "tokenizer_config.json"), export.byte_tokenizer()):
+        (tmp_path / "model" / name).write_text(json.dumps(content))
+    (tmp_path / "text").write_text("abcd" * 40)
+    perplexity.main([str(tmp_path / "model"), str(tmp_path / "text"), "--window=64", "--tokens=64"])
+    linears = [m for name, m in model.named_modules() if type(m) is torch.nn.Linear and name != "lm_head"]
+    share = sum(m.weight.numel() for m in linears) / sum(p.numel() for p in model.parameters())
+    assert f"{len(linears)} linear layers, {share:.0%} of the parameters" in capsys.readouterr().out

@@ -84,6 +84,14 @@ def test_kernels_have_square_blocks_for_x_and_w_only():
     kernels.supports(RECIPES["nvidia"]._replace(w=None))        # refused by `quartet.check`, in its words
     assert kernels.STOCHASTIC.keys() == quartet.NOISY
 
+def test_another_package_named_kernels_is_not_taken_for_ours(tmp_path):
+    (tmp_path / "kernels.py").write_text("")
+    own = Path(quartet.__file__).parent
+    paths = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; sys.path.append({str(own)!r})"
+    done = subprocess.run([sys.executable, "-c", f"{paths}; import quartet; print(quartet.load_kernels())"],
+                          env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True)
+    assert f"cannot import name 'supports' from 'kernels' ({tmp_path}" in done.stdout, done.stderr
+
 COMPILE_ONE = """
 import triton, kernels
 types = dict(scale="*bf16", top="*i32", seed="*i64", e4m3="*u8", tensor_scale="*fp32", codes="*u8",

@@ -1,5 +1,5 @@
 """Tests of how runs of train_gpt.py are named, resumed and read: what goes on must fit what began."""
-import json, re, signal, sys
+import gc, json, math, os, re, signal, sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -71,9 +71,8 @@ def test_a_run_that_ended_in_bf16_is_evaluated_and_sampled_in_bf16(train, monkey
     note = lambda model, *a: seen.append(model.blocks[0].up.recipe) or forward(model, *a)
     monkeypatch.setattr(train_gpt.GPT, "forward", note)
     for words in ["a"], ["a", "--recipe=rtn"]: train_gpt.main(["sample", *words])
-    train_gpt.main(["resume", "a", "--bf16_end=0"])
-    assert seen == ["bf16"] * 2 + ["rtn"] * 5                               # two tokens; then validation, too
-    assert result("a")["val_loss"] != before["val_loss"]
+    assert seen == ["bf16"] * 2 + ["rtn"] * 2                               # two tokens each
+    refused(r"cannot change: --bf16_end=0.0 \(saved: 0.5\)", "resume", "a", "--bf16_end=0")   # it has ended
 
 def test_the_last_steps_in_bf16_are_counted_exactly_and_knobs_have_bounds(train):
     for end, steps in (0.1, 10), (0.9, 10), (0.9, 100), (0.3, 1000), (1.0, 7):
@@ -113,14 +112,15 @@ def test_a_log_is_repaired_whole_or_not_at_all(train, monkeypatch):
     assert [r["step"] for r in records if "loss" in r] == [1, 3, 4, 5]
     assert len(torch.load("runs/a/checkpoint.pt", weights_only=True)["code"]) == 8
 
-def test_a_run_that_other_code_goes_on_with_says_so(train, capsys):
+def test_a_run_that_goes_on_by_other_code_or_on_other_text_says_so(train, capsys):
     train("--recipe=bf16")
     path = Path("runs/a/checkpoint.pt")
-    torch.save(torch.load(path, weights_only=True) | dict(code="12345678"), path)
+    torch.save(torch.load(path, weights_only=True) | dict(code="12345678", corpus="87654321"), path)
     assert "the checkpoint's" not in capsys.readouterr().out
     train_gpt.main(["resume", "a", "--steps=5"])
-    assert f"code {torch.load(path, weights_only=True)['code']}, the checkpoint's: 12345678\n" in (
-        capsys.readouterr().out)
+    now, printed = torch.load(path, weights_only=True), capsys.readouterr().out
+    assert f"code {now['code']}, the checkpoint's: 12345678\n" in printed
+    assert f"sha256 {now['corpus']}, the checkpoint's: 87654321\n" in printed
     refused("--recipe=bf16,rtn: one recipe samples", "sample", "a", "--recipe=bf16,rtn")
 
 def test_a_signal_that_comes_twice_saves_as_one(train, monkeypatch):
@@ -170,6 +170,42 @@ def test_a_run_is_one_processs(train):
     train()
     with files.held(Path("runs/a")): refused("another process trains in runs/a", "resume", "a", "--steps=5")
     train_gpt.main(["resume", "a", "--steps=5"])
+    train("--recipe=bf16,rtn", "--name=both")
+    Path("runs/both/rtn/result.json").unlink()
+    with files.held(Path("runs/both/rtn")):
+        refused("another process trains in runs/both/rtn", "resume", "both")
+
+def test_what_replaces_a_file_is_on_the_disk(train, monkeypatch):
+    done = []
+    for name in "fsync", "replace":
+        def noting(*a, name=name, real=getattr(os, name)): return done.append(name), real(*a)
+        monkeypatch.setattr(files.os, name, noting)
+    files.write(Path("a.txt"), "a")
+    files.save(Path(), train_gpt.Config(), 1)
+    assert done == ["fsync", "replace"] * 2 and Path("a.txt").read_text() == "a"
+
+def test_what_cannot_be_read_now_is_not_said_to_be_broken(train, monkeypatch):
+    train()
+    def full(*_, **__): raise RuntimeError("can't allocate memory: you tried to allocate 9 bytes")
+    with monkeypatch.context() as m:
+        m.setattr(torch, "load", full)
+        with pytest.raises(RuntimeError, match="allocate"): train_gpt.main(["sample", "a"])
+    Path("runs/a/checkpoint.pt").unlink()
+    Path("runs/a/checkpoint.pt").mkdir()
+    with pytest.raises(IsADirectoryError): train_gpt.main(["sample", "a"])
+
+def test_a_streak_of_bad_steps_leaves_the_checkpoint_from_before_it(train, monkeypatch):
+    """From step 3 of 14 a weight is infinite: nothing of that is kept, whatever --save_every."""
+    real = train_gpt.learning_rate
+    def rate(c, i):
+        model = next(m for m in gc.get_objects() if isinstance(m, train_gpt.GPT))
+        if i == 2: model.head.weight.data[0] = math.inf
+        return real(c, i)
+    monkeypatch.setattr(train_gpt, "learning_rate", rate)
+    with pytest.raises(train_gpt.UserError, match="10 steps in a row"): train("--steps=14", "--save_every=1")
+    for name in train_gpt.CHECKPOINTS:
+        kept = torch.load(f"runs/a/{name}", weights_only=True)
+        assert kept["step"] in (1, 2) and all(w.isfinite().all() for w in kept["model"].values())
 
 def test_what_takes_one_process_says_so(train, monkeypatch):
     train()
