@@ -1,5 +1,5 @@
 """Tests of how runs of train_gpt.py are named, resumed and read: what goes on must fit what began."""
-import gc, json, math, os, re, signal, sys
+import json, math, os, re, signal, sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -196,12 +196,12 @@ def test_what_cannot_be_read_now_is_not_said_to_be_broken(train, monkeypatch):
 
 def test_a_streak_of_bad_steps_leaves_the_checkpoint_from_before_it(train, monkeypatch):
     """From step 3 of 14 a weight is infinite: nothing of that is kept, whatever --save_every."""
-    real = train_gpt.learning_rate
-    def rate(c, i):
-        model = next(m for m in gc.get_objects() if isinstance(m, train_gpt.GPT))
-        if i == 2: model.head.weight.data[0] = math.inf
-        return real(c, i)
-    monkeypatch.setattr(train_gpt, "learning_rate", rate)
+    forward, calls = train_gpt.GPT.forward, []
+    def spoiled(model, *tokens):
+        calls.append(0)
+        if len(calls) == 3: model.head.weight.data[0] = math.inf
+        return forward(model, *tokens)
+    monkeypatch.setattr(train_gpt.GPT, "forward", spoiled)
     with pytest.raises(train_gpt.UserError, match="10 steps in a row"): train("--steps=14", "--save_every=1")
     for name in train_gpt.CHECKPOINTS:
         kept = torch.load(f"runs/a/{name}", weights_only=True)
