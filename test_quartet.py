@@ -724,15 +724,14 @@ def test_twenty_steps_lower_the_loss_also_from_output_projections_of_zeros(tiny,
     assert sorted(losses()) == [*range(1, 21)] and losses()[20] < losses()[1] - 1.5  # from log 256 = 5.5 nats
     assert all(w.any() for w in saved()["model"].values())
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)])
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, monkeypatch, capsys, device, signum, code):
     tiny("--steps=8", "--name=straight", f"--device={device}")
     rate, interrupt = train_gpt.learning_rate, lambda i: i == 3 and signal.raise_signal(signum)  # in step 4
-    monkeypatch.setattr(sys, "stdout", sys.stdout)                      # a terminal that hangs up takes it
     monkeypatch.setattr(train_gpt, "learning_rate", lambda c, i: interrupt(i) or rate(c, i))
     with pytest.raises(SystemExit) as stop: tiny("--steps=8", f"--device={device}")
     assert stop.value.code == code and saved()["step"] == 4
-    assert ("train_gpt.py resume runs/a" in capsys.readouterr().out) == (signum != signal.SIGHUP)   # unread
+    assert "python train_gpt.py resume runs/a" in capsys.readouterr().out
     with open("runs/a/log.jsonl", "a") as f: f.write('{"step": 9, "loss": -1.0}\n')      # a crash's, later
     train_gpt.main(["resume", "a"])
     assert losses() == losses("straight") and sorted(losses()) == [*range(1, 9)]

@@ -7,7 +7,7 @@
 
 A comma list, --recipe=bf16,nvidia,quartet2, trains each recipe in turn on the same data, seed and steps, and
 ends with a table. torchrun --nproc_per_node=N train_gpt.py ... shares a step among N GPUs (data/launch.py). A
-run writes runs/NAME/: log.jsonl, checkpoint.pt, previous.pt, sample.txt. Ctrl-C, SIGTERM, SIGHUP save first.
+run writes runs/NAME/: log.jsonl, checkpoint.pt, previous.pt, sample.txt.
 """
 import codecs, ctypes, dataclasses, difflib, errno, glob, hashlib, itertools, json, math, os, platform
 import shutil, signal, sys, time
@@ -519,13 +519,11 @@ def main(argv):
                         f"batch x sequence, {launch.WORLD} x {c.batch} x {c.sequence}: change it, or --batch")
     stop = []
     def on_signal(signum, frame):
-        if signum not in (signal.SIGINT, signal.SIGTERM): sys.stdout = open(os.devnull, "w")  # no terminal
         again = " (once more: at once)" * (signum == signal.SIGINT)  # a cluster may send SIGTERM twice
         print(f"\n{signal.Signals(signum).name}: this step, then saving{again}", flush=True)
         stop.append(signum)
         if again: signal.signal(signum, signal.SIG_DFL)
-    for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(signum) != signal.SIG_IGN: signal.signal(signum, on_signal)  # nohup has its way
+    for signum in (signal.SIGINT, signal.SIGTERM): signal.signal(signum, on_signal)
     launch.start(pick_device(c)[0], c.shard == "true")
     if launch.RANK: launch.gather(None)  # until rank 0 has read, or first written, the data
     data = Shards(c, "train"), Shards(c, "val")  # fails before a directory is made

@@ -20,7 +20,7 @@ def place(tmp_path, monkeypatch):
     for split in ("train", "val"): prepare.write_shard(tmp_path / f"tiny_{split}_000000.bin", tokens)
     monkeypatch.setattr(train_gpt, "DATA", tmp_path)
     monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path
     for s, handler in handlers.items(): signal.signal(s, handler)
     torch.use_deterministic_algorithms(False)               # train_gpt.py sets it on a GPU
