@@ -283,8 +283,9 @@ def load(mode, word, knobs):
     if mode == "resume":
         step, steps = checkpoint["step"], (old | knobs)["steps"]
         if steps < step: raise UserError(f"--steps={steps}: {path} is at step {step} now: take more")
-        if steps == step or (path.parent.parent / "compare.json").exists():
-            unchanged(knobs, old, old.keys() - HARMLESS)  # or its result would tell of others
+        compared = (path.parent.parent / "compare.json").exists()
+        if compared or old["steps"] == steps == step:  # or its result would tell of others
+            unchanged(knobs, old, old.keys() - HARMLESS - (set() if compared else {"shard", "device"}))
     return Config(**old | knobs), path.parent, checkpoint
 def unchanged(knobs, old, names):
     """Raise UserError if knobs differ from old in one of names."""

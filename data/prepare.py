@@ -142,7 +142,7 @@ def prepare(corpus, directory=Path(__file__).parent, shards=1):
     return paths
 
 def main(args):
-    if not args or args[0].startswith("-"): raise SystemExit(print(__doc__) if "--help" in args else __doc__)
+    if not args or args[0].startswith("-"): raise SystemExit(print(__doc__) if "-h" in str(args) else __doc__)
     shards = int(args.pop()) if args[0] == "fineweb" and len(args) == 2 and args[1].isdecimal() else 1
     try: prepare(args[0] if len(args) == 1 else args, shards=shards)
     except (ValueError, OSError) as error: raise SystemExit(f"prepare.py: {error}")

@@ -145,6 +145,16 @@ def test_a_finished_run_keeps_its_speed(train):
     train_gpt.main(["resume", "a"])
     assert result("a") == before and before["tokens_per_s"] > 0
 
+def test_a_finished_run_may_change_where_it_is_read_and_a_stopped_one_may_end_where_it_is(train):
+    train("--shard=false")
+    train_gpt.main(["resume", "a", "--device=auto"])
+    refused("cannot change: --lr=1.0", "resume", "a", "--lr=1")
+    train("--name=b", "--save_every=2")
+    Path("runs/b/result.json").unlink()
+    Path("runs/b/previous.pt").replace("runs/b/checkpoint.pt")
+    train_gpt.main(["resume", "b", "--steps=2"])                            # at step 2 of 4
+    assert torch.load("runs/b/checkpoint.pt", weights_only=True)["step"] == 2 and result("b")["val_loss"] > 0
+
 def test_a_bit_of_a_checkpoints_directory_is_seen(train):
     train()
     path = Path("runs/a/checkpoint.pt")
