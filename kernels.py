@@ -594,9 +594,9 @@ def on_grid(w, recipe):
     """quartet.on_grid."""
     return operand(w, quartet.RECIPES[recipe].w, None, False, True, False)[3]
 def rotation(name, words):
-    """quartet.backward_matmul's R, permuted, and 1 / n, from words (4,) int64; of None: I, which is exact."""
+    """quartet.backward_matmul's R, permuted, and 1 / n, from words (n,) int64; of None: I, which is exact."""
     if name is None: return permuted(torch.eye(GROUP, device=words.device)), 1.0
-    signs = (words[:, None] >> torch.arange(64, device=words.device) & 1).view(2, GROUP) * 2.0 - 1.0
+    signs = (words[:, None] >> torch.arange(64, device=words.device) & 1).view(-1, GROUP) * 2.0 - 1.0
     R, n = quartet.rotation_from(name, signs)
     return permuted(R), 1.0 / n
 
@@ -612,34 +612,33 @@ class QuantizedMatmul(torch.autograd.Function):
             wq = *wq, wq[0].new_empty(0) if ctx.native else quartet.decode(t, torch.bfloat16)
         else:
             wq = operand(w, row.w, None, True, not ctx.native, ctx.native and row.dx[2] is not None)
-        ctx.save_for_backward(*wq[:3], *((x,) if row.original_x or row.x == "bf16" else xq[:3]))
+        ctx.save_for_backward(*((w,) if row.original and row.dx[2] or row.w == "bf16" else wq[:3]),
+                              *((x,) if row.original or row.x == "bf16" else xq[:3]))
         return matmul(xq, wq)
 
     @staticmethod
     def backward(ctx, dy):
         row, dx, dw, kept = quartet.RECIPES[ctx.recipe], None, None, ctx.saved_tensors     # read once
-        wq, xq = kept[:3], list(kept[3:])
+        n = 1 if row.original and row.dx[2] or row.w == "bf16" else 3
+        wq, xq = list(kept[:n]), list(kept[n:])
         form = ctx.native, not ctx.native, ctx.native                           # codes, decoded, swizzled
         with torch.autocast(dy.device.type, enabled=False):
-            words = quartet.draw(dy, 12)
-            (R1, inverse1), (R2, inverse2) = rotation(row.dx[0], words[:4]), rotation(row.dw[0], words[6:10])
+            words = quartet.draw_words(dy, row)
+            (R1, inverse1), (R2, inverse2) = (rotation(g[0], w[:-2]) for g, w in zip((row.dx, row.dw), words))
             rotated = row.dx[0] is not None
             first = row.dx[1] if ctx.needs_input_grad[0] and rotated else ""
             second = row.dw[1] if ctx.needs_input_grad[1] else ""
-            e = rotate_quantize([dy], first, R1, words[5], second, R2, words[11], 1.0, *form)
+            e = rotate_quantize([dy], first, R1, words[0, -1], second, R2, words[1, -1], 1.0, *form)
             if ctx.needs_input_grad[0]:
-                e1 = e[:4] if rotated else operand(dy, row.dx[1], words[5], *form)
-                saved = NVFP4(wq[0], wq[1].view(torch.float8_e4m3fn), wq[2])
+                e1 = e[:4] if rotated else operand(dy, row.dx[1], words[0, -1], *form)
                 if row.dx[2]:
-                    wq = wq[:1] if row.w == "bf16" else wq
-                    w = rotate_quantize(wq, "", None, None, row.dx[2], R1, words[4], inverse1, *form)
-                elif ctx.native:
-                    w = quartet.transpose(saved)
+                    w = rotate_quantize(wq, "", None, None, row.dx[2], R1, words[0, -2], inverse1, *form)
                 else:
-                    w = [*saved, quartet.decode(saved, torch.bfloat16).T]
+                    w = NVFP4(wq[0], wq[1].view(torch.float8_e4m3fn), wq[2])
+                    w = quartet.transpose(w) if ctx.native else [*w, quartet.decode(w, torch.bfloat16).T]
                 dx = matmul(e1, w)
             if ctx.needs_input_grad[1]:
-                x = rotate_quantize(xq, "", None, None, row.dw[2], R2, words[10], inverse2, *form)
+                x = rotate_quantize(xq, "", None, None, row.dw[2], R2, words[1, -2], inverse2, *form)
                 dw = matmul(e[-4:], x)
         return dx, dw, None, None, None, None
 

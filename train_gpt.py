@@ -249,6 +249,10 @@ def recipe_of(c, step):
     """The recipe of a step, and of the forward pass after it: bf16 in the last bf16_end of the steps."""
     return "bf16" if min(step, c.steps) > c.steps - c.steps * c.bf16_end else c.recipe
 
+def ramp(t):
+    """How strongly weights are dampened when a share t of the steps is done: they are free until late."""
+    return t**4
+
 def make_optimizer(model, c):
     """AdamW; weight decay on the weights of linear layers, none on embedding and norms."""
     decay, rest = [], []
@@ -399,7 +403,7 @@ def train(c, data, directory, stop, checkpoint=None):
         optimizer.found_inf = (~norm.isfinite()).float()  # then a fused AdamW skips the step, without a sync
         optimizer.step()
         if step % DAMPEN_EVERY == 0:  # for so many steps at once: cheaper. Not if this one was skipped
-            quartet.dampen(model, DAMPEN_EVERY * lr * (step / c.steps) ** 4 * norm.isfinite())
+            quartet.dampen(model, DAMPEN_EVERY * lr * ramp(step / c.steps) * norm.isfinite())
         optimizer.zero_grad(set_to_none=run is micro_step)
         stopping, evaluating = launch.stopping(stop) and not last, last or step % c.eval_every == 0
         saving = stopping or last or step % c.save_every == 0

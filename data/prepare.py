@@ -1,6 +1,7 @@
 """Text in, shards of tokens out: makes the corpora that train_gpt.py reads. Needs numpy, nothing else.
 
     python data/prepare.py python              source of Python's standard library (the default, no download)
+    python data/prepare.py installed           source of all installed Python packages, each file once (no download)
     python data/prepare.py shakespeare         Tiny Shakespeare, 1 MB (download)
     python data/prepare.py fineweb [shards]    FineWeb, 1 to 103 shards of 100M tokens, 200 MB each (download)
     python data/prepare.py FILE...             your text, also .xz or .gz; the first file names the corpus
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-CORPORA = "python", "shakespeare", "fineweb"
+CORPORA = "python", "installed", "shakespeare", "fineweb"
 MAGIC, VERSION, HEADER = 20240520, 1, 1024      # a shard's first two int32; the bytes of its header
 SHARD, VAL_MAX, VAL_SHARE = 10**8, 10**7, 0.05  # of a text: most bytes a shard; most bytes and share held out
 RETRIES, WAIT, TIMEOUT = 5, 1.0, 30.0           # seconds: WAIT before retry 1, 2 WAIT before retry 2, ...
@@ -53,6 +54,15 @@ def standard_library():
     files = sorted(file for file in root.rglob("*.py") if file.is_file())
     return [file for file in files if skip.isdisjoint(file.relative_to(root).parts)]
 
+def packages():
+    """The sources of all Python packages that this Python can import and that pip has installed: paths."""
+    roots = {Path(p).resolve() for p in sys.path if Path(p).name in ("site-packages", "dist-packages")}
+    return [file for root in roots for file in root.rglob("*.py") if file.is_file()]
+
+def digest(document):
+    """Of bytes: sorts documents in an order that depends on nothing but their content."""
+    return hashlib.sha256(document).digest()
+
 def read_documents(files):
     """files, a list of paths -> their documents, a list of bytes without NUL, which is to end a document."""
     documents = []
@@ -67,17 +77,17 @@ def read_documents(files):
 
 def split(documents):
     """documents, a list of bytes -> (train, val), two such lists, neither empty; equal ones stay together."""
-    different = sorted(set(documents), key=lambda d: hashlib.sha256(d).digest())  # not in the order of files
+    different = sorted(set(documents), key=digest)      # not in the order of files
     if len(different) < 2: raise ValueError("no two different documents: part by blank or <|endoftext|> line")
     room = max(min(VAL_SHARE * sum(map(len, different)), VAL_MAX), min(map(len, different)))
     small = [d for d in different if len(d) <= room]
     val = {d for d, used in zip(small, np.cumsum([*map(len, small)])) if used <= room}
     return [d for d in documents if d not in val], [d for d in documents if d in val]
 
-def write_text(name, files, directory):
-    """The text of files -> the paths of its shards, validation last. Removes surplus shards of that name."""
+def write_text(name, documents, directory):
+    """documents, a list of bytes -> the paths of its shards, validation last. Removes surplus shards of that name."""
     paths = []
-    for part, documents in zip(("train", "val"), split(read_documents(files))):
+    for part, documents in zip(("train", "val"), split(documents)):
         tokens = np.frombuffer(b"".join(d + b"\0" for d in documents), np.uint8)
         for i, piece in enumerate(np.array_split(tokens, -(-len(tokens) // SHARD))):    # equal: no short rest
             paths.append(directory / f"{name}_{part}_{i:06d}.bin")
@@ -127,15 +137,17 @@ def prepare(corpus, directory=Path(__file__).parent, shards=1):
         paths = [directory / f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]
         paths.append(directory / "fineweb_val_000000.bin")
         for path in paths: download(FINEWEB + path.name, path, check_shard)
-    elif corpus == "python": paths = write_text(corpus, standard_library(), directory)
+    elif corpus == "python": paths = write_text(corpus, read_documents(standard_library()), directory)
+    elif corpus == "installed":
+        paths = write_text(corpus, sorted(set(read_documents(packages())), key=digest), directory)
     elif corpus == "shakespeare":
         download(SHAKESPEARE, text := directory / "shakespeare.txt", lambda f: split(read_documents([f])))
-        paths = write_text(corpus, [text], directory)
+        paths = write_text(corpus, read_documents([text]), directory)
     else:
         files = [Path(file) for file in ([corpus] if isinstance(corpus, (str, Path)) else corpus)]
         name = Path(files[0].name.removesuffix(".xz").removesuffix(".gz")).stem
         if name in CORPORA: raise ValueError(f"{name} is a corpus: ask for it alone, or rename {files[0]}")
-        paths = write_text(name, files, directory)
+        paths = write_text(name, read_documents(files), directory)
     for p in paths:
         print(f"{p}: {check_shard(p)} tokens, sha256 {hashlib.sha256(p.read_bytes()).hexdigest()[:8]}")
     print(f"now: python train_gpt.py --corpus={paths[0].name.rsplit('_train_', 1)[0]}")

@@ -67,6 +67,22 @@ def test_python_corpus_is_the_standard_library_without_packages(tmp_path, monkey
     train, val = prepare.prepare("python", tmp_path)
     assert train.read_bytes() == shard_of(b"a/z.py", b"a.py") and val.read_bytes() == shard_of(b"b.py")
 
+def test_installed_is_every_package_once_in_an_order_of_content_alone(tmp_path, monkeypatch):
+    files = {"one/a.py": "second", "one/b.py": "first", "one/same.py": "first", "two/c.py": "third", "two/d.txt": "no"}
+    def corpus(*order):
+        roots = [tmp_path / "".join(order) / name / "site-packages" for name in order]
+        for name, text in files.items():
+            path = tmp_path / "".join(order) / name.replace("/", "/site-packages/package/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        monkeypatch.setattr(prepare.sys, "path", [*map(str, roots), str(tmp_path)])
+        return [path.read_bytes() for path in prepare.prepare("installed", tmp_path)]
+    train, val = corpus("one", "two")
+    assert corpus("two", "one") == [train, val]
+    order = sorted((b"first", b"second", b"third"), key=lambda d: prepare.hashlib.sha256(d).digest())
+    held = next(d for d in order if len(d) == 5)                         # of the shortest, the first by hash
+    assert val == shard_of(held) and train == shard_of(*[d for d in order if d != held])
+
 def test_long_text_is_several_shards_and_a_shorter_one_replaces_them_all(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SHARD", 10)
     for text, sizes in (b"ab\n\n" + b"c" * 24, [9, 8, 8, 3]), (b"ab\n\ncde", [4, 3]):
@@ -75,7 +91,7 @@ def test_long_text_is_several_shards_and_a_shorter_one_replaces_them_all(tmp_pat
     assert files_in(tmp_path) == ["t.txt", "t_train_000000.bin", "t_val_000000.bin"]
 
 @pytest.mark.parametrize("args, message", [
-    ([], "prepare.py FILE"), (["pyton"], "cannot read pyton .* one of python, shakespeare, fineweb"),
+    ([], "prepare.py FILE"), (["pyton"], "cannot read pyton .* one of python, installed, shakespeare, fineweb"),
     (["fineweb", "104"], "1 to 103"), (["fineweb", "x"], "fineweb is a corpus"),
     (["x.xz"], "cannot read x.xz"), (["x.gz"], "cannot read x.gz"),
     (["1", "1"], "no two different documents"), (["0"], "no two different")])

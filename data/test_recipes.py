@@ -8,7 +8,8 @@ from quartet import RECIPES, Linear, Recipe
 
 EDEN = "rht128", "ms_eden", "ms_eden"
 
-@pytest.mark.parametrize("name, nmse", [(None, 9.32), ("rht128", 9.38), ("rht128x2", 9.32)])     # times 1e-3
+@pytest.mark.parametrize("name, nmse", [(None, 9.32), ("rht128", 9.38), ("rht128x2", 9.32),
+                                        ("rht128x3", 9.38)])                        # times 1e-3
 def test_ms_eden_errs_as_stated_where_rotations_leave_scales(name, nmse):
     g, errors = torch.Generator().manual_seed(0), []
     for seed in range(16):
@@ -43,6 +44,28 @@ def test_none_for_a_quantizer_where_w_does_not_transpose_as_it_is_is_refused(row
 def test_a_row_of_unknown_names_is_refused(row, message, monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", row)
     with pytest.raises(ValueError, match=message): Linear(128, 128, recipe="mine")
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_recipe_of_the_original_operands_quantizes_them_and_not_what_the_forward_pass_kept(backend, monkeypatch):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1": pytest.skip("no GPU")
+    seen, ms_eden = [], quartet.ms_eden
+    monkeypatch.setitem(quartet.QUANTIZERS, "ms_eden", lambda x, R, seed: seen.append(x) or ms_eden(x, R, seed))
+    monkeypatch.setitem(RECIPES, "mine", RECIPES["quartet2"]._replace(original=True))
+    torch.manual_seed(0)
+    m, x, dy = Linear(128, 256, recipe="mine", backend=backend).to(device), *torch.randn(2, 128, 256, device=device)
+    x = x[:, :128].clone().requires_grad_()
+    def gradients():
+        torch.manual_seed(1)
+        return torch.autograd.grad(m(x), (x, m.weight), dy)
+    found = gradients()
+    m.backend = "torch"
+    expected = gradients()
+    w16, x16 = m.weight.detach().bfloat16().T, x.detach().bfloat16().T
+    assert torch.equal(seen[-4], w16) and torch.equal(seen[-2], x16)    # w, dy; x, dy
+    for a, b in zip(found, expected): assert (a - b).norm() <= 2.0**-8 * b.norm()   # sums in another order
+    m.recipe = "quartet2"
+    for a, b in zip(gradients(), expected): assert (a - b).norm() > 0.05 * b.norm()
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler for a CPU")
 def test_compiled_for_a_cpu_is_eager_to_the_bit():
