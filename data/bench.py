@@ -83,7 +83,10 @@ def compile_for(target, dump):
             continue
         file = str(Path(dump, f"{target}-{name}".replace(" ", "-")))
         Path(file + ".cubin").write_bytes(compiled.asm["cubin"])
-        sass = subprocess.check_output([cuobjdump, "-res-usage", "-sass", file + ".cubin"], text=True)
+        command = [cuobjdump, "-res-usage", "-sass", file + ".cubin"]
+        shown = subprocess.run(command, capture_output=True, text=True)     # its warnings are no answer
+        if shown.returncode: sys.exit(f"kernels.py: {cuobjdump} failed on {file}.cubin: {shown.stderr}")
+        sass = shown.stdout
         for suffix, text in ("ptx", compiled.asm["ptx"]), ("sass", sass):
             Path(f"{file}.{suffix}").write_text(text)
         registers, stack = (int(re.search(rf"{word}:(\d+)", sass)[1]) for word in ("REG", "STACK"))
