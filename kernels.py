@@ -509,7 +509,8 @@ def _(x, row, row_R, row_seed, col, col_R, col_seed, inverse_n, *form):
 
 def parts(row):
     """The quantizers in a row of RECIPES; of x and w without block shapes: 16x16 has no backward mode."""
-    return {str(q).removesuffix("_16x16") for q in row[:2]} | {str(q) for q in (*row.dx[1:], *row.dw[1:])}
+    forward = {str(q).removesuffix("_16x16") for q in (row.x, row.w)}
+    return forward | {str(q) for gemm in (row.dx, row.dw) for q in (gemm.dy, gemm.other)}
 def supports(row):
     """Whether the kernels have a mode for every quantizer of a row of RECIPES (None: bf16)."""
     return row is None or parts(row) <= {*MODES, "bf16", "None"}
@@ -519,7 +520,7 @@ def permuted(R):
 
 def of(x, quantizer, seed=0, block=(1, BLOCK), R=None):
     """x (..., K) on a GPU -> NVFP4 of x or x R by a quantizer. ValueError for what quartet.blocks refuses."""
-    quartet.blocks(torch.empty(x.shape, dtype=x.dtype, device="meta"), block)
+    quartet.check_blocks(x, block)
     seed, flat = torch.as_tensor(seed, dtype=torch.int64, device=x.device), x.reshape(-1, x.shape[-1])
     if R is None:
         flat = flat if x.dtype == torch.bfloat16 else flat.float()
@@ -588,14 +589,13 @@ def operand(t, quantizer, seed, codes, decoded, swizzled):
 def quantized(w, recipe):
     """quartet.quantized; scales `swizzled` where they go to FP4 tensor cores, but not w to be transposed."""
     row = quartet.RECIPES[recipe]
-    return tuple(operand(w, row.w, None, True, False, native(w, row) and row.dx[2] is not None)[:3])
+    return tuple(operand(w, row.w, None, True, False, native(w, row) and row.dx.other is not None)[:3])
 def on_grid(w, recipe):
     """quartet.on_grid."""
     return operand(w, quartet.RECIPES[recipe].w, None, False, True, False)[3]
-def rotation(name, words):
-    """quartet.backward_matmul's R, permuted, and 1 / n, from words (n,) int64; of None: I, which is exact."""
-    if name is None: return permuted(torch.eye(GROUP, device=words.device)), 1.0
-    signs = (words[:, None] >> torch.arange(64, device=words.device) & 1).view(-1, GROUP) * 2.0 - 1.0
+def rotation(name, signs):
+    """quartet.rotation_from's R, permuted, and 1 / n; of None: I, which is exact."""
+    if name is None: return permuted(torch.eye(GROUP, device=signs.device)), 1.0
     R, n = quartet.rotation_from(name, signs)
     return permuted(R), 1.0 / n
 
@@ -610,34 +610,35 @@ class QuantizedMatmul(torch.autograd.Function):
             t = NVFP4(wq[0], wq[1].view(torch.float8_e4m3fn), wq[2])
             wq = *wq, wq[0].new_empty(0) if ctx.native else quartet.decode(t, torch.bfloat16)
         else:
-            wq = operand(w, row.w, None, True, not ctx.native, ctx.native and row.dx[2] is not None)
-        ctx.save_for_backward(*((w,) if row.original and row.dx[2] or row.w == "bf16" else wq[:3]),
+            wq = operand(w, row.w, None, True, not ctx.native, ctx.native and row.dx.other is not None)
+        ctx.save_for_backward(*((w,) if row.original and row.dx.other or row.w == "bf16" else wq[:3]),
                               *((x,) if row.original or row.x == "bf16" else xq[:3]))
         return matmul(xq, wq)
 
     @staticmethod
     def backward(ctx, dy):
         row, dx, dw, kept = quartet.RECIPES[ctx.recipe], None, None, ctx.saved_tensors     # read once
-        n = 1 if row.original and row.dx[2] or row.w == "bf16" else 3
+        n = 1 if row.original and row.dx.other or row.w == "bf16" else 3
         wq, xq = list(kept[:n]), list(kept[n:])
         form = ctx.native, not ctx.native, ctx.native                           # codes, decoded, swizzled
         with torch.autocast(dy.device.type, enabled=False):
-            words = quartet.draw_words(dy, row)
-            (R1, inverse1), (R2, inverse2) = (rotation(g[0], w[:-2]) for g, w in zip((row.dx, row.dw), words))
-            rotated = row.dx[0] is not None
-            first = row.dx[1] if ctx.needs_input_grad[0] and rotated else ""
-            second = row.dw[1] if ctx.needs_input_grad[1] else ""
-            e = rotate_quantize([dy], first, R1, words[0, -1], second, R2, words[1, -1], 1.0, *form)
+            noise1, noise2 = quartet.draw_noise(dy, row)
+            R1, inverse1 = rotation(row.dx.rotation, noise1.signs)
+            R2, inverse2 = rotation(row.dw.rotation, noise2.signs)
+            rotated = row.dx.rotation is not None
+            first = row.dx.dy if ctx.needs_input_grad[0] and rotated else ""
+            second = row.dw.dy if ctx.needs_input_grad[1] else ""
+            e = rotate_quantize([dy], first, R1, noise1.dy, second, R2, noise2.dy, 1.0, *form)
             if ctx.needs_input_grad[0]:
-                e1 = e[:4] if rotated else operand(dy, row.dx[1], words[0, -1], *form)
-                if row.dx[2]:
-                    w = rotate_quantize(wq, "", None, None, row.dx[2], R1, words[0, -2], inverse1, *form)
+                e1 = e[:4] if rotated else operand(dy, row.dx.dy, noise1.dy, *form)
+                if row.dx.other:
+                    w = rotate_quantize(wq, "", None, None, row.dx.other, R1, noise1.other, inverse1, *form)
                 else:
                     w = NVFP4(wq[0], wq[1].view(torch.float8_e4m3fn), wq[2])
                     w = quartet.transpose(w) if ctx.native else [*w, quartet.decode(w, torch.bfloat16).T]
                 dx = matmul(e1, w)
             if ctx.needs_input_grad[1]:
-                x = rotate_quantize(xq, "", None, None, row.dw[2], R2, words[1, -2], inverse2, *form)
+                x = rotate_quantize(xq, "", None, None, row.dw.other, R2, noise2.other, inverse2, *form)
                 dw = matmul(e[-4:], x)
         return dx, dw, None, None, None, None
 

@@ -1,450 +1,994 @@
 """Training linear layers in 4 bits: NVFP4, its quantizers, and the recipe Quartet II beside its rivals.
 
-An article, and the project's reference, in plain PyTorch; `python quartet.py` prints its sections in numbers.
+This is an article in plain PyTorch, and the project's reference. Read it from top to bottom. Each section
+ends with what `python quartet.py` prints for it; the appendix holds the plumbing and can be left out.
 
 A linear layer multiplies matrices three times: y = x w^T forward, dx = dy w and dw = dy^T x backward. FP4
-tensor cores do such a GEMM several times faster than bf16 ones if both operands are NVFP4: 4-bit values, a
-scale for every 16 along the summed axis. So x, w and dy are rounded to 4 bits. Forward, each error counts
-once: take the least squared error. Backward, errors of many steps add up in the weights and those of mean
-zero cancel: be right on average. Quartet II, arXiv:2601.22813, does so by Four Over Six and MS-EDEN.
+tensor cores do such a product (a GEMM) several times faster than bf16 ones if both operands are NVFP4: 4-bit
+values, and a scale for every 16 of them along the axis that is summed over. So x, w and dy must be rounded to
+4 bits, and everything depends on how. In the forward pass each error counts once: take the least squared
+error. In the backward pass the errors of many steps add up in the weights, and those of mean zero cancel: be
+right on average. Quartet II (arXiv:2601.22813) does the first by Four Over Six and the second by MS-EDEN.
 
-One decision shapes the code: the tensor scale is a power of two, chosen last. Rounding a block scale to E4M3
-is then rounding it to 4 significant bits: a block is final after one look, in one pass. Decoded values have
-at most 2 + 4 significant bits, of value and scale, and bfloat16 holds 8: a bf16 GEMM multiplies exactly what
-an FP4 GEMM does, and only the order of its float32 sums differs. Whatever decides something (which scale errs
-less, which way a value goes) is specified to the bit: float32, true division, a fixed order of sums.
+One decision shapes this code: the tensor scale is a power of two, and it is chosen last (section 3). A block
+of 16 is then final after one look at it. And a decoded value has at most 2 + 4 significant bits, of its value
+and its scale, where bfloat16 holds 8: a bf16 GEMM of decoded values multiplies exactly what an FP4 GEMM
+multiplies, on any device.
+
+What still rounds: inputs and weights are cast to bf16 first, sums are float32, the result is bf16. FP4 tensor
+cores add in a way of their own. By the published probe (arXiv:2609.02846) they round the sum of 64 products
+once, and then add these totals, rounding toward zero. What decides something here (which scale errs less,
+which way a value goes) is specified to the bit: float32, true division, sums in a fixed order. So kernels.py
+can compute the same bits.
 """
-import contextlib, math, os, shutil, sys, warnings
+import contextlib
+import math
+import os
+import runpy
+import shutil
+import sys
+import warnings
+from functools import partial
 from typing import NamedTuple
-import torch, torch.nn.functional as F
-from torch import library
 
-BLOCK, GROUP = 16, 128            # values that share a block scale, fixed by NVFP4; and that a rotation mixes
-E2M1_MAX, E4M3_MAX, EXPONENT = 6.0, 448.0, 0x7F800000       # EXPONENT: that field of a float32
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.library import custom_op
 
-# ---- 1. The number format and its two small floats ---------------------------------------------------------
-# E2M1, the 4-bit value: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign. E4M3, the block scale: 4 significant bits from
-# 2^-6 to 448, fewer down to 2^-9, its sub-normals. Both grids are uniform between powers of two.
-def round_fp(v, mantissa_bits, min_exp, max_val, u=None):
-    """Round v onto a small float grid: to nearest, ties to even; stochastically where u is given.
+BLOCK = 16             # values that share a block scale: fixed by the format NVFP4
+GROUP = 128            # values that a rotation mixes
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
 
-    ulp = 2^(e - mantissa_bits),  e = max(floor(log2 |v|), min_exp)         spacing of the grid around v
-    v, u (...) float32, u in [0, 1) -> (...) float32, never -0.0. |v| > max_val saturates; grid points stay.
+
+# ---- 1. The two small floats -------------------------------------------------------------------------------
+#
+# E2M1 is the 4-bit value: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign. E4M3 is the 8-bit block scale: 4 significant
+# bits between 2^-6 and 448, and fewer below, down to 2^-9 (its sub-normal numbers). Between two powers of
+# two, both grids are uniform. So rounding needs only the spacing of the grid around a value, and one function
+# serves both.
+
+EXPONENT = 0x7F800000  # the 8 bits of a float32 that hold its exponent
+
+
+def power_of_two_below(v):
+    """The largest power of two that is at most |v|. Example: -6.5 -> 4.0. v (...) float32; 0 -> 0."""
+    return (v.view(torch.int32) & EXPONENT).view(torch.float32)
+
+
+def round_to_grid(v, u=None, mantissa_bits=3, min_exp=-126, max_val=math.inf):
+    """Round v onto the grid of a small float: to nearest, ties to even, or stochastically if u is given.
+
+    v, u (...) float32, u in [0, 1) or None -> (...) float32, never -0.0. Beyond max_val it saturates; points
+    of the grid stay. Example: 2.5 lies between E2M1's 2 and 3. Nearest gives 2, which has the even code;
+    u < 0.5 gives 3 and other u give 2.
     """
     v = v.clamp(-max_val, max_val)
-    power = (v.view(torch.int32) & EXPONENT).view(torch.float32)                # 2^floor(log2 |v|)
-    ulp = power.clamp_(min=2.0**min_exp).mul_(2.0**-mantissa_bits)
+    spacing = power_of_two_below(v).clamp(min=2.0**min_exp) * 2.0**-mantissa_bits
     if u is None:
-        magic = ulp.mul_(1.5 * 2.0**23)            # float32 is as coarse as ulp there: the sum rounds v
-        return v.add_(magic).sub_(magic)
-    n = v.div_(ulp)                                # exact: ulp is a power of two
-    down = n.floor()
-    return down.add_(u < n.sub_(down)).mul_(ulp)   # not floor(n + u): n + u itself rounds
-# float32 (...) -> (...); round_scale: to E4M3 of any exponent, 4 significant bits, below 2^100; infinity: NaN
-def e2m1(v, u=None): "To E2M1."; return round_fp(v, 1, 0, E2M1_MAX, u)
-def e4m3(s, u=None): "To E4M3."; return round_fp(s, 3, -6, E4M3_MAX, u)
-def round_scale(s, u=None): "To 4 significant bits."; return round_fp(s, 3, -126, math.inf, u)
+        # From 2^23 on, float32 holds whole numbers only. So adding 1.5 * 2^23 spacings, and taking them away
+        # again, rounds v to whole spacings, ties to even.
+        spacing *= 1.5 * 2.0**23
+        v += spacing
+        v -= spacing
+        return v
+    v /= spacing                   # exact: the spacing is a power of two
+    down = v.floor()
+    down += u < v - down           # not (v + u).floor(): that sum would round before it is floored
+    return down * spacing
+
+
+# E2M1, E4M3, and what E4M3 rounds to whatever the exponent: 4 significant bits. Each (v, u=None) as above.
+e2m1 = partial(round_to_grid, mantissa_bits=1, min_exp=0, max_val=E2M1_MAX)
+e4m3 = partial(round_to_grid, mantissa_bits=3, min_exp=-6, max_val=E4M3_MAX)
+round_scale = partial(round_to_grid, mantissa_bits=3, min_exp=-126)      # for v below 2^100; infinity -> NaN
+
+
+# Printed:
+#     E2M1: 0 0.5 1 1.5 2 3 4 6
+#     E4M3: 126 positive values from 0.00195312 to 448, kept by rounding: True
+#     2.5 to nearest: 2; stochastically 2 or 3, in the mean 2.49
+
 
 # ---- 2. NVFP4 tensors --------------------------------------------------------------------------------------
+#
+# Sixteen neighbours share a block scale, and the whole tensor shares one tensor scale, which makes up for the
+# short range of E4M3. A value costs 4 bits and a sixteenth of 8. Decoding is two products that do not round.
+
 class NVFP4(NamedTuple):
-    """x ~ q * block_scale * tensor_scale; 16 values of the last axis share a block scale. 4.5 bits each."""
-    codes: torch.Tensor          # (..., K/2) uint8: two E2M1 codes a byte, the even value in the low half
-    block_scale: torch.Tensor    # (..., K/16) float8_e4m3fn, >= 0
-    tensor_scale: torch.Tensor   # () float32: a power of two, at least 2^-123; NaN if x held NaN or infinity
+    """A tensor x (..., K) of values q * block_scale * tensor_scale, K % 16 == 0."""
+    codes: Tensor          # (..., K/2) uint8: two E2M1 codes a byte, the even value in the low half
+    block_scale: Tensor    # (..., K/16) float8_e4m3fn, >= 0
+    tensor_scale: Tensor   # () float32: a power of two, at least 2^-123; NaN if x held NaN or infinity
+
+
 def pack(q):
-    """q (..., K) float32, E2M1 values -> codes (..., K/2) uint8: sign, 2 bits of exponent, 1 of mantissa."""
-    h = (q * 2.0**-14).half().view(torch.int16)  # q's bits: magnitude in 9 to 11; 0.5 is sub-normal in both
-    code = ((h >> 9 & 7) | (h >> 12 & 8)).to(torch.uint8)
+    """q (..., K) float32, E2M1 values -> codes (..., K/2) uint8. Example: 1.5, -6 -> 0xF3, codes 3 and 15."""
+    # float16 has q * 2^-14 with the three bits of the code in a row, at 9 to 11: 0.5 is sub-normal in both.
+    bits = (q * 2.0**-14).half().view(torch.int16)
+    code = (bits >> 9 & 7 | bits >> 12 & 8).to(torch.uint8)    # magnitude, sign
     return code[..., 0::2] | code[..., 1::2] << 4
+
+
 def unpack(codes, dtype=torch.float32):
-    """codes (..., K/2) uint8 -> (..., K) in dtype, E2M1 values: the exact inverse of pack, by a table."""
-    code = torch.arange(256, device=codes.device)[:, None] >> torch.arange(0, 8, 4, device=codes.device)
-    value = ((code & 7) << 2 | (code & 8) << 4).to(torch.uint8).view(torch.float8_e4m3fn)  # E4M3 of q * 2^-6
-    return F.embedding(codes.int(), value.to(dtype) * 2.0**6).flatten(-2)
+    """codes (..., K/2) uint8 -> (..., K) in dtype, E2M1 values: pack undone, by a table of all bytes."""
+    byte = torch.arange(256, device=codes.device)
+    code = torch.stack([byte & 15, byte >> 4], -1)
+    # E4M3 has two bits more, one at each end. With the code's three bits in the middle, it is q * 2^-6.
+    bits = (code & 7) << 2 | (code & 8) << 4
+    table = bits.to(torch.uint8).view(torch.float8_e4m3fn).to(dtype) * 2.0**6
+    return F.embedding(codes.int(), table).flatten(-2)
+
+
 def decode(t, dtype=torch.float32):
-    """t NVFP4 of (..., K) -> (..., K): q * block_scale * tensor_scale, exact in float32 and bfloat16."""
-    if t.codes.dtype == torch.bfloat16: return (t.codes * t.tensor_scale).to(dtype)    # the quantizer "bf16"
+    """t NVFP4 of (..., K) -> (..., K), its values: exact in float32 and in bfloat16.
+
+    Also takes what `unquantized` (section 9) makes. Values beyond 3.3e38, near float32's end, may become
+    infinity.
+    """
+    if t.codes.dtype == torch.bfloat16:
+        return (t.codes * t.tensor_scale).to(dtype)
     scale = (t.block_scale.float() * t.tensor_scale).to(dtype)
-    return (unpack(t.codes, dtype).unflatten(-1, (-1, BLOCK)) * scale[..., None]).flatten(-2)
+    q = unpack(t.codes, dtype).unflatten(-1, (-1, BLOCK))
+    return (q * scale[..., None]).flatten(-2)
+
+
 def transpose(t):
-    """t NVFP4 (N, K) of 16x16 blocks -> its transpose, NVFP4 (K, N): codes repacked, nothing rounded."""
+    """t NVFP4 (N, K) of 16x16 blocks -> its transpose, NVFP4 (K, N). Nothing is rounded."""
     scale = t.block_scale.view(torch.uint8)[::BLOCK].T.repeat_interleave(BLOCK, 0)
     return NVFP4(pack(unpack(t.codes).T), scale.view(torch.float8_e4m3fn), t.tensor_scale)
 
-def blocks(x, block=(1, BLOCK)):
-    """Cut x into blocks; find the amax of each, in units of a power of two near it.
 
-    x (..., M, K) -> b (M/rows, rows, K/16, 16), amax and unit (M/rows, 1, K/16, 1), float32; rows: block[0].
-    The amax of b is amax * unit, amax in [1, 2), near infinity in [1, 4), or 0 below 2^-120: scales are
-    normal, in bf16 too, and no square in that unit overflows or vanishes. ValueError for other inputs.
+# Printed:
+#     codes of 1.5 and -6 in a byte: 0xF3
+#     N(0, 1), 1024 x 1024: 4.50 bits a value; of the decoded values bf16 changes 0
+
+
+# ---- 3. Blocks and scales ----------------------------------------------------------------------------------
+#
+# The usual way reads a tensor twice: once for its largest value, which fixes the tensor scale, and once to
+# round. NVFP4 does not ask for that. Let the tensor scale be a power of two. Dividing a block scale by it
+# changes the exponent of the block scale and none of its digits, so rounding to E4M3 means rounding to 4
+# significant bits whatever the tensor scale will be. Then a block is final after one look at its 16 values,
+# and the tensor scale is chosen at the end, from the largest block scale that came up. Example: block scales
+# of 3.5, 1.25 and 0.40625 have 4 significant bits. The tensor scale becomes 2^-7, and E4M3 stores 448, 160
+# and 52. Only scales 2^14 below the largest, where E4M3 has fewer bits, are rounded once more when they are
+# stored.
+
+TINY = 2.0**-120       # blocks whose amax is smaller become zeros: their scales would be sub-normal in bf16
+
+
+def blocks(x, block=(1, BLOCK)):
+    """Cut x into blocks, and measure each in a unit of its own, a power of two near its amax.
+
+    x (..., M, K) -> b (M/rows, rows, K/16, 16) float32, the values, rows being block[0];
+                     amax (M/rows, 1, K/16, 1), the largest magnitude in units: in [1, 2), or 0 below TINY;
+                     unit (M/rows, 1, K/16, 1), such that no square of a value in units overflows or vanishes.
+    ValueError for other dtypes and shapes.
     """
-    rows, m, k = block[0], math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1
-    if not x.is_floating_point():
-        raise ValueError(f"quantizers take floating-point tensors, not {x.dtype}: use .float() first")
-    if block not in ((1, BLOCK), (BLOCK, BLOCK)):
-        raise ValueError(f"block={block}: NVFP4 blocks are (1, {BLOCK}) or, for weights, ({BLOCK}, {BLOCK})")
-    if k % BLOCK or m % rows:
-        raise ValueError(f"shape {tuple(x.shape)}: pad with zeros to rows % {rows} == columns % {BLOCK} == 0")
-    b = x.reshape(m // rows, rows, k // BLOCK, BLOCK).float()
+    check_blocks(x, block)
+    rows, _ = block
+    *lead, k = x.shape
+    b = x.reshape(math.prod(lead) // rows, rows, k // BLOCK, BLOCK).float()
     amax = b.abs().amax((1, 3), keepdim=True)
-    amax = torch.where(amax < 2.0**-120, 0.0, amax)
-    unit = (amax.view(torch.int32) & EXPONENT).view(torch.float32).clamp(2.0**-120, 2.0**126)
+    amax = torch.where(amax < TINY, 0.0, amax)
+    unit = power_of_two_below(amax).clamp(TINY, 2.0**126)
     return b, amax / unit, unit
-def over(a, c):
-    """a / c for a constant c, correctly rounded: on a GPU, PyTorch makes of a / 6.0 a product with 1/6."""
-    return a / a.new_full((), c)
+
+
+def divide_by(a, constant):
+    """a / constant, correctly rounded. (On a GPU, PyTorch makes of a / 6.0 a product with 1/6.)"""
+    return a / a.new_full((), constant)
+
+
 def ratio(b, s):
-    """b / s; where s is 0 or NaN (a block of zeros, or with NaN or infinity): 0, but NaN of those two."""
+    """b / s; in a block whose s is 0 or NaN, 0 (or NaN, of a b that is NaN or infinite)."""
     return b / torch.where(s > 0, s, math.inf)
+
+
 def block_sum(t):
-    """t (., rows, ., 16) -> (., 1, ., 1): block sums as a tree, i with i+8, then +4, +2, +1; rows alike."""
-    for dim in (3, 1):
-        while t.shape[dim] > 1: t = torch.add(*t.chunk(2, dim))     # another order flips choices of 4/6
+    """The sums of blocks, t (., rows, ., 16) -> (., 1, ., 1), by halves: i and i + 8, then 4, 2, 1 apart."""
+    # The order is part of the contract: another one flips a few choices of 4/6.
+    for axis in 3, 1:
+        while t.shape[axis] > 1:
+            first_half, second_half = t.chunk(2, axis)
+            t = first_half + second_half
     return t
 
-def assemble(shape, q, s, u=None):
-    """The last step of every quantizer: choose the tensor scale, encode the scales as E4M3, pack the codes.
 
-    shape of x; q (M/rows, rows, K/16, 16) E2M1 values; s (M/rows, 1, K/16, 1) of 4 significant bits -> NVFP4.
-    The largest s becomes 240 to 448; those then below 2^-6, sub-normal, are rounded once more, by u of s's
-    shape if given. NaN or infinity in s: tensor scale NaN, codes and scales 0.
+def choose_tensor_scale(largest):
+    """The power of two that puts the largest block scale between 240 and 448, E4M3's upper end.
+
+    largest () float32 of 4 significant bits -> () float32. Example: 3.5 = 1.75 * 2^1 -> 2^-7, as 3.5 / 2^-7 =
+    448.
     """
-    top = s.amax() if s.numel() else s.new_zeros(())
-    power = (top.view(torch.int32) + 2**20 & EXPONENT).view(torch.float32)      # 1.875 * 2^8 would exceed 448
-    tensor_scale = torch.where(top > 0, (power * 2.0**-8).clamp(min=2.0**-123), 1.0)
-    tensor_scale = torch.where(top.isfinite(), tensor_scale, math.nan)
+    # A mantissa of 1.875 would land on 480, beyond 448. So it counts as 2 here, takes the next power of two,
+    # and lands on 240; 16/15 of 1.75, the next mantissa below, is still less than 2.
+    scale = (power_of_two_below(largest * (16 / 15)) * 2.0**-8).clamp(min=2.0**-123)
+    scale = torch.where(largest > 0, scale, 1.0)
+    return torch.where(largest.isfinite(), scale, math.nan)
+
+
+def assemble(shape, q, s, u=None):
+    """The last step of every quantizer: choose the tensor scale, store the block scales as E4M3, pack the
+    codes.
+
+    shape of x; q (M/rows, rows, K/16, 16) E2M1 values; s (M/rows, 1, K/16, 1) scales of 4 significant bits; u
+    of s's shape, to round sub-normal scales stochastically -> NVFP4. NaN or infinity in s makes the tensor
+    scale NaN and all codes and scales 0, so that nothing of the tensor can be mistaken for a number.
+    """
+    largest = s.amax() if s.numel() else s.new_zeros(())
+    tensor_scale = choose_tensor_scale(largest)
     scale = e4m3(s / tensor_scale, u).nan_to_num(nan=0.0).to(torch.float8_e4m3fn)
     *lead, k = shape
     scale = scale.expand(-1, q.shape[1], -1, -1).reshape(*lead, k // BLOCK)
-    return NVFP4((pack(q) * top.isfinite()).view(*lead, k // 2), scale, tensor_scale)
+    codes = pack(q) * largest.isfinite()
+    return NVFP4(codes.view(*lead, k // 2), scale, tensor_scale)
 
-# ---- 3. Round to nearest (RTN) -----------------------------------------------------------------------------
+
+# Printed:
+#     block scales 3.5, 1.25, 0.40625: tensor scale 2^-7, stored 448, 160, 52
+#     block scales 3.75, 1.25, 0.40625: tensor scale 2^-6, stored 240, 80, 26
+
+
+# ---- 4. Round to nearest (RTN) -----------------------------------------------------------------------------
+#
+# The simplest quantizer: stretch each block until its amax meets 6, the end of the E2M1 line, and round. Here
+# and below, an error is told as NMSE, the squared error over the squared values, on numbers drawn from N(0,
+# 1).
+
 def rtn(x, block=(1, BLOCK)):
-    """RTN: a block's amax maps to 6, the largest E2M1 value; scale and values go to nearest, ties to even.
+    """RTN: a block's amax maps to 6; the scale and the values go to nearest, ties to even.
 
-    x (..., K) of any float dtype, K % 16 == 0 -> NVFP4. Deterministic, hence biased. NMSE 9.0e-3 on N(0, 1).
-    block=(16, 16): 16 rows share their scales too, so that the transposed tensor has the same codes; their
-    number % 16 == 0; NMSE 12.4e-3. Source: arXiv:2509.25149, up to the tensor scale.
+    x (..., K) of any float dtype, K % 16 == 0 -> NVFP4. Deterministic, hence biased. NMSE 9.0e-3. block=(16,
+    16): 16 rows share their scales too, so that the transpose has the same codes; NMSE 12.4e-3. The number of
+    rows must then be a multiple of 16. Source: arXiv:2509.25149, up to the tensor scale.
     """
     b, amax, unit = blocks(x, block)
-    s = round_scale(over(amax, E2M1_MAX)) * unit
-    return assemble(x.shape, e2m1(ratio(b, s)), s)
+    s = round_scale(divide_by(amax, E2M1_MAX)) * unit
+    q = e2m1(ratio(b, s))
+    return assemble(x.shape, q, s)
 
-# ---- 4. Four Over Six (4/6), and a search over scales -----------------------------------------------------
-# E2M1 has nothing between 4 and 6. A block whose amax maps to 4 uses 0 to 4 only, where the grid is finer
-# around its large values and coarser around its small ones. Which is better depends: both are tried.
-def best(b, roundings):
-    """Of roundings (q, s) of blocks b, block by block that of least squared error; ties: the earlier."""
-    found = None
-    for q, s in roundings:
-        new = q, s, block_sum((q * s).sub_(b).square_())                # q * s is exact
-        less = found and (new[2] < found[2]).float()                    # lerp: a faster where
-        found = [torch.lerp(y, x, less) for x, y in zip(new, found)] if found else new
-    return found[:2]
-def nearest(b, scales): "`best` of RTN."; return best(b, ((e2m1(ratio(b, s)), s) for s in scales))
+
+# Printed:
+#     NMSE x 1e3 on N(0, 1)       here    paper, table 1
+#     RTN                         9.06               9.0
+#     RTN, 16x16 blocks          12.40              12.4
+
+
+# ---- 5. Four Over Six (4/6), and a search over scales ------------------------------------------------------
+#
+# E2M1 has nothing between 4 and 6. A block that maps its amax to 4 leaves the 6 unused, but its grid is finer
+# around its large values, and coarser around its small ones. Which of the two is better depends on the block,
+# so both are tried. Nothing stops at two: the search tries five scales near the first.
+
+def best_scale(b, scales):
+    """Round blocks b to nearest by each of scales, and keep for each block what has the least squared error.
+
+    b (., rows, ., 16); scales, a list of (., 1, ., 1) -> E2M1 values q like b, and s (., 1, ., 1). Ties: the
+    earlier.
+    """
+    best = None
+    for s in scales:
+        q = e2m1(ratio(b, s))
+        error = block_sum((q * s - b).square())        # q * s is exact
+        if best is None:
+            best = q, s, error
+        else:
+            *_, least = best
+            best = [torch.where(error < least, new, old) for new, old in zip((q, s, error), best)]
+    return best[:2]
+
 
 def four_six(x, block=(1, BLOCK)):
-    """4/6: each block maps its amax to 6 or to 4, whichever reproduces the block with the smaller error.
+    """4/6: each block maps its amax to 6 or to 4, whichever reproduces the block with the smaller error;
+    ties: 6.
 
-    x (..., K) of any float dtype, K % 16 == 0 -> NVFP4; block as in rtn. Deterministic, hence biased. Ties:
-    6. NMSE 7.6e-3 on N(0, 1); 12.4e-3 with 16x16 blocks, no gain. Source: Cook et al. 2025, arXiv:2512.02010.
+    x (..., K) of any float dtype, K % 16 == 0 -> NVFP4; block as in rtn. Deterministic, hence biased. NMSE
+    7.6e-3; with 16x16 blocks 12.4e-3, no gain. Source: Cook et al. 2025, arXiv:2512.02010.
     """
     b, amax, unit = blocks(x, block)
-    q, s = nearest(b / unit, (round_scale(over(amax, top)) for top in (6.0, 4.0)))
+    six = round_scale(divide_by(amax, 6.0))
+    four = round_scale(divide_by(amax, 4.0))
+    q, s = best_scale(b / unit, [six, four])
     return assemble(x.shape, q, s * unit)
 
-SEARCH = 0, -1, 1, 4, 5                     # steps of E4M3 from amax / 6; amax / 4 is 4 to 6 of them up
+
+SEARCH = 0, -1, 1, 4, 5    # what scale_search tries: so many steps of E4M3 above the scale of amax / 6
+
+
 def scale_search(x, block=(1, BLOCK)):
-    """4/6 to its end: of scales near amax / 6 that of least error. NMSE 6.7e-3, 11.6e-3 with 16x16 blocks."""
-    # Of 6.70e-3, -1 to 5 make 6.66e-3 by 1.3 times the instructions; 6, too (1% err less by 4/6), 6.64e-3.
+    """4/6 taken further: of five scales, amax / 6 and its neighbours in E4M3, the one of least squared error.
+
+    x (..., K) of any float dtype, K % 16 == 0 -> NVFP4; block as in rtn. Deterministic, hence biased. NMSE
+    6.7e-3; with 16x16 blocks 11.6e-3. amax / 4 lies 4 to 6 steps up and 6 is not tried: in 1% of blocks 4/6
+    errs less.
+    """
     b, amax, unit = blocks(x, block)
-    code = round_scale(over(amax, E2M1_MAX)).abs().view(torch.int32)    # NaN may be negative
-    q, s = nearest(b / unit, (torch.where(code > 0, code + (n << 20), 0).view(torch.float32) for n in SEARCH))
+    six = round_scale(divide_by(amax, E2M1_MAX))
+    bits = six.abs().view(torch.int32)                 # abs: NaN may be negative
+    q, s = best_scale(b / unit, [torch.where(bits > 0, bits + steps * 2**20, 0).view(torch.float32)
+                                 for steps in SEARCH])
     return assemble(x.shape, q, s * unit)
 
-# ---- 5. Stochastic rounding (SR) ---------------------------------------------------------------------------
-# Noise is an argument: a seed, hashed with an element's index. A draw can be replayed, is the same however a
-# kernel tiles, and no two elements, tensors, layers or steps share it.
-SR_MAX = E2M1_MAX * 16 / 17                 # round_scale shrinks a scale to 16/17 at least: amax lands <= 6
-PHILOX_ROUNDS, M32 = 7, 0xFFFFFFFF          # 7: the fewest rounds that pass BigCrush, Salmon et al. 2011
+
+# Printed:
+#     10 20 30 40 by RTN: 9.75 19.5 26 39, squared error 4.33 a value
+#     10 20 30 40 by 4/6: 10 20 30 40, squared error 0.00 a value
+#     NMSE x 1e3 on N(0, 1)       here    paper, table 1
+#     always 4, never 6           9.66                 -
+#     4/6                         7.57               7.6
+#     4/6, 16x16 blocks          12.38              12.4
+#     scale search                6.71                 -
+
+
+# ---- 6. Noise, and stochastic rounding (SR) ----------------------------------------------------------------
+#
+# Nearest is the same wrong answer every time. Stochastic rounding goes up with a probability equal to the
+# fraction, so the mean over many draws is right. Noise is an argument here: a seed, hashed with the index of
+# the element. So a draw can be replayed, is the same however a kernel cuts its work, and no two elements,
+# tensors, layers or steps share one.
+
+PHILOX_ROUNDS = 7      # the fewest that pass BigCrush: Salmon et al. 2011
+WORD = 0xFFFFFFFF      # 32 bits
+SR_MAX = E2M1_MAX * 16 / 17    # rounding shrinks a scale to 16/17 at worst: amax then ends at 6, not beyond
+
+
 def philox(seed, counter):
     """64-bit seed, counter (n,) int64 -> (n, 4) int64 of 32 random bits: Philox4x32, as Triton's philox."""
-    c0, c1, c2, c3 = counter & M32, counter >> 32, 0, 0
-    k0, k1 = seed & M32, seed >> 32 & M32
+    c0 = counter & WORD
+    c1 = counter >> 32
+    c2 = c3 = 0
+    k0 = seed & WORD
+    k1 = seed >> 32
     for i in range(PHILOX_ROUNDS):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57                                 # 64-bit products, modulo 2^64
-        c0, c2 = (b >> 32 ^ c1 ^ k0 + i * 0x9E3779B9) & M32, (a >> 32 ^ c3 ^ k1 + i * 0xBB67AE85) & M32
-        c1, c3 = b, a                               # the low halves of these count
-    return torch.stack([c0, c1 & M32, c2, c3 & M32], -1)
-def uniform(seed, *likes):
-    """For each of likes, numbered as one tensor, u of its shape: float32 in [0, 1), multiples of 2^-24."""
-    sizes = [t.numel() for t in likes]
-    counter = torch.arange(-(-sum(sizes) // 4), device=likes[0].device)     # element i: word i % 4 of i // 4
-    u = (philox(seed, counter).flatten()[:sum(sizes)] >> 8).float().mul_(2.0**-24)
-    return [part.view(t.shape) for part, t in zip(u.split(sizes), likes)]
+        a = c0 * 0xD2511F53                            # 64-bit products, modulo 2^64
+        b = c2 * 0xCD9E8D57
+        c0 = (b >> 32 ^ c1 ^ k0 + i * 0x9E3779B9) & WORD
+        c2 = (a >> 32 ^ c3 ^ k1 + i * 0xBB67AE85) & WORD
+        c1 = b                                         # of these the low halves count
+        c3 = a
+    return torch.stack([c0, c1, c2, c3], -1) & WORD
+
+
+def uniform(seed, a, b):
+    """u of the shape of a, and of b: float32 in [0, 1), multiples of 2^-24.
+
+    Elements are numbered through a, then b; element i takes word i % 4 of counter i // 4.
+    """
+    first = a.numel()
+    last = first + b.numel()
+    words = philox(seed, torch.arange((last + 3) // 4, device=a.device))
+    u = (words.flatten() >> 8).float() * 2.0**-24
+    return u[:first].view(a.shape), u[first:last].view(b.shape)
+
 
 def sr(x, seed):
-    """SR: each value goes to one of its two E2M1 neighbours at random, with mean x; grid points stay put.
+    """SR: each value goes to one of its two E2M1 neighbours at random, with mean x; grid points stay where
+    they are.
 
-    x (..., K) of any float dtype, K % 16 == 0; seed int or 0-d int64 tensor on x's device -> NVFP4. Nothing
-    clips: unbiased element by element. NMSE 23.5e-3 on N(0, 1). (The better of two draws, with amax to 6 and
-    to 4, has 17.5e-3 and a bias: data/demonstrate.py.) arXiv:2509.25149; for the 16/17, arXiv:2601.22813.
+    x (..., K) of any float dtype, K % 16 == 0; seed int, or () int64 on x's device -> NVFP4. Unbiased value
+    by value, as nothing clips. NMSE 23.5e-3. Source: arXiv:2509.25149; for the factor 16/17,
+    arXiv:2601.22813.
     """
     b, amax, unit = blocks(x)
-    b, s = b / unit, round_scale(over(amax, SR_MAX))
-    u, again = uniform(seed, b, s)
-    return assemble(x.shape, e2m1(ratio(b, s), u), s * unit, again)
+    b = b / unit
+    s = round_scale(divide_by(amax, SR_MAX))
+    u, u_scale = uniform(seed, b, s)
+    q = e2m1(ratio(b, s), u)
+    return assemble(x.shape, q, s * unit, u_scale)
 
-# ---- 6. Rotations ------------------------------------------------------------------------------------------
-# x w^T = (x R)(w R)^T / n if R R^T = n I, so both operands of a GEMM may be rotated along the axis it sums
-# over. Random signs, then a Hadamard matrix, the RHT, make of 128 values 128 sums with random signs: outliers
-# are spread over the group, and errors change with the signs. Signs after it would only flip what is rounded.
-# R is an integer matrix, exact in bf16; 1/n, a power of two, goes into a tensor scale.
-ROTATIONS = dict(rht16=(16, 1), rht32=(32, 1), rht128=(128, 1),        # Hadamard's size, rounds
-                 rht128x2=(128, 2), rht128x3=(128, 3))
+
+# Printed:
+#     NMSE x 1e3 on N(0, 1)       here    paper, table 1
+#     SR                         23.54              23.5
+#     SR with 4/6, biased        17.52              17.5
+#     squared error of the mean of B draws, times B, over that of one draw: 1 if the mean is right
+#                                            B=1     B=4    B=16    B=64   B=256      +-
+#     SR                                    1.01    1.02    0.98    0.98    1.01    0.03
+#     SR with 4/6                           1.01    1.32    1.85    3.91   12.36    0.44
+
+
+# ---- 7. Rotations ------------------------------------------------------------------------------------------
+#
+# If R R^T = n I, then x w^T = (x R)(w R)^T / n: both operands of a GEMM may be rotated along the axis it sums
+# over, and nothing changes but the rounding. The randomized Hadamard transform (RHT) flips signs at random
+# and then makes of 128 values 128 sums. Outliers are spread over the group, and errors change with the signs
+# from draw to draw. Signs must come first: after the sums they would only flip what is already rounded, and
+# average nothing. R is a matrix of small integers, exact in bf16, and n is a power of two.
+
+ROTATIONS = {    # name: size of the Hadamard matrix, repeated along the diagonal of R; rounds
+    "rht16": (16, 1),
+    "rht32": (32, 1),
+    "rht128": (128, 1),
+    "rht128x2": (128, 2),
+    "rht128x3": (128, 3)
+}
+
+
+def hadamard(size, device):
+    """Sylvester's Hadamard matrix of a size, along the diagonal of (128, 128) float32: entries +1, -1, 0
+    outside.
+
+    Entry (i, j) is -1 if i and j have an odd number of binary ones in common. Example: 3 and 5 share one, so
+    -1.
+    """
+    i = torch.arange(GROUP, device=device)[:, None]
+    j = i.T
+    parity = i & j
+    for half in 4, 2, 1:
+        parity = parity ^ parity >> half               # after this, the last bit is the parity of all
+    return (1.0 - 2.0 * (parity & 1)) * (i // size == j // size)
+
+
 def rotation_from(name, signs):
-    """signs (rounds or more, 128) float32 -> R (128, 128) float32 of integers, and the int n: R R^T = n I."""
+    """signs (rounds or more, 128) float32 of +-1 -> R (128, 128) float32 of integers, and n, an int: R R^T =
+    n I.
+
+    name: of ROTATIONS, or None -> None, 1. Two rounds: R = D1 H D2 H, D the diagonal matrix of signs. Three
+    rounds: entries are multiples of 4 and, but once in 10^9 draws, below 1024, so that bf16 holds them.
+    """
+    if name is None:
+        return None, 1
     size, rounds = ROTATIONS[name]
-    i = torch.arange(GROUP, device=signs.device)[:, None]
-    ones = i & i.T
-    for half in 4, 2, 1: ones = ones ^ ones >> half                 # last bit: their parity
-    H = (1.0 - 2.0 * (ones & 1)) * (i // size == i.T // size)           # Sylvester's, in blocks size x size
-    R = signs[0, :, None] * H                       # D H, D the diagonal matrix of signs
-    for d in signs[1:rounds]: R = rotate(R * d, H)  # D1 H D2 H, D1 H D2 H D3 H
+    H = hadamard(size, signs.device)
+    R = signs[0, :, None] * H
+    for d in signs[1:rounds]:
+        R = rotate(R * d, H)
     return R, size**rounds
+
+
 def rotation(name, generator=None):
     """`rotation_from` new random signs, on the generator's device. ValueError for an unknown name."""
     if name not in ROTATIONS:
         raise ValueError(f"unknown rotation {name!r}: choose one of {', '.join(ROTATIONS)}")
     signs = torch.randint(0, 2, (3, GROUP), generator=generator, device=generator and generator.device)
     return rotation_from(name, signs * 2.0 - 1.0)
+
+
 def rotate(x, R):
-    """x (..., K), K % 128 == 0 -> x R (..., K) float32, group by group, not normalised. R None: x."""
-    if R is None: return x
+    """x (..., K), K % 128 == 0 -> x R (..., K) float32, 128 values at a time, not normalised. R None: x."""
+    if R is None:
+        return x
     if x.shape[-1] % GROUP:
         raise ValueError(f"shape {tuple(x.shape)}: pad the last dimension with zeros to groups of {GROUP}")
-    # The last bit of float32 sums depends on the device. TF32, if on, is exact for bf16 values like Linear's.
-    with torch.autocast(x.device.type, enabled=False):      # it would round x, and the sums, to bf16
+    # The last bits of these sums depend on the device. (TF32, if on, is exact for the bf16 values of a
+    # Linear.)
+    with torch.autocast(x.device.type, enabled=False):     # it would round x, and the sums, to bf16
         return (x.reshape(-1, GROUP).float() @ R).view(x.shape)
 
-# ---- 7. MS-EDEN --------------------------------------------------------------------------------------------
-# RTN errs less than SR but shrinks: <q, v> < <v, v>. EDEN restores that product. Rotate, round v to q,
-# multiply by S = <v, v> / <v, q>: now <S q, v> = <v, v>, and as a random rotation leaves the error no
-# direction of its own, the mean of S q is v, whatever the rounding: 4/6 may choose it, by the angle between q
-# and v. MS-EDEN puts S into the block scale, the randomness into rounding that to E4M3. The mean is right as
-# far as the rotated error has no direction. A group dominated by one large value becomes +-constant under
-# signs and one Hadamard; all 128 values sit on one grid point, RTN erases the rest in every draw, and no
-# averaging brings it back. (The paper's corollary overlooks that.) Two rounds, R = D1 H D2 H, still one
-# matrix, leave next to none of that: see ms_eden, and data/bias.py on a trained model. But of two near-equal
-# values, such as (1, 0.88) and 126 zeros, half of the sums between the rounds are empty, and 1.3% of the norm
-# stays; after a third round none was seen in any input tried.
-EDEN_MAX = SR_MAX / 0.93      # the paper's 6.07: some clipping pays. NMSE 9.32e-3; by .90 and .96, 9.47, 9.58
-def eden_factor(v, q):
-    """S (M/rows, 1, K/16, 1) = <v, v> / <v, q> of blocks v (M/rows, rows, K/16, 16) and q; 1 if v = 0."""
-    # One S for 128 scaled values has a bias of -9e-4 on N(0, 1): blocks of a group differ in scale
-    # (test_eden_factor_is_per_block). v is not clamped, so what clipping lost counts too.
-    vv, vq = block_sum(v * v), block_sum(v * q)
-    return torch.where(vq > 0, vv / vq, 1.0)
-def ms_eden(x, R, seed, four_six=False):
-    """MS-EDEN: rotate, round values to nearest, and the scale times the block's EDEN factor stochastically.
 
-    x (..., K) of any float dtype, K % 128 == 0; R of `rotation` (None: x is rotated already); seed as in sr
-    -> NVFP4 of x R, not normalised. NMSE 9.32e-3 if x R is N(0, 1), 8.07e-3 with four_six; 9.38 and 8.08e-3
-    if N(0, 128), as by rht128. Before the scale is rounded, <decode, x R> = <x R, x R> in every block. The
-    mean is x R on N(0, 1), within noise; one value of 100 in 128 leaves 0.1 of a draw's squared error, < 1e-4
-    if R has two rounds; of 300, 0.4 and 2e-4, but 5e-3 with four_six. Source: arXiv:2601.22813, Algorithm 1.
+# Printed:
+#     64 groups, one value of 100 in each: largest over root mean square 11.24; rotated
+#         by rht16       3.01    R R^T = 16 I, in bf16 too: True
+#         by rht32       2.22    R R^T = 32 I, in bf16 too: True
+#         by rht128      1.29    R R^T = 128 I, in bf16 too: True
+#         by rht128x2    3.00    R R^T = 16384 I, in bf16 too: True
+#         by rht128x3    2.57    R R^T = 2097152 I, in bf16 too: True
+
+
+# ---- 8. MS-EDEN --------------------------------------------------------------------------------------------
+#
+# SR pays for its right mean with 2.6 times the error of RTN. EDEN gets the mean for less. Rotate, and round v
+# to nearest, q. RTN shrinks: <q, v> < <v, v>. Multiply by the EDEN factor S = <v, v> / <v, q>, and the part
+# of S q along v is v exactly; the rest is an error without a direction of its own, because the rotation is
+# random, and averages out. MS-EDEN puts S into the block scale, and makes the rounding of that scale to E4M3
+# the only stochastic one.
+#
+# The argument holds as far as the rotated error has no direction, and one round of RHT is not always enough.
+# A group that one large value dominates becomes +-constant: all 128 values sit on one grid point, RTN erases
+# the rest in every draw, and no averaging brings it back. (The paper's corollary overlooks that.) Two rounds
+# leave next to nothing of this, but two near-equal values, such as (1, 0.88) and 126 zeros, leave half of the
+# sums between the rounds empty, and 1.3% of the norm stays as a bias. After three rounds none was seen in any
+# input that was tried.
+
+EDEN_MAX = SR_MAX / 0.93       # the paper's 6.07. It clips a little, which pays: by 0.90 NMSE is 1.6% larger
+
+
+def eden_factor(v, q):
+    """<v, v> / <v, q> of each block, 1 if v = 0: v, q (M/rows, rows, K/16, 16) -> (M/rows, 1, K/16, 1)."""
+    # One factor for a whole group would leave a bias of 9e-4: its blocks differ in scale. v is not clamped,
+    # so what clipping lost counts too.
+    vq = block_sum(v * q)
+    return torch.where(vq > 0, block_sum(v * v) / vq, 1.0)
+
+
+def larger_cosine(v, q6, q4):
+    """Of each block q6 or q4, whichever has the smaller angle to v; ties: q6. All (., rows, ., 16)."""
+    four = block_sum(v * q4).square() * block_sum(q6 * q6) > block_sum(v * q6).square() * block_sum(q4 * q4)
+    return torch.where(four, q4, q6)
+
+
+def ms_eden(x, R, seed, four_six=False):
+    """MS-EDEN: rotate, round the values to nearest, and the scale times the block's EDEN factor
+    stochastically.
+
+    x (..., K) of any float dtype, K % 128 == 0; R of `rotation`, or None if x is rotated already; seed as in
+    sr -> NVFP4 of x R, not normalised. Its mean is x R where the rotated error has no direction: see above.
+    NMSE 9.4e-3. four_six: amax may map to 4 too, as the angle to v decides, and EDEN's argument still holds;
+    NMSE 8.1e-3. Source: arXiv:2601.22813, Algorithm 1.
     """
     b, amax, unit = blocks(rotate(x, R))
-    s = over(amax, EDEN_MAX)                        # this first scale is not rounded
-    q = e2m1(v := b / unit * ratio(1.0, s))         # one division a block: here no tie needs more
-    if four_six:                                    # amax to 4, in units of s still: S makes up for it
-        q4 = e2m1(v * (2 / 3))
-        (c6, l6), (c4, l4) = ((block_sum(v * q).square(), block_sum(q * q)) for q in (q, q4))
-        q = q.lerp(q4, (c4 * l6 > c6 * l4).float()) # the larger cosine; ties: 6
+    s = divide_by(amax, EDEN_MAX)                      # this first scale is not rounded
+    v = b / unit * ratio(1.0, s)
+    q = e2m1(v)
+    if four_six:
+        q = larger_cosine(v, q, e2m1(v * (2 / 3)))     # s stays: the EDEN factor makes up for the 2/3
     s = s * eden_factor(v, q)
-    u, again = uniform(seed, s, s)
-    return assemble(x.shape, q, round_scale(s, u) * unit, again)
+    u, u_scale = uniform(seed, s, s)
+    return assemble(x.shape, q, round_scale(s, u) * unit, u_scale)
 
-# ---- 8. The table of recipes -------------------------------------------------------------------------------
-# How each operand of the three GEMMs becomes NVFP4. To add a recipe, add a row; a quantizer, a function.
-QUANTIZERS = {                              # name: function of (x, R, seed) -> NVFP4
-    "bf16":           lambda x, R, seed: NVFP4(rotate(x, R).bfloat16(), x.new_empty(0),  # not quantized, to
-                                               torch.ones((), device=x.device)),    # see what the others cost
-    "rtn":            lambda x, R, seed: rtn(rotate(x, R)),
-    "rtn_16x16":      lambda x, R, seed: rtn(rotate(x, R), block=(16, 16)),
-    "four_six":       lambda x, R, seed: four_six(rotate(x, R)),
-    "four_six_16x16": lambda x, R, seed: four_six(rotate(x, R), block=(16, 16)),
-    "sr":             lambda x, R, seed: sr(rotate(x, R), seed),
-    "scale_search":   lambda x, R, seed: scale_search(rotate(x, R)),
-    "scale_search_16x16": lambda x, R, seed: scale_search(rotate(x, R), block=(16, 16)),
-    "ms_eden":        ms_eden,
-    "ms_eden_46":     lambda x, R, seed: ms_eden(x, R, seed, True),
+
+# Printed:
+#     NMSE x 1e3 on N(0, 1)       here    paper, table 1
+#     MS-EDEN                     9.36               9.4
+#     MS-EDEN with 4/6            8.09                 -
+#     squared error of the mean of B draws, times B, over that of one draw: 1 if the mean is right
+#                                            B=1     B=4    B=16    B=64   B=256      +-
+#     rht128, N(0, 1)                       1.01    0.99    1.03    1.01    1.02    0.02
+#     rht128, one 100 in 128                1.00    1.29    2.53    7.44   27.14    0.32
+#     rht128, 1, 0.88, 126 zeros            0.84    3.12   11.95   46.92  186.78    0.02
+#     rht128x2, N(0, 1)                     1.02    0.99    0.97    1.00    1.02    0.02
+#     rht128x2, one 100 in 128              1.00    1.01    1.00    1.00    1.01    0.02
+#     rht128x2, 1, 0.88, 126 zeros          1.04    1.09    1.37    3.10    8.42    0.01
+#     rht128x3, N(0, 1)                     0.99    1.01    1.02    1.00    0.99    0.02
+#     rht128x3, one 100 in 128              1.07    1.00    1.00    1.00    1.00    0.02
+#     rht128x3, 1, 0.88, 126 zeros          0.86    1.10    0.85    1.04    0.90    0.01
+
+
+# ---- 9. The table of recipes -------------------------------------------------------------------------------
+#
+# A recipe says how each operand of the three GEMMs becomes NVFP4. The backward pass needs w along N and x
+# along M, not along K as the forward pass rounded them. Most recipes therefore requantize: decode what the
+# forward pass stored, transpose, rotate, quantize again. NVIDIA's avoids it by 16x16 blocks of w, whose
+# transpose is the same codes, and by keeping x in bf16. To add a recipe, add a row; to add a quantizer, write
+# a function and name it here.
+
+def unquantized(x, R, seed):
+    """x R in bf16, in an NVFP4's place: for what a recipe leaves in bf16. `decode` takes it."""
+    return NVFP4(rotate(x, R).bfloat16(), x.new_empty(0), x.new_ones(()))
+
+
+def rotated(quantizer, **how):
+    """A quantizer of x -> the same as a function of (x, R, seed)."""
+    return lambda x, R, seed: quantizer(rotate(x, R), **how)
+
+
+QUANTIZERS = {    # name: function of (x, R, seed) -> NVFP4 of x R
+    "bf16": unquantized,
+    "rtn": rotated(rtn),
+    "rtn_16x16": rotated(rtn, block=(16, 16)),
+    "four_six": rotated(four_six),
+    "four_six_16x16": rotated(four_six, block=(16, 16)),
+    "scale_search": rotated(scale_search),
+    "scale_search_16x16": rotated(scale_search, block=(16, 16)),
+    "sr": lambda x, R, seed: sr(rotate(x, R), seed),
+    "ms_eden": ms_eden,
+    "ms_eden_46": lambda x, R, seed: ms_eden(x, R, seed, four_six=True)
 }
-NOISY = {"sr", "ms_eden", "ms_eden_46"}     # those that draw: for the backward pass only
+NOISY = {"sr", "ms_eden", "ms_eden_46"}    # those that draw: for the backward pass only
+
+
+class Gemm(NamedTuple):
+    """How one backward GEMM gets its operands, dy and the other one, which is w in dx and x in dw."""
+    rotation: str | None    # of both operands along the axis that is summed over; it cancels in the product
+    dy: str                 # quantizer of dy
+    other: str | None       # quantizer of the other; None, for w only: as stored, which takes 16x16 blocks
+
 
 class Recipe(NamedTuple):
-    """A row of RECIPES. Backward quantizes again what the forward's NVFP4 x and w decode to, or as stated."""
-    x: str                       # y = x w^T, sums over K: quantizer of x, without noise
-    w: str                       #                         quantizer of w
-    dx: tuple                    # dx = dy w, sums over N: rotation, quantizer of dy, of w (None: as saved)
-    dw: tuple                    # dw = dy^T x, over M:    rotation, quantizer of dy, of x
-    original: bool = False       # dx, dw quantize the original w, x, where they do not take w as saved
-    dampen: float = 0.0          # how strongly w is pulled towards its quantized value, see section 10
+    """A row of RECIPES."""
+    x: str                     # y = x w^T: quantizer of x, without noise
+    w: str                     #            quantizer of w, without noise
+    dx: Gemm                   # dx = dy w
+    dw: Gemm                   # dw = dy^T x
+    original: bool = False     # requantize w and x from their bf16 values, not from the stored NVFP4
+    dampen: float = 0.0        # how strongly w is pulled towards its quantized value: section 12
 
+
+NVIDIA = Recipe(
+    x="rtn",
+    w="rtn_16x16",
+    dx=Gemm(None, dy="sr", other=None),
+    dw=Gemm("rht16", dy="sr", other="rtn"),
+    original=True
+)
 RECIPES = {
-    "bf16":      None,           # all three GEMMs as in nn.Linear
-    #                   y: x, w      dx: R, dy, w           dw: R, dy, x
-    "rtn":       Recipe("rtn", "rtn", (None, "rtn", "rtn"), (None, "rtn", "rtn")),
-    # NVIDIA, arXiv:2509.25149. (Which layers and steps stay in bf16 is the training script's business.)
-    "nvidia":    Recipe("rtn", "rtn_16x16", (None, "sr", None), ("rht16", "sr", "rtn"), True),
-    # 4/6 forward in NVIDIA's, arXiv:2512.02010. (Its code also lets 4/6 choose among SR gradients: biased.)
-    "four_six":  Recipe("four_six", "four_six_16x16", (None, "sr", None), ("rht16", "sr", "rtn"), True),
-    # TetraJet-v2, arXiv:2510.27527, in the form that Quartet II, arXiv:2601.22813, compares with
-    "tetrajet2": Recipe("rtn", "rtn", ("rht32", "sr", "sr"), ("rht32", "sr", "sr")),
-    "quartet2":  Recipe("four_six", "four_six", ("rht128", "ms_eden", "ms_eden"),
-                                                ("rht128", "ms_eden", "ms_eden")),
-    # ours: scales searched forward, three rounds of rotation backward, weights that come to rest (section 10)
-    "quintet":   Recipe("scale_search", "scale_search", ("rht128x3", "ms_eden", "ms_eden"),
-                                                        ("rht128x3", "ms_eden", "ms_eden"), dampen=10.0),
+    # All three GEMMs as in nn.Linear.
+    "bf16": None,
+    # The simplest: nearest everywhere, also where it should be unbiased.
+    "rtn": Recipe(
+        x="rtn",
+        w="rtn",
+        dx=Gemm(None, dy="rtn", other="rtn"),
+        dw=Gemm(None, dy="rtn", other="rtn")
+    ),
+    # NVIDIA, arXiv:2509.25149. Which layers and which steps stay in bf16 is the training script's business.
+    "nvidia": NVIDIA,
+    # 4/6 in its forward pass, arXiv:2512.02010. (Their code lets 4/6 choose among SR gradients, too: biased.)
+    "four_six": NVIDIA._replace(x="four_six", w="four_six_16x16"),
+    # TetraJet-v2, arXiv:2510.27527, in the form that Quartet II compares with.
+    "tetrajet2": Recipe(
+        x="rtn",
+        w="rtn",
+        dx=Gemm("rht32", dy="sr", other="sr"),
+        dw=Gemm("rht32", dy="sr", other="sr")
+    ),
+    # Quartet II, arXiv:2601.22813.
+    "quartet2": Recipe(
+        x="four_six",
+        w="four_six",
+        dx=Gemm("rht128", dy="ms_eden", other="ms_eden"),
+        dw=Gemm("rht128", dy="ms_eden", other="ms_eden")
+    ),
+    # Ours: scales searched forward, three rounds of rotation backward, weights that come to rest (section
+    # 12).
+    "quintet": Recipe(
+        x="scale_search",
+        w="scale_search",
+        dx=Gemm("rht128x3", dy="ms_eden", other="ms_eden"),
+        dw=Gemm("rht128x3", dy="ms_eden", other="ms_eden"),
+        dampen=10.0
+    )
 }
 
-# ---- 9. The linear layer -----------------------------------------------------------------------------------
-NATIVE_BF16 = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-kernels = None                              # the module kernels.py, once a Linear may use it
-@library.custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def draw(like: torch.Tensor, words: int) -> torch.Tensor:
-    """(words,) int64 of random bits from the default generator of like's device, compiled or not the same."""
-    return torch.randint(-2**63, 2**63 - 1, (words,), device=like.device)
-draw.register_fake(lambda like, words: like.new_empty(words, dtype=torch.int64))
-def draw_words(dy, row):
-    """Of a backward pass: (2, words) int64; for dx, for dw: R's signs, by bits, seeds of w or x, of dy."""
-    rounds = max([2] + [ROTATIONS[gemm[0]][1] for gemm in (row.dx, row.dw) if gemm[0]])
-    return draw(dy, 2 * (2 * rounds + 2)).view(2, -1)
-@library.custom_op("quartet::gemm", mutates_args=())
-def gemm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a (M, K), b (N, K) of bf16 values -> a b^T (M, N) bf16, from sums in float32 throughout."""
-    cublas = torch.backends.cuda.matmul
-    before = cublas.allow_bf16_reduced_precision_reduction
-    cublas.allow_bf16_reduced_precision_reduction = False       # else partial sums may be added in bf16
-    try:
-        with torch.autocast(a.device.type, enabled=False): return F.linear(a, b).bfloat16()
-    finally: cublas.allow_bf16_reduced_precision_reduction = before
-gemm.register_fake(lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16))
-def matmul(a, b):
-    """a NVFP4 (M, K), b NVFP4 (N, K) -> a b^T (M, N) bf16: as FP4 tensor cores, but for the order of sums."""
-    slow = a.codes.device.type == "cpu" and not NATIVE_BF16     # float32 is as exact, and faster there
-    return gemm(*(decode(t, torch.float32 if slow else torch.bfloat16) for t in (a, b)))
-def backward_matmul(row, e, other, words):
-    """One backward GEMM: e (I, L), other (J, L) or shorter, NVFP4 unless row quantizes it -> (I, J) bf16."""
-    bits = words[:-2, None] >> torch.arange(64, device=words.device) & 1               # then two seeds
-    R, n = rotation_from(row[0], bits.view(-1, GROUP) * 2.0 - 1.0) if row[0] else (None, 1)
-    if row[2]:
-        other = QUANTIZERS[row[2]](F.pad(other, (0, e.shape[1] - other.shape[1])), R, words[-2])
-    return matmul(QUANTIZERS[row[1]](e, R, words[-1]), other._replace(tensor_scale=other.tensor_scale / n))
 
-def quantized(w, recipe):
-    """w (N, K) bf16 -> codes, block_scale, tensor_scale of what y multiplies x by."""
-    return tuple(QUANTIZERS[RECIPES[recipe].w](w, None, None))
-def on_grid(w, recipe):
-    """w (N, K) bf16 -> its values as y multiplies x by them, (N, K) bf16."""
-    return decode(NVFP4(*quantized(w, recipe)), torch.bfloat16)
-@library.custom_op("quartet::stored", mutates_args=())
-def stored(t: torch.Tensor) -> torch.Tensor:
-    """A copy: between its own operations torch.compile keeps bf16 values in float32; here it must round."""
-    return t.clone()
-stored.register_fake(torch.empty_like)
-class QuantizedMatmul(torch.autograd.Function):
-    """x (M, K), w (N, K) bf16; wq: `quantized` w, or Nones -> x w^T (M, N) bf16, as are the gradients."""
-    @staticmethod
-    def forward(ctx, x, w, recipe, *wq):
-        row, ctx.recipe, x, w = RECIPES[recipe], recipe, stored(x), stored(w)
-        xq, wq = QUANTIZERS[row.x](x, None, None), quantized(w, recipe) if wq[0] is None else wq
-        ctx.save_for_backward(*((w,) if row.original and row.dx[2] else wq), *((x,) if row.original else xq))
-        return matmul(xq, NVFP4(*wq))
-    @staticmethod
-    def backward(ctx, dy):
-        row, dx, dw, saved = RECIPES[ctx.recipe], None, None, ctx.saved_tensors     # once: checkpoint's rule
-        w, x = (saved[:1], saved[1:]) if row.original and row.dx[2] else (saved[:3], saved[3:])
-        w, x, dy = *(t[0] if len(t) == 1 else NVFP4(*t) for t in (w, x)), stored(dy)
-        with torch.autocast(dy.device.type, enabled=False):
-            words = draw_words(dy, row)
-            if ctx.needs_input_grad[0]:
-                if row.dx[2]: w = (w if row.original else decode(w, torch.bfloat16)).T
-                dx = backward_matmul(row.dx, dy, w if row.dx[2] else transpose(w), words[0])
-            if ctx.needs_input_grad[1]:
-                x = x if row.original else decode(x, torch.bfloat16)
-                e = F.pad(dy, (0, 0, 0, -len(dy) % GROUP)).T    # tokens of zeros, up to whole groups
-                dw = backward_matmul(row.dw, e, x.T, words[1])
-        return dx, dw, None, None, None, None
-class Linear(torch.nn.Linear):
+# Printed:
+#     NMSE x 1e3 of operands    y: x       w  dx: dy       w  dw: dy       x
+#     rtn                       9.03    9.03    9.02   17.73    9.08   17.70
+#     nvidia                    9.03   12.34   23.64   12.34   23.44    9.02
+#     four_six                  7.56   12.32   23.64   12.32   23.54    9.06
+#     tetrajet2                 9.03    9.03   23.18   32.33   23.37   32.58
+#     quartet2                  7.56    7.57    9.34   16.89    9.38   16.97
+#     quintet                   6.70    6.70    9.38   16.06    9.36   15.97
+
+
+# ---- 10. The three GEMMs -----------------------------------------------------------------------------------
+#
+# M tokens, K features in, N features out; x (M, K), w (N, K), y and dy (M, N), all in bf16. An operand of a
+# GEMM is always given with the summed axis last, as NVFP4 wants it: `matmul(a, b, n)` is a b^T / n. Each
+# backward pass draws noise of its own, and within it each GEMM has its rotation and each operand its seed.
+
+class Noise(NamedTuple):
+    """The random bits of one backward GEMM."""
+    signs: Tensor    # (rounds, 128) float32 of +-1: makes the rotation, which both operands share
+    other: Tensor    # () int64: seed of w in dx, of x in dw
+    dy: Tensor       # () int64: seed of dy
+
+
+def draw_noise(dy, recipe):
+    """Fresh Noise for dx and for dw, from the default generator of dy's device."""
+    rounds = max([2] + [rounds for name, (size, rounds) in ROTATIONS.items()
+                        if name in (recipe.dx.rotation, recipe.dw.rotation)])
+    words = draw(dy, 4 * rounds + 4).view(2, -1)      # for each GEMM 64 signs a word, then two seeds
+    bits = words[:, :-2, None] >> torch.arange(64, device=dy.device) & 1
+    signs = bits.view(2, rounds, GROUP) * 2.0 - 1.0
+    return [Noise(d, seeds[-2], seeds[-1]) for d, seeds in zip(signs, words)]
+
+
+def quantize(quantizer, x, R=None, seed=None):
+    """x (..., K), by a name of QUANTIZERS -> NVFP4 of x R."""
+    return QUANTIZERS[quantizer](x, R, seed)
+
+
+def whole_groups(t):
+    """t (M, K) -> (M', K): tokens of zeros added, so that M' is a multiple of 128 for rotations along M."""
+    return F.pad(t, (0, 0, 0, -len(t) % GROUP))
+
+
+def forward_gemm(recipe, x, w_q):
+    """x (M, K) bf16, w_q NVFP4 (N, K) -> y (M, N) bf16, and x_q NVFP4 (M, K)."""
+    # --- y = x w^T, summed over K ---
+    x_q = quantize(recipe.x, x)                                            # (M, K)
+    return matmul(x_q, w_q), x_q                                           # (M, N)
+
+
+def dgrad_gemm(recipe, dy, w_kept, noise):
+    """dy (M, N) bf16, w_kept (N, K), NVFP4 or `unquantized` -> dx (M, K) bf16."""
+    # --- dx = dy w, summed over N ---
+    # Rotating both operands by one R changes nothing but the rounding: (dy R)(w^T R)^T = n dy w.
+    R, n = rotation_from(recipe.dx.rotation, noise.signs)
+    dy_q = quantize(recipe.dx.dy, dy, R, noise.dy)                         # (M, N)
+    if recipe.dx.other is None:
+        w_q = transpose(w_kept)                                            # (K, N)
+    else:
+        w_q = quantize(recipe.dx.other, decode(w_kept).T, R, noise.other)  # (K, N)
+    return matmul(dy_q, w_q, n)                                            # (M, K)
+
+
+def wgrad_gemm(recipe, dy, x_kept, noise):
+    """dy (M, N) bf16, x_kept (M, K), NVFP4 or `unquantized` -> dw (N, K) bf16."""
+    # --- dw = dy^T x, summed over M ---
+    R, n = rotation_from(recipe.dw.rotation, noise.signs)
+    dy_t = whole_groups(dy).T
+    x_t = whole_groups(decode(x_kept)).T
+    dy_q = quantize(recipe.dw.dy, dy_t, R, noise.dy)                       # (N, M)
+    x_q = quantize(recipe.dw.other, x_t, R, noise.other)                   # (K, M)
+    return matmul(dy_q, x_q, n)                                            # (N, K)
+
+
+# Printed:
+#     NMSE x 1e3 on N(0, 1)         y       dx       dw
+#     bf16                       0.00     0.00     0.00
+#     rtn                       17.98    26.68    26.56
+#     nvidia                    21.27    35.76    32.51
+#     four_six                  19.76    35.94    32.63
+#     tetrajet2                 17.98    56.68    56.63
+#     quartet2                  15.06    26.46    26.34
+#     quintet                   13.38    25.50    25.45
+
+
+# ---- 11. The linear layer ----------------------------------------------------------------------------------
+#
+# What is left is to be nn.Linear: the same parameters and initialisation, any leading shape, any dtype,
+# autocast. The backward pass keeps x and w as NVFP4, 0.56 bytes a value instead of 2. How autograd and
+# torch.compile call the three GEMMs is in the appendix (QuantizedMatmul), and so are the checks.
+
+NOTHING = (None, None, None)
+
+
+class Linear(nn.Linear):
     """nn.Linear with its three GEMMs by a recipe. Same parameters, init and state dict; any leading shape.
 
-    Computes on the bf16 values of x and weight; y has autocast's dtype or x's. For backward it keeps x and w
-    in NVFP4, 0.56 bytes a value (in bf16 what the recipe takes `original`), and draws from the device's default
-    generator. ValueError unless in_features % 16 == 0 and out_features % 16 == 0, % 128 where dx is rotated.
-    A recipe with `dampen` wants that function called after steps of the optimizer.
+    It computes on the bf16 values of x and weight; y has autocast's dtype or x's, dx x's dtype, dw the
+    weight's. Noise comes from the device's default generator, as for nn.Dropout. ValueError unless
+    in_features % 16 == 0 and out_features % 16 == 0, or % 128 where the recipe rotates dx. A recipe with
+    `dampen` wants that function called after steps of the optimizer.
     """
-    weight_nvfp4, once = (), False              # of `quantized_weights`
+    weight_nvfp4 = NOTHING    # within `quantized_weights` the quantized weight; else forward quantizes
+    weight_place = ()         # its place in memory, always the same
+
     def __init__(self, in_features, out_features, bias=False, recipe="quartet2", backend="auto",
                  device=None, dtype=None):
         check(recipe, backend, in_features, out_features)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.recipe, self.backend = recipe, backend
-    def __setstate__(self, state):              # unpickled, maybe where kernels.py is not loaded yet
-        super().__setstate__(state | dict(once=False))
-        check(self.recipe, "torch" if self.backend == "torch" else "auto")
+        self.recipe = recipe
+        self.backend = backend
+
     def forward(self, x):
-        if RECIPES[self.recipe] is None: return super().forward(x)
+        if RECIPES[self.recipe] is None:
+            return super().forward(x)
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             raise ValueError(f"{self} takes floats (..., {self.in_features}), not {x.dtype} {tuple(x.shape)}")
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(kind, enabled=False):       # it would change the dtype of the sums in rotations
-            x16, w16 = x.reshape(-1, self.in_features).bfloat16(), self.weight.bfloat16()
-            matmul = module(self, kind).QuantizedMatmul.apply
-            y = matmul(x16, w16, self.recipe, *(self.weight_nvfp4 if self.once else [None] * 3))
-            y = y.to(dtype).view(*x.shape[:-1], self.out_features)
-            return y if self.bias is None else y + self.bias.to(dtype)
-    def extra_repr(self): return f"{super().extra_repr()}, recipe={self.recipe!r}"
-def load_kernels():
-    """Import kernels.py -> what it lacks to run here, or None."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        x16 = x.reshape(-1, self.in_features).bfloat16()
+        matmul = backend_of(self).QuantizedMatmul.apply
+        y = matmul(x16, self.weight.bfloat16(), self.recipe, *self.weight_nvfp4)
+        y = y.to(dtype).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, recipe={self.recipe!r}"
+
+    def __setstate__(self, state):
+        super().__setstate__(state | {"weight_nvfp4": NOTHING})
+        # Where this is unpickled, kernels.py may not be loaded yet: check loads it. It is never demanded.
+        check(self.recipe, "torch" if self.backend == "torch" else "auto")
+
+
+# Printed:
+#     bytes kept for the backward pass, a value of x and w:
+#     bf16 2.00, rtn 0.56, nvidia 1.28, four_six 1.28, tetrajet2 0.56, quartet2 0.56, quintet 0.56
+
+
+# ---- 12. Weights that come to rest -------------------------------------------------------------------------
+#
+# The gradient is taken where the forward pass multiplies, at Q(w), and it moves w. If the loss is least
+# between two grid points, w goes to the border between them, and Q(w) flips from one to the other until
+# training ends. Pull w towards Q(w), as weight decay pulls it towards 0, and it settles on one of the two.
+# The pull must come late, when weights have found their place. This is the decoupled form of CAGE (Tabesh et
+# al. 2025, arXiv:2510.18784), which waits and then grows along a line; here the pull grows as (t/T)^4 in step
+# t of T. Nagel et al. 2022, arXiv:2203.11086, dampened oscillations first, by a term of the loss.
+
+@torch.no_grad()
+def dampen(model, share):
+    """Move each weight of a Linear by share * its recipe's `dampen`, at most 1, of the way to its quantized
+    value.
+
+    share: float, or () tensor on the weights' device: after step t of T the learning rate times (t/T)^4; or,
+    every few steps, the sum of these, which is cheaper.
+    """
+    for m in quantized_layers(model):
+        strength = RECIPES[m.recipe].dampen
+        if strength:
+            w = getattr(m.weight, "to_local", lambda: m.weight)()      # of FSDP2: this process's rows
+            values = backend_of(m).on_grid(w.bfloat16(), m.recipe)
+            way = w.new_zeros(()) + share * strength
+            w.lerp_(values.to(w.dtype), way.clamp(max=1))
+
+
+# Printed:
+#     weights whose best value lies between two grid points: at the end of training
+#     29.5% of them flip in a step; pulled, 0.4%
+
+
+# ============================================================================================================
+# Appendix. From here on: what PyTorch needs. A reader who stops here has understood everything.
+# ============================================================================================================
+
+# ---- A. Custom ops, and what torch.compile needs -----------------------------------------------------------
+#
+# torch.compile may replace an operation by another that is equal on paper. Three may not be: random bits,
+# which must be eager's; a GEMM with float32 sums; a cast to bf16, after which the compiler likes to go on
+# with the float32 value.
+
+@custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def draw(like: Tensor, words: int) -> Tensor:
+    """(words,) int64 of random bits from the default generator of like's device, the same compiled or not."""
+    return torch.randint(-2**63, 2**63 - 1, (words,), device=like.device)
+
+
+draw.register_fake(lambda like, words: like.new_empty(words, dtype=torch.int64))
+
+
+@custom_op("quartet::stored", mutates_args=())
+def stored(t: Tensor) -> Tensor:
+    """A copy of t, (...) bf16: what is computed from it sees bf16 values, compiled or not."""
+    return t.clone()
+
+
+stored.register_fake(torch.empty_like)
+
+
+@custom_op("quartet::gemm", mutates_args=())
+def gemm(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K), b (N, K) of bf16 values -> a b^T (M, N) bf16, from sums in float32 throughout."""
+    cublas = torch.backends.cuda.matmul
+    before = cublas.allow_bf16_reduced_precision_reduction
+    cublas.allow_bf16_reduced_precision_reduction = False      # else partial sums may be added in bf16
+    try:
+        with torch.autocast(a.device.type, enabled=False):
+            return F.linear(a, b).bfloat16()
+    finally:
+        cublas.allow_bf16_reduced_precision_reduction = before
+
+
+gemm.register_fake(lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16))
+
+
+# A CPU without bf16 units multiplies faster in float32, and as exactly.
+CPU_DTYPE = torch.float32
+if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):
+    CPU_DTYPE = torch.bfloat16
+
+
+def matmul(a, b, n=1):
+    """a NVFP4 (M, K), b NVFP4 (N, K), n a power of two -> a b^T / n (M, N) bf16: an FP4 GEMM, emulated."""
+    dtype = CPU_DTYPE if a.codes.device.type == "cpu" else torch.bfloat16
+    b = b._replace(tensor_scale=b.tensor_scale / n)            # exact
+    return gemm(decode(a, dtype), decode(b, dtype))
+
+
+def quantized(w, recipe):
+    """w (N, K) bf16 -> NVFP4 (N, K), what y multiplies x by."""
+    return quantize(RECIPES[recipe].w, w)
+
+
+def on_grid(w, recipe):
+    """w (N, K) bf16 -> its values as y multiplies x by them, (N, K) bf16."""
+    return decode(quantized(w, recipe), torch.bfloat16)
+
+
+class QuantizedMatmul(torch.autograd.Function):
+    """x (M, K), w (N, K) bf16; w_q: `quantized` w, or Nones -> x w^T (M, N) bf16, as are the gradients."""
+
+    @staticmethod
+    def forward(ctx, x, w, recipe, *w_q):
+        row = ctx.recipe = RECIPES[recipe]
+        x = stored(x)
+        w = stored(w)
+        if w_q[0] is None:
+            w_q = quantized(w, recipe)
+        y, x_q = forward_gemm(row, x, NVFP4(*w_q))
+        w_kept = quantize("bf16", w) if row.original and row.dx.other else w_q
+        x_kept = quantize("bf16", x) if row.original else x_q
+        ctx.save_for_backward(*w_kept, *x_kept)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        saved = ctx.saved_tensors                      # read once: the rule of activation checkpointing
+        dy = stored(dy)
+        dx = dw = None
+        noise_dx, noise_dw = draw_noise(dy, ctx.recipe)
+        if ctx.needs_input_grad[0]:
+            dx = dgrad_gemm(ctx.recipe, dy, NVFP4(*saved[:3]), noise_dx)
+        if ctx.needs_input_grad[1]:
+            dw = wgrad_gemm(ctx.recipe, dy, NVFP4(*saved[3:]), noise_dw)
+        return dx, dw, None, None, None, None
+
+
+# ---- B. Backends -------------------------------------------------------------------------------------------
+#
+# This file computes everything on any device. kernels.py computes the same on a GPU, much faster.
+
+kernels = None    # the module kernels.py, once a Linear may use it
+
+
+def load_kernels(recipe):
+    """Import kernels.py -> what is lacking to compute a recipe here, or None."""
     global kernels
-    gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-    if not (gpu and compiler or os.environ.get("TRITON_INTERPRET") == "1"):
-        return "a C compiler (apt install gcc)" if gpu else "an NVIDIA GPU of compute capability 8.0 or more"
-    try: from kernels import supports; import kernels   # a package of that name lacks the first
-    except ImportError as e: return f"kernels.py, and the package triton (pip install triton): {e}"
-def resolve(backend, kind, recipe):
-    """The backend that "auto" means on a device of a kind, "cuda" or "cpu"; else backend."""
-    fast = kernels is not None and kind == "cuda" and kernels.supports(RECIPES[recipe])
-    return backend if backend != "auto" else "triton" if fast else "torch"
-def module(m, kind):
-    """kernels.py or this file, whichever computes a Linear m on a device of a kind."""
-    return kernels if resolve(m.backend, kind, m.recipe) == "triton" else sys.modules[__name__]
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+            return "an NVIDIA GPU of compute capability 8.0 or more"
+        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+            return "a C compiler (apt install gcc)"
+    try:
+        from kernels import supports    # a package of that name lacks this
+        import kernels
+    except ImportError as e:
+        return f"kernels.py, and the package triton (pip install triton): {e}"
+    if not supports(RECIPES[recipe]):
+        return f"a mode in kernels.py for each quantizer of {recipe!r}"
+
+
+def resolve(backend, device, recipe):
+    """The backend, "torch" or "triton", that one of Linear's means on a device type, "cuda" or "cpu"."""
+    if backend != "auto":
+        return backend
+    if kernels and device == "cuda" and kernels.supports(RECIPES[recipe]):
+        return "triton"
+    return "torch"
+
+
+def backend_of(layer):
+    """The module, kernels.py or this one, that computes a Linear where its weight is."""
+    if resolve(layer.backend, layer.weight.device.type, layer.recipe) == "triton":
+        return kernels
+    return sys.modules[__name__]
+
+
+# ---- C. Checks ---------------------------------------------------------------------------------------------
+
+def check_blocks(x, block):
+    """ValueError unless a quantizer can cut x (..., M, K) into blocks."""
+    if not x.is_floating_point():
+        raise ValueError(f"quantizers take floating-point tensors, not {x.dtype}: use .float() first")
+    if block not in ((1, BLOCK), (BLOCK, BLOCK)):
+        raise ValueError(f"block={block}: NVFP4 blocks are (1, {BLOCK}) or, for weights, ({BLOCK}, {BLOCK})")
+    if x.dim() == 0 or x.shape[-1] % BLOCK or math.prod(x.shape[:-1]) % block[0]:
+        raise ValueError(f"shape {tuple(x.shape)}: pad with zeros to "
+                         f"rows % {block[0]} == columns % {BLOCK} == 0")
+
+
+def check_row(recipe):
+    """ValueError for a row of RECIPES that names what there is not, or what cannot stand there."""
+    row = RECIPES[recipe]
+    needed = {row.x, row.w, row.dx.dy, row.dw.dy, row.dw.other}
+    if row.dx.other is not None or row.dx.rotation or not str(row.w).endswith("_16x16"):
+        needed.add(row.dx.other)
+    wrong = needed - QUANTIZERS.keys() | {row.x, row.w} & NOISY
+    wrong |= {row.dx.rotation, row.dw.rotation} - {None, *ROTATIONS}
+    if wrong:
+        raise ValueError(f"{recipe!r}, {row}: {wrong} cannot stand where it does. Quantizers are names of "
+                         "QUANTIZERS, for x and w without noise; rotations are names of ROTATIONS, or None; "
+                         "other can be None in dx only, for a w in 16x16 blocks that is not rotated")
+
+
 def check(recipe, backend, in_features=0, out_features=0, name=""):
     """ValueError for what cannot be computed; a warning where "auto" means torch in spite of a GPU."""
-    for what, word, known in (("recipe", recipe, RECIPES), ("backend", backend, ("auto", "torch", "triton"))):
-        if word not in known: raise ValueError(f"{what} {word!r} is not one of {', '.join(known)}")
-    if row := RECIPES[recipe]:
-        quantizers, rotations = {row.x, row.w, *row.dx[1:], *row.dw[1:]}, {row.dx[0], row.dw[0]}
-        unknown = quantizers - {*QUANTIZERS, None} | rotations - {*ROTATIONS, None}
-        if unknown: raise ValueError(f"{recipe!r}: {unknown} not in QUANTIZERS or ROTATIONS: add them there")
-    lacks = (backend == "triton" or backend == "auto" and torch.cuda.is_available()) and load_kernels()
-    if lacks is None and not kernels.supports(row):
-        lacks = f"a mode in kernels.py for each quantizer of {recipe!r}"
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend {backend!r} is not one of auto, torch, triton")
+    row = RECIPES[recipe]
+    lacks = (backend == "triton" or backend == "auto" and torch.cuda.is_available()) and load_kernels(recipe)
     if lacks and backend == "triton":
         raise ValueError(f"backend 'triton' needs {lacks}; backend 'torch' runs everywhere")
-    if not row: return
-    if lacks: warnings.warn(f"backend 'triton' needs {lacks}: 'auto' takes 'torch', which is slower")
-    as_saved = not row.dx[0] and str(row.w).endswith("_16x16")  # what `transpose` can take
-    used = row.x, row.w, *row.dx[1:2], *row.dw[1:], *row.dx[2:] * (not as_saved)
-    if len(row.dx + row.dw) != 6 or None in used or {*used[:2]} & NOISY:
-        raise ValueError(f"{recipe!r}, {row}: x and w take quantizers without noise, dx and dw a rotation, "
-                         "then two; None can stand only for dx's of a w in 16x16 blocks, not rotated")
-    if out_features % (need := GROUP if row.dx[0] else BLOCK) or in_features % BLOCK:
+    if row is None:
+        return
+    check_row(recipe)
+    if lacks:
+        warnings.warn(f"backend 'triton' needs {lacks}: 'auto' takes 'torch', which is slower")
+    need = GROUP if row.dx.rotation else BLOCK
+    if out_features % need or in_features % BLOCK:
         raise ValueError(f"{name or 'Linear'}({in_features}, {out_features}): {recipe!r} needs in_features % "
                          f"{BLOCK} == 0, out_features % {need} == 0: resize, use recipe='bf16' or skip=...")
+
+
+# ---- D. Models ---------------------------------------------------------------------------------------------
 
 def quantize_model(model, recipe, skip=(), backend="auto"):
     """Switch every nn.Linear (and Linear; no subclasses) to a recipe, in place -> list of their names.
@@ -455,54 +999,58 @@ def quantize_model(model, recipe, skip=(), backend="auto"):
     PyTorch's fast path: that is switched off (torch.backends.mha, for other models as well).
     """
     check(recipe, backend)
-    skip = {skip} if isinstance(skip, str) else set(skip)
-    hits = {name: {part for part in skip if f".{part}." in f".{name}."} for name, _ in model.named_modules()}
-    if unknown := sorted(skip.difference(*hits.values())):
-        raise ValueError(f"skip={unknown}: no such modules in the model")
-    linears = {n: m for n, m in model.named_modules() if type(m) in (torch.nn.Linear, Linear) and not hits[n]}
-    for name, m in linears.items(): check(recipe, backend, m.in_features, m.out_features, name)
-    for m in linears.values(): m.__class__, m.recipe, m.backend = Linear, recipe, backend
-    if any(isinstance(m, torch.nn.TransformerEncoderLayer) for m in model.modules()):
+    if isinstance(skip, str):
+        skip = {skip}
+    unused = set(skip)
+    linears = {}
+    for name, m in model.named_modules():
+        hits = {part for part in skip if f".{part}." in f".{name}."}
+        unused -= hits
+        if type(m) in (nn.Linear, Linear) and not hits:
+            linears[name] = m
+    if unused:
+        raise ValueError(f"skip={sorted(unused)}: no such modules in the model")
+    for name, m in linears.items():
+        check(recipe, backend, m.in_features, m.out_features, name)
+    for m in linears.values():
+        m.__class__ = Linear
+        m.recipe = recipe
+        m.backend = backend
+    if any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules()):
         torch.backends.mha.set_fastpath_enabled(False)
     return list(linears)
 
+
+def quantized_layers(model):
+    """The Linears of a model whose recipe is not bf16."""
+    return [m for m in model.modules() if isinstance(m, Linear) and RECIPES[m.recipe] is not None]
+
+
 @contextlib.contextmanager
 def quantized_weights(model):
-    """To accumulate gradients, or evaluate: each Linear takes its weight as quantized at the start,
-    from a fixed place in memory. RuntimeError at the end if a weight changed (but through .data)."""
-    layers = [m for m in model.modules() if isinstance(m, Linear) and RECIPES[m.recipe]]
-    versions, kind = [m.weight._version for m in layers], lambda q: [(t.shape, t.dtype, t.device) for t in q]
+    """To accumulate gradients, or evaluate: within it each Linear takes its weight as quantized at the start.
+
+    The quantized weight has a fixed place in memory, as a CUDA graph wants it. RuntimeError at the end if a
+    weight has changed (but through .data).
+    """
+    layers = quantized_layers(model)
+    form = lambda parts: [(t.shape, t.dtype, t.device) for t in parts]
+    versions = [m.weight._version for m in layers]
     try:
         for m in layers:
-            w, m.once = m.weight.detach().bfloat16(), True
-            new = module(m, w.device.type).quantized(w, m.recipe)
-            if kind(m.weight_nvfp4) != kind(new): m.weight_nvfp4 = [*map(torch.empty_like, new)]    # no alias
-            for old, t in zip(m.weight_nvfp4, new): old.copy_(t)
+            new = backend_of(m).quantized(m.weight.detach().bfloat16(), m.recipe)
+            if form(m.weight_place) != form(new):
+                m.weight_place = [torch.empty_like(t) for t in new]    # no alias of what the op returned
+            for place, t in zip(m.weight_place, new):
+                place.copy_(t)
+            m.weight_nvfp4 = m.weight_place
         yield
     finally:
-        for m in layers: m.once = False
+        for m in layers:
+            m.weight_nvfp4 = NOTHING
     if versions != [m.weight._version for m in layers]:
         raise RuntimeError("a weight changed within quantized_weights: step the optimizer after it")
 
-# ---- 10. Weights that come to rest -------------------------------------------------------------------------
-# The gradient is taken where the forward pass multiplies, at Q(w), and moves w. If the loss is least between
-# two grid points, w goes to the border between them and Q(w) flips from one to the other, until training
-# ends. Pulled towards Q(w), as weight decay pulls towards 0, w settles on one of the two.
-@torch.no_grad()
-def dampen(model, share):
-    """Move each weight of a Linear by share * its recipe's `dampen` (at most 1) of the way to its 4-bit one.
 
-    share: float, or () tensor on the weights' device. After a step of the optimizer, its learning rate times
-    (step / steps)^4, so that weights are free until late; or every few steps the sum of these.
-    Source: oscillation dampening, Nagel et al. 2022, arXiv:2203.11086; here apart from the gradients.
-    """
-    for m in model.modules():
-        if isinstance(m, Linear) and RECIPES[m.recipe] and RECIPES[m.recipe].dampen:
-            w = m.weight.to_local() if hasattr(m.weight, "to_local") else m.weight      # of FSDP2: some rows
-            values = module(m, w.device.type).on_grid(w.bfloat16(), m.recipe)
-            w.lerp_(values.to(w.dtype), (w.new_zeros(()) + share * RECIPES[m.recipe].dampen).clamp(max=1))
-
-if __name__ == "__main__":                      # print the sections in numbers: data/demonstrate.py
-    sys.path.append(os.path.join(os.path.dirname(__file__), "data"))
-    import demonstrate
-    demonstrate.main()
+if __name__ == "__main__":    # print the sections in numbers
+    runpy.run_path(os.path.dirname(os.path.abspath(__file__)) + "/data/demonstrate.py", run_name="__main__")

@@ -34,12 +34,12 @@ PARTS, SIGMAS = 16, 3                       # of the draws; standard errors abov
 def register(recipe, operands):
     """Add to quartet.RECIPES a recipe's forward with each backward -> {(method, operand): its new name}."""
     quartet.QUANTIZERS["sr_four_six"] = lambda x, R, seed: demonstrate.sr_four_six(quartet.rotate(x, R), seed)
-    (x, w), names = quartet.RECIPES[recipe][:2], {}
+    x, w, names = quartet.RECIPES[recipe].x, quartet.RECIPES[recipe].w, {}
     for method, (R, q) in METHODS.items():
         for operand, pair in dict(both=(q, q), dy=(q, "bf16"), other=("bf16", q)).items():
             if operand in operands:
                 name = names[method, operand] = f"{recipe}, backward {method}, {operand}"
-                quartet.RECIPES[name] = quartet.Recipe(x, w, (R, *pair), (R, *pair))
+                quartet.RECIPES[name] = quartet.Recipe(x, w, quartet.Gemm(R, *pair), quartet.Gemm(R, *pair))
     return names
 
 def capture(model, tokens, targets):

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch
 import quartet
-from quartet import E2M1_MAX, E4M3_MAX, GROUP, block_sum, blocks, e2m1, e4m3, over, ratio, rotate
+from quartet import E2M1_MAX, E4M3_MAX, GROUP, block_sum, blocks, e2m1, e4m3, divide_by, ratio, rotate
 
 def normal(*shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16().float()
 def nmse(a, x): return ((a - x).double().square().sum() / x.double().square().sum()).item()
@@ -25,7 +25,7 @@ def rtn_by_amax(x):
     """
     b, amax, unit = blocks(x)
     tensor_scale = x.abs().max() / (E2M1_MAX * E4M3_MAX)
-    s = e4m3(over(amax * unit, E2M1_MAX) / tensor_scale) * tensor_scale
+    s = e4m3(divide_by(amax * unit, E2M1_MAX) / tensor_scale) * tensor_scale
     return (e2m1(ratio(b, s)) * s).view(x.shape)
 
 def alignment(x, R, group):
@@ -35,7 +35,7 @@ def alignment(x, R, group):
     is rounded to E4M3 before the factor is known, ours is not.
     """
     b, amax, unit = blocks(rotate(x, R))
-    s = over(amax, quartet.EDEN_MAX) * unit
+    s = divide_by(amax, quartet.EDEN_MAX) * unit
     s = quartet.round_scale(s) if group == GROUP else s
     v = ratio(b, s)
     q = e2m1(v)
@@ -72,7 +72,7 @@ def measure():
     yield ("", "decoded values that bf16 changes",
            *(f"{(t.bfloat16().float() != t).float().mean():.0%}" for t in (theirs, ours)))
     b, amax, unit = blocks(x)
-    v = ratio(b, quartet.round_scale(over(amax, E2M1_MAX)) * unit)
+    v = ratio(b, quartet.round_scale(divide_by(amax, E2M1_MAX)) * unit)
     tie = torch.stack([v.abs() == t for t in (0.25, 1.25, 2.5, 5.0)]).any(0).float().mean()
     yield "ties: away from zero; to even, as the hardware", "values that this decides", f"{tie:.2%}", "none"
     yield ("EDEN factor: of 128 scaled values; of a block", "1 - <y, Q(y)> / <y, y>, without noise",

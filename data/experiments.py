@@ -40,7 +40,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch
 import demonstrate, quartet, train_gpt
-from quartet import Recipe
+from quartet import Gemm, Recipe
 
 RESULTS, RUNS, CHILDREN = HERE / "results", HERE.parent / "runs" / "experiments", []    # processes of runs
 SIZES = {   # arguments of train_gpt.py
@@ -54,10 +54,10 @@ COMMON = "--eval_tokens=4194304 --eval_every=500 --save_every=1000000 --sample_t
 DECIDES = ("layers", "width", "heads", "hidden", "vocab_size", "sequence", "tokens_per_step", "steps", "lr",
            "weight_decay", "clip", "eval_tokens")       # what runs must share to be compared
 
-exact = None, "bf16", "bf16"                # a backward GEMM of unquantized operands
+exact = Gemm(None, "bf16", "bf16")                # a backward GEMM of unquantized operands
 forward = lambda x, w: Recipe(x, w, exact, exact)
-backward = lambda *gemm: Recipe("bf16", "bf16", gemm, gemm)
-both = lambda q, *gemm: Recipe(q, q, gemm, gemm)
+backward = lambda *gemm: Recipe("bf16", "bf16", Gemm(*gemm), Gemm(*gemm))
+both = lambda q, *gemm: Recipe(q, q, Gemm(*gemm), Gemm(*gemm))
 eden = "rht128", "ms_eden", "ms_eden"
 ROWS = {
     "fwd_rtn": forward("rtn", "rtn"), "fwd_four_six": forward("four_six", "four_six"),
@@ -77,8 +77,8 @@ ROWS = {
     "quartet2_dampen": quartet.RECIPES["quartet2"]._replace(dampen=10.0),
     "quartet2_cage": quartet.RECIPES["quartet2"]._replace(dampen=10.0),
     "quartet2_original": quartet.RECIPES["quartet2"]._replace(original=True),   # backward: of bf16 x and w
-    "quintet_x2": quartet.RECIPES["quintet"]._replace(dx=("rht128x2", "ms_eden", "ms_eden"),
-                                                      dw=("rht128x2", "ms_eden", "ms_eden")),
+    "quintet_x2": quartet.RECIPES["quintet"]._replace(dx=Gemm("rht128x2", "ms_eden", "ms_eden"),
+                                                      dw=Gemm("rht128x2", "ms_eden", "ms_eden")),
 }
 KNOBS = {   # rows with knobs: recipe, knobs; quartet2_last: 15% of the blocks or a little more
     "quartet2_end": ("quartet2", "--bf16_end=0.1"), "quartet2_last": ("quartet2", "--bf16_blocks=1")}

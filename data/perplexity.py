@@ -22,7 +22,7 @@ def rows():
 
     weights, in blocks of 1x16 or 16x16; or inputs, too, always 1x16. The first, bf16 of all, is the base.
     """
-    exact, found = (None, "bf16", "bf16"), {"all in bf16": ("bf16", "bf16")}
+    exact, found = quartet.Gemm(None, "bf16", "bf16"), {"all in bf16": ("bf16", "bf16")}
     for q in "rtn", "four_six", "scale_search":
         for block in "", "_16x16":
             found[f"{q}{block}, weights"] = "bf16", q + block

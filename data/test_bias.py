@@ -7,7 +7,7 @@ import bias, prepare, quartet, train_gpt
 
 KNOBS = dict(layers=1, width=128, heads=1, hidden=128, sequence=64, steps=1, device="cpu")
 LAYERS = [f"blocks.0.{name}" for name in ("qkv", "out", "up", "down")]
-BF16 = None, "bf16", "bf16"                                     # a backward GEMM that quantizes nothing
+BF16 = quartet.Gemm(None, "bf16", "bf16")                                     # a backward GEMM that quantizes nothing
 
 @pytest.fixture(autouse=True)
 def tables(monkeypatch):
@@ -43,7 +43,7 @@ def test_outliers_bias_the_gradients_of_quartet2_and_not_of_quintet():
 
 @pytest.mark.parametrize("recipe", ["quartet2", "nvidia"])
 def test_exact_is_the_gradient_of_the_same_forward_but_for_rounding_it_to_bf16(recipe):
-    quartet.RECIPES["none"] = quartet.Recipe(*quartet.RECIPES[recipe][:2], BF16, BF16)
+    quartet.RECIPES["none"] = quartet.RECIPES[recipe]._replace(dx=BF16, dw=BF16, original=False)
     for r in bias.measure(*normal(), "none", [1, 4, 16]):
         assert 0 < max(r["error"]) < 2**-16                             # half a step of bf16 is 2^-8 at most
 

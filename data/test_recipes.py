@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import torch, torch.utils.checkpoint
 import quartet
-from quartet import RECIPES, Linear, Recipe
+from quartet import RECIPES, Gemm, Linear
 
-EDEN = "rht128", "ms_eden", "ms_eden"
+EDEN = Gemm("rht128", "ms_eden", "ms_eden")
+def Recipe(x, w, dx, dw, original=False): return quartet.Recipe(x, w, Gemm(*dx), Gemm(*dw), original)
 
 @pytest.mark.parametrize("name, nmse", [(None, 9.32), ("rht128", 9.38), ("rht128x2", 9.32),
                                         ("rht128x3", 9.38)])                        # times 1e-3
@@ -20,27 +21,26 @@ def test_ms_eden_errs_as_stated_where_rotations_leave_scales(name, nmse):
     assert abs(mean - nmse) < 0.005 + 5 * sigma < 0.06                          # half a digit, and 5 sigma
 
 @pytest.mark.parametrize("row, message", [
-    (Recipe("rtn", "rtn", (None, "sr", None), EDEN), r"w='rtn', dx=\(None, 'sr', None\)"),
+    (Recipe("rtn", "rtn", (None, "sr", None), EDEN), r"w='rtn', dx=Gemm\(rotation=None, dy='sr', other=None\)"),
     (Recipe("rtn", "bf16", (None, "sr", None), EDEN), "w='bf16'"),
-    (Recipe("rtn", "rtn_16x16", ("rht128", "sr", None), EDEN), r"dx=\('rht128', 'sr', None\)"),
-    (Recipe("rtn", "rtn", EDEN, ("rht128", "sr", None), True), r"dw=\('rht128', 'sr', None\)"),
-    (Recipe("rtn", "rtn_16x16", (None, None, None), EDEN), r"dx=\(None, None, None\)")])
+    (Recipe("rtn", "rtn_16x16", ("rht128", "sr", None), EDEN), r"dx=Gemm\(rotation='rht128', dy='sr', other=None\)"),
+    (Recipe("rtn", "rtn", EDEN, ("rht128", "sr", None), True), r"dw=Gemm\(rotation='rht128', dy='sr', other=None\)"),
+    (Recipe("rtn", "rtn_16x16", (None, None, None), EDEN), r"dx=Gemm\(rotation=None, dy=None, other=None\)")])
 def test_none_for_a_quantizer_where_w_does_not_transpose_as_it_is_is_refused(row, message, monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", row)
     for make in (lambda: Linear(128, 128, recipe="mine"),
                  lambda: quartet.quantize_model(torch.nn.Linear(128, 128), "mine")):
-        with pytest.raises(ValueError, match=f"'mine'.*{message}.*in 16x16 blocks, not rotated"): make()
+        with pytest.raises(ValueError, match=f"'mine'.*{message}.*{{None}} cannot stand.*in 16x16 blocks that is not rotated"): make()
     for good in Recipe("rtn", "rtn_16x16", (None, "sr", None), EDEN), Recipe("rtn", "rtn", EDEN, EDEN):
         monkeypatch.setitem(RECIPES, "mine", good)
         Linear(128, 128, recipe="mine")
 
 @pytest.mark.parametrize("row, message", [
-    (Recipe("rtn", "rtm", EDEN, EDEN), "{'rtm'} not in QUANTIZERS"),
-    (Recipe("rtn", "rtn", ("rht", "sr", "sr"), EDEN), "{'rht'} not in QUANTIZERS or ROTATIONS"),
-    (Recipe("rtn", "rtn", EDEN, ("ms_eden", "rht128", "ms_eden")), "'rht128'.* not in QUANTIZERS"),
-    (Recipe("rtn", "rtn", EDEN, EDEN[:2]), "dx and dw a rotation, then two"),
-    (Recipe("rtn", None, EDEN, EDEN), "None can stand only for dx's"),
-    (Recipe("sr", "rtn", EDEN, EDEN), "x and w take quantizers without noise")])
+    (Recipe("rtn", "rtm", EDEN, EDEN), "{'rtm'} cannot stand"),
+    (Recipe("rtn", "rtn", ("rht", "sr", "sr"), EDEN), "{'rht'} cannot stand.*names of ROTATIONS"),
+    (Recipe("rtn", "rtn", EDEN, ("ms_eden", "rht128", "ms_eden")), "{.*'rht128'.*} cannot stand"),
+    (Recipe("rtn", None, EDEN, EDEN), "{None} cannot stand"),
+    (Recipe("sr", "rtn", EDEN, EDEN), "{'sr'} cannot stand.*for x and w without noise")])
 def test_a_row_of_unknown_names_is_refused(row, message, monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", row)
     with pytest.raises(ValueError, match=message): Linear(128, 128, recipe="mine")
@@ -62,7 +62,7 @@ def test_a_recipe_of_the_original_operands_quantizes_them_and_not_what_the_forwa
     m.backend = "torch"
     expected = gradients()
     w16, x16 = m.weight.detach().bfloat16().T, x.detach().bfloat16().T
-    assert torch.equal(seen[-4], w16) and torch.equal(seen[-2], x16)    # w, dy; x, dy
+    assert torch.equal(seen[-3].bfloat16(), w16) and torch.equal(seen[-1].bfloat16(), x16)     # dy, w; dy, x
     for a, b in zip(found, expected): assert (a - b).norm() <= 2.0**-8 * b.norm()   # sums in another order
     m.recipe = "quartet2"
     for a, b in zip(gradients(), expected): assert (a - b).norm() > 0.05 * b.norm()
@@ -103,7 +103,7 @@ def test_kernels_have_square_blocks_for_x_and_w_only():
     """They would take 1x16 blocks in a backward: the reference takes over."""
     kernels = pytest.importorskip("kernels")
     assert kernels.supports(RECIPES["nvidia"])
-    assert not kernels.supports(RECIPES["quartet2"]._replace(dw=("rht128", "rtn_16x16", "rtn")))
+    assert not kernels.supports(RECIPES["quartet2"]._replace(dw=Gemm("rht128", "rtn_16x16", "rtn")))
     kernels.supports(RECIPES["nvidia"]._replace(w=None))        # refused by `quartet.check`, in its words
     assert kernels.STOCHASTIC.keys() == quartet.NOISY
 
@@ -111,7 +111,7 @@ def test_another_package_named_kernels_is_not_taken_for_ours(tmp_path):
     (tmp_path / "kernels.py").write_text("")
     own = Path(quartet.__file__).parent
     paths = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; sys.path.append({str(own)!r})"
-    done = subprocess.run([sys.executable, "-c", f"{paths}; import quartet; print(quartet.load_kernels())"],
+    done = subprocess.run([sys.executable, "-c", f"{paths}; import quartet; print(quartet.load_kernels('rtn'))"],
                           env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True)
     assert f"cannot import name 'supports' from 'kernels' ({tmp_path}" in done.stdout, done.stderr
 
@@ -169,14 +169,17 @@ def test_auto_says_once_why_it_is_not_triton_on_a_gpu_and_nothing_on_a_cpu(monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert said(auto) == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(quartet, "load_kernels", lambda: "a C compiler")
+    load_kernels = quartet.load_kernels
+    monkeypatch.setattr(quartet, "load_kernels", lambda recipe: "a C compiler")
     for make in auto, lambda: pickle.loads(saved), lambda: quartet.quantize_model(auto(), "quartet2"):
         text, = said(make)
         assert "needs a C compiler: 'auto' takes 'torch'" in text
     assert said(lambda: [Linear(128, 128, recipe="rtn", backend="torch"), Linear(1, 1, recipe="bf16")]) == []
-    monkeypatch.setattr(quartet, "load_kernels", lambda: None)
+    monkeypatch.setattr(quartet, "load_kernels", load_kernels)
+    monkeypatch.setattr(quartet, "kernels", None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     for fast in True, False:                    # kernels.py runs, with a mode for each quantizer, or not
-        monkeypatch.setattr(quartet, "kernels", types.SimpleNamespace(supports=lambda row: fast))
+        monkeypatch.setitem(sys.modules, "kernels", types.SimpleNamespace(supports=lambda row: fast))
         assert "for each quantizer of 'rtn': 'auto' takes" in "".join(said(auto)) or fast and said(auto) == []
 
 def test_a_bf16_weight_that_is_not_quantized_is_no_change_within_quantized_weights(monkeypatch):
@@ -190,4 +193,4 @@ def test_quantized_weights_that_cannot_be_made_are_not_used(monkeypatch):
     model = torch.nn.Sequential(Linear(128, 128, recipe="rtn"), Linear(128, 128, recipe="rtn"))
     monkeypatch.setattr(model[1], "weight", None)
     with pytest.raises(AttributeError), quartet.quantized_weights(model): pass
-    assert not model[0].once
+    assert model[0].weight_nvfp4 == quartet.NOTHING
