@@ -373,10 +373,9 @@ def sr(x, seed):
     arXiv:2601.22813.
     """
     b, amax, unit = blocks(x)
-    b = b / unit
     s = round_scale(divide_by(amax, SR_MAX))
     u, u_scale = uniform(seed, b, s)
-    q = e2m1(ratio(b, s), u)
+    q = e2m1(ratio(b / unit, s), u)
     return assemble(x.shape, q, s * unit, u_scale)
 
 
@@ -907,8 +906,8 @@ class QuantizedMatmul(torch.autograd.Function):
 kernels = None    # the module kernels.py, once a Linear may use it
 
 
-def load_kernels(recipe):
-    """Import kernels.py -> what is lacking to compute a recipe here, or None."""
+def load_kernels():
+    """Import kernels.py -> what is lacking to run it here, or None."""
     global kernels
     if os.environ.get("TRITON_INTERPRET") != "1":
         if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
@@ -920,8 +919,6 @@ def load_kernels(recipe):
         import kernels
     except ImportError as e:
         return f"kernels.py, and the package triton (pip install triton): {e}"
-    if not supports(RECIPES[recipe]):
-        return f"a mode in kernels.py for each quantizer of {recipe!r}"
 
 
 def resolve(backend, device, recipe):
@@ -974,7 +971,9 @@ def check(recipe, backend, in_features=0, out_features=0, name=""):
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r} is not one of auto, torch, triton")
     row = RECIPES[recipe]
-    lacks = (backend == "triton" or backend == "auto" and torch.cuda.is_available()) and load_kernels(recipe)
+    lacks = (backend == "triton" or backend == "auto" and torch.cuda.is_available()) and load_kernels()
+    if lacks is None and not kernels.supports(row):
+        lacks = f"a mode in kernels.py for each quantizer of {recipe!r}"
     if lacks and backend == "triton":
         raise ValueError(f"backend 'triton' needs {lacks}; backend 'torch' runs everywhere")
     if row is None:

@@ -111,7 +111,7 @@ def test_another_package_named_kernels_is_not_taken_for_ours(tmp_path):
     (tmp_path / "kernels.py").write_text("")
     own = Path(quartet.__file__).parent
     paths = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; sys.path.append({str(own)!r})"
-    done = subprocess.run([sys.executable, "-c", f"{paths}; import quartet; print(quartet.load_kernels('rtn'))"],
+    done = subprocess.run([sys.executable, "-c", f"{paths}; import quartet; print(quartet.load_kernels())"],
                           env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True)
     assert f"cannot import name 'supports' from 'kernels' ({tmp_path}" in done.stdout, done.stderr
 
@@ -170,7 +170,7 @@ def test_auto_says_once_why_it_is_not_triton_on_a_gpu_and_nothing_on_a_cpu(monke
     assert said(auto) == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     load_kernels = quartet.load_kernels
-    monkeypatch.setattr(quartet, "load_kernels", lambda recipe: "a C compiler")
+    monkeypatch.setattr(quartet, "load_kernels", lambda: "a C compiler")
     for make in auto, lambda: pickle.loads(saved), lambda: quartet.quantize_model(auto(), "quartet2"):
         text, = said(make)
         assert "needs a C compiler: 'auto' takes 'torch'" in text
