@@ -534,7 +534,7 @@ def test_quantizers_and_kernels_give_the_same_bits_on_every_device(name, kind):
     x, rows, seed = INPUTS[kind](), 16 if "16x16" in name else 1, 2**63 - 1
     if math.prod(x.shape[:-1]) % rows: return
     arguments = {"ms_eden": (None, seed), "ms_eden_46": (None, seed, True)}
-    arguments = arguments.get(name, (seed,) if name in kernels.STOCHASTIC else ((rows, 16),))
+    arguments = arguments.get(name, (seed,) if name in quartet.NOISY else ((rows, 16),))
     mode = name.removesuffix("_16x16")                                   # sr_four_six has none
     f = getattr(kernels, "ms_eden" if name == "ms_eden_46" else mode) if mode in kernels.MODES else None
     for v in (x, x.bfloat16(), *[x.half()] * (kind == "wide")):

@@ -20,9 +20,9 @@ from kernels import GEMM_OPTIONS, GROUP, LAUNCH, MODES, NVFP4, permuted, quantiz
 TARGETS = dict(sm_90a=(90, 30e12, 3.35e12), sm_100a=(100, 35e12, 8e12, 2.25e15, 9e15),        # H100, B200
                sm_103a=(103, 35e12, 8e12, 2.25e15, 13.1e15),                                  # B300
                sm_120a=(120, 52e12, 1.79e12, 0.2095e15, 1.676e15))                            # RTX 5090
-TYPES = dict(x="*bf16", R="*bf16", seed="*i64", codes="*u8", scale="*bf16", top="*i32", decoded="*bf16",
-             e4m3="*u8", x_scale="*u8", a_scale="*fp8e4nv", b_scale="*fp8e4nv", n="fp32", a="*u8", b="*u8",
-             y="*bf16", **dict.fromkeys(("tensor_scale", "a_tensor_scale", "b_tensor_scale"), "*fp32"),
+TYPES = dict(x="*bf16", R="*bf16", seed="*i64", codes="*u8", scale="*bf16", largest="*i32", decoded="*bf16",
+             block_scale="*u8", x_scale="*u8", a_scale="*fp8e4nv", b_scale="*fp8e4nv", n="fp32", a="*u8", b="*u8",
+             y="*bf16", **dict.fromkeys(("tensor_scale", "x_tensor_scale", "a_tensor_scale", "b_tensor_scale"), "*fp32"),
              **dict.fromkeys(("count", "columns", "size", "M", "N", "K"), "i32"))  # by name or last word
 KINDS = dict(float="F(?!2|LO)|MUFU|HMMA|HGMMA", convert="F2|I2", memory="U?LD|U?ST|ATOM|RED|UBLK",
              control="B|EXIT|WARPSYNC|NOP|S2|CS2|DEPBAR|CALL|RET|ELECT|SYNCS", integer="")     # the first fit
@@ -39,15 +39,15 @@ def configurations(major):
     flat = dict(ROWS=1, FP4=native, B=256, **({"decoded_ptr": None} if native else {}))
     for q in ("rtn", "four_six", "scale_search", "sr"):         # bytes: 2 in, codes, decoded, 1/8 of scales
         yield (f"quantize {q}", kernels.quantize_kernel, dict(flat, QUANTIZER=q),
-               dict(num_warps=8 if q == "scale_search" else 4), 4096, 2.625 + 2 * (not native))
+               dict(num_warps=MODES[q].warps), 4096, 2.625 + 2 * (not native))
     tile = {f"row_{skip}": None, f"col_{skip}": None, "SWIZZLED": native, "COL": "ms_eden",
             **{name: options.pop(name) for name in ("FP4", "H")}}
-    both = dict(tile, ROW="ms_eden", x_scale_ptr=None, tensor_scale_ptr=None)
+    both = dict(tile, ROW="ms_eden", x_scale_ptr=None, x_tensor_scale_ptr=None)
     yield "both ms_eden", kernels.tile_kernel, both, options, 16384, 2 + 2 * (out + 0.125)
-    absent = dict.fromkeys(["row_R", "row_seed", "row_codes", "row_scale", "row_top", "row_decoded"])
+    absent = dict.fromkeys(["row_R", "row_seed", "row_codes", "row_scale", "row_largest", "row_decoded"])
     again = dict(tile, ROW="", **absent)
     yield "requantize ms_eden", kernels.tile_kernel, again, options, 16384, 0.5625 + out + 0.125
-    encode = dict(AGAIN=1, SWIZZLED=native, B=1024, **{"decoded_ptr" if native else "codes_ptr": None})
+    encode = dict(NOISE=1, SWIZZLED=native, B=1024, **{"decoded_ptr" if native else "codes_ptr": None})
     yield "encode ms_eden", kernels.encode_kernel, encode, {}, 32768, 0.1875
     if native:                                      # values of y; bytes: of y alone
         options = dict(GEMM_OPTIONS[major])

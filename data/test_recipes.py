@@ -105,7 +105,7 @@ def test_kernels_have_square_blocks_for_x_and_w_only():
     assert kernels.supports(RECIPES["nvidia"])
     assert not kernels.supports(RECIPES["quartet2"]._replace(dw=Gemm("rht128", "rtn_16x16", "rtn")))
     kernels.supports(RECIPES["nvidia"]._replace(w=None))        # refused by `quartet.check`, in its words
-    assert kernels.STOCHASTIC.keys() == quartet.NOISY
+    assert {name for name, mode in kernels.MODES.items() if mode.noise} == quartet.NOISY
 
 def test_another_package_named_kernels_is_not_taken_for_ours(tmp_path):
     (tmp_path / "kernels.py").write_text("")
@@ -117,9 +117,9 @@ def test_another_package_named_kernels_is_not_taken_for_ours(tmp_path):
 
 COMPILE_ONE = """
 import triton, kernels
-types = dict(scale="*bf16", top="*i32", seed="*i64", e4m3="*u8", tensor_scale="*fp32", codes="*u8",
+types = dict(scale="*bf16", largest="*i32", seed="*i64", block_scale="*u8", tensor_scale="*fp32", codes="*u8",
              decoded="*bf16", columns="i32", size="i32", inverse_n="fp32")
-constants = dict(count=1, AGAIN=16, SWIZZLED=False, B=128)
+constants = dict(count=1, NOISE=16, SWIZZLED=False, B=128)
 kernel = kernels.encode_kernel
 signature = {n: "constexpr" if n in constants else types[n.removesuffix("_ptr")] for n in kernel.arg_names}
 source = triton.compiler.ASTSource(kernel, signature, constants)
