@@ -287,15 +287,6 @@ def philox(seed, counter):
 
 
 @jit
-def load_seed(ptr):
-    """The seed at ptr, int64; 0 for none, of quantizers that draw nothing."""
-    seed = 0
-    if ptr is not None:
-        seed = tl.load(ptr)
-    return seed
-
-
-@jit
 def random_word(seed, first, i):
     """Words (B, 1) uint32 of the elements first + i, first % 4 == 0, i (B, 1)."""
     a, b, c, d = philox(seed, first // 4 + (i >> 2))
@@ -389,10 +380,7 @@ def ms_eden_blocks(b, amax, unit, first, i, seed, FOUR_SIX):
 
 
 @jit
-def quantize_blocks(
-    b, first, i, seed,
-    QUANTIZER, ROWS, BF16,
-):
+def quantize_blocks(b, first, i, seed, QUANTIZER, ROWS, BF16):
     """b (B, 16), blocks number first + i, i (B, 1) -> E2M1 values q (B, 16), scales s (B, 1).
 
     QUANTIZER: of MODES, or "bf16": b and 1. ROWS neighbouring rows of b share a scale. BF16: b holds bf16.
@@ -406,19 +394,20 @@ def quantize_blocks(
     if QUANTIZER == "bf16":
         q = b
         s = inverse(unit)
-    elif QUANTIZER == "rtn":
-        s = round_scale(divide_by(amax, 6.0))
-        q = e2m1(ratio(b * inverse(unit), s, BF16))
-    elif QUANTIZER == "four_six":
-        q, s = four_six_blocks(b * inverse(unit), amax, ROWS, BF16)
-    elif QUANTIZER == "scale_search":
-        q, s = scale_search_blocks(b * inverse(unit), amax, ROWS, BF16)
-    elif QUANTIZER == "sr":
-        s = round_scale(divide_by(amax, SR_MAX))
-        v = ratio(b * inverse(unit), s, False)
-        q = round_to_grid(v, uniform_blocks(seed, first, i), 0.5, 0x3F800000)
-    else:
+    elif QUANTIZER.startswith("ms_eden"):
         q, s = ms_eden_blocks(b, amax, unit, first, i, seed, QUANTIZER == "ms_eden_46")
+    else:
+        v = b * inverse(unit)
+        if QUANTIZER == "rtn":
+            s = round_scale(divide_by(amax, 6.0))
+            q = e2m1(ratio(v, s, BF16))
+        elif QUANTIZER == "four_six":
+            q, s = four_six_blocks(v, amax, ROWS, BF16)
+        elif QUANTIZER == "scale_search":
+            q, s = scale_search_blocks(v, amax, ROWS, BF16)
+        elif QUANTIZER == "sr":
+            s = round_scale(divide_by(amax, SR_MAX))
+            q = round_to_grid(ratio(v, s, False), uniform_blocks(seed, first, i), 0.5, 0x3F800000)
     return q, s * unit
 
 
@@ -444,9 +433,18 @@ def quantize_blocks(
 
 @jit
 def store_blocks(
-    q, s, first, i, mask,
-    codes_ptr, scale_ptr, decoded_ptr, inverse_n,
-    FP4,
+    # the blocks, their numbers, and which of them there are
+    q,
+    s,
+    first,
+    i,
+    mask,
+    # where to write: None for what no GEMM wants
+    codes_ptr,
+    scale_ptr,
+    decoded_ptr,
+    inverse_n,
+    FP4
 ):
     """Write blocks number first + i: scales as bf16, codes and decoded values / n where there is a place."""
     tl.store(scale_ptr + first + i, s.to(tl.bfloat16), mask)
@@ -466,10 +464,22 @@ def magnitude_bits(s):
 
 @jit
 def quantize_kernel(
-    x_ptr, seed_ptr,
-    codes_ptr, scale_ptr, largest_ptr, decoded_ptr,
-    count, columns,
-    QUANTIZER: tl.constexpr, ROWS: tl.constexpr, FP4: tl.constexpr, B: tl.constexpr,
+    # load
+    x_ptr,
+    seed_ptr,
+    # store
+    codes_ptr,
+    scale_ptr,
+    largest_ptr,
+    decoded_ptr,
+    # shape, in blocks
+    count,
+    columns,
+    # known when it is compiled
+    QUANTIZER: tl.constexpr,
+    ROWS: tl.constexpr,
+    FP4: tl.constexpr,
+    B: tl.constexpr
 ):
     """Quantize B blocks of x, contiguous, bf16 or float32, of count blocks in all, columns in a row."""
     # Which blocks: the 16 rows of a 16x16 block come one after another.
@@ -490,7 +500,9 @@ def quantize_kernel(
         b = tl.load(x_ptr + (16 * i + across(16)), mask, 0.0)
 
     # Quantize.
-    seed = load_seed(seed_ptr)
+    seed = 0
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     q, s = quantize_blocks(b.reshape(B, 16), 0, i, seed, QUANTIZER, ROWS, BF16)
 
     # Store.
@@ -500,9 +512,20 @@ def quantize_kernel(
 
 @jit
 def load_tile(
-    x_ptr, x_scale_ptr, x_tensor_scale_ptr,
-    m0, n0, M, N,
-    H, WIDTH, WHOLE, SWIZZLED,
+    # x: bf16, or codes, E4M3 bytes and the tensor scale
+    x_ptr,
+    x_scale_ptr,
+    x_tensor_scale_ptr,
+    # where, of how much
+    m0,
+    n0,
+    M,
+    N,
+    # known when it is compiled
+    H,
+    WIDTH,
+    WHOLE,
+    SWIZZLED
 ):
     """H rows from m0, WIDTH columns from n0 of x (M, N) -> (H, WIDTH) bf16, 0 outside; WHOLE: N % 128 is 0."""
     m = down(H)
@@ -550,18 +573,40 @@ def rotate_tile(x, R):
 
 @jit
 def quantize_tile(
-    x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N,
-    R_ptr, seed_ptr,
-    codes_ptr, scale_ptr, largest_ptr, decoded_ptr, inverse_n,
-    QUANTIZER, TURN,
-    WHOLE, SWIZZLED, FP4, H,
+    # load
+    x_ptr,
+    x_scale_ptr,
+    x_tensor_scale_ptr,
+    m0,
+    n0,
+    M,
+    N,
+    # rotate
+    R_ptr,
+    # quantize
+    seed_ptr,
+    # store
+    codes_ptr,
+    scale_ptr,
+    largest_ptr,
+    decoded_ptr,
+    inverse_n,
+    # known when it is compiled
+    QUANTIZER,
+    TURN,
+    WHOLE,
+    SWIZZLED,
+    FP4,
+    H
 ):
     """Rotate and quantize a tile along N, or its transpose (TURN) along M, H rows of the result at a time."""
     r = tl.arange(0, 128)
     # Eight blocks a row of 128: the row and the place in it of each of 8 H blocks.
     row = down(8 * H) >> 3
     k = down(8 * H) & 7
-    seed = load_seed(seed_ptr)
+    seed = 0
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     R = tl.load(R_ptr + r[:, None] * 128 + r[None, :])
     columns = N // 16
     if TURN:
@@ -589,10 +634,33 @@ def quantize_tile(
 
 @jit
 def tile_kernel(
-    x_ptr, x_scale_ptr, x_tensor_scale_ptr, M, N,
-    row_R, row_seed, row_codes, row_scale, row_largest, row_decoded,
-    col_R, col_seed, col_codes, col_scale, col_largest, col_decoded, inverse_n,
-    ROW: tl.constexpr, COL: tl.constexpr, SWIZZLED: tl.constexpr, FP4: tl.constexpr, H: tl.constexpr,
+    # load
+    x_ptr,
+    x_scale_ptr,
+    x_tensor_scale_ptr,
+    M,
+    N,
+    # rotate, quantize and store rows
+    row_R,
+    row_seed,
+    row_codes,
+    row_scale,
+    row_largest,
+    row_decoded,
+    # rotate, quantize and store columns
+    col_R,
+    col_seed,
+    col_codes,
+    col_scale,
+    col_largest,
+    col_decoded,
+    inverse_n,
+    # known when it is compiled
+    ROW: tl.constexpr,
+    COL: tl.constexpr,
+    SWIZZLED: tl.constexpr,
+    FP4: tl.constexpr,
+    H: tl.constexpr
 ):
     """Rotate and quantize a 128 x 128 tile of x (M, N) along N by ROW and along M by COL, each of MODES or
     "".
@@ -640,9 +708,23 @@ def e4m3_byte(s):
 
 @jit
 def encode_again(
-    s, scale, i, mask, tensor_scale, finite,
-    seed_ptr, codes_ptr, decoded_ptr, count, inverse_n,
-    NOISE,
+    # the scales before and after, of which blocks
+    s,
+    scale,
+    i,
+    mask,
+    tensor_scale,
+    finite,
+    # round
+    seed_ptr,
+    # store
+    codes_ptr,
+    decoded_ptr,
+    # shape, and a factor of the values
+    count,
+    inverse_n,
+    # known when it is compiled
+    NOISE
 ):
     """The rare blocks i, where mask: scale = s / tensor_scale (B, 1) is sub-normal in E4M3, or nothing is
     finite.
@@ -668,10 +750,25 @@ def encode_again(
 
 @jit
 def encode_kernel(
-    scale_ptr, largest_ptr, seed_ptr,
-    block_scale_ptr, tensor_scale_ptr, codes_ptr, decoded_ptr,
-    count, columns, size, inverse_n,
-    NOISE: tl.constexpr, SWIZZLED: tl.constexpr, B: tl.constexpr,
+    # load
+    scale_ptr,
+    largest_ptr,
+    # round
+    seed_ptr,
+    # store
+    block_scale_ptr,
+    tensor_scale_ptr,
+    codes_ptr,
+    decoded_ptr,
+    # shape, and a factor of the tensor scale
+    count,
+    columns,
+    size,
+    inverse_n,
+    # known when it is compiled
+    NOISE: tl.constexpr,
+    SWIZZLED: tl.constexpr,
+    B: tl.constexpr
 ):
     """quartet.assemble's end: choose the tensor scale, and encode B scales of 4 significant bits as E4M3
     bytes.
@@ -723,10 +820,23 @@ def load_scales(ptr, row, k, rows, K, ROWS, BK):
 
 @jit
 def gemm_kernel(
-    a_ptr, a_scale_ptr, a_tensor_scale_ptr,
-    b_ptr, b_scale_ptr, b_tensor_scale_ptr,
-    y_ptr, M, N, K,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    # load
+    a_ptr,
+    a_scale_ptr,
+    a_tensor_scale_ptr,
+    b_ptr,
+    b_scale_ptr,
+    b_tensor_scale_ptr,
+    # store
+    y_ptr,
+    # shape
+    M,
+    N,
+    K,
+    # known when it is compiled
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr
 ):
     """A BM x BN tile of a b^T, a NVFP4 (M, K), b NVFP4 (N, K), scales `swizzled` -> y (M, N) bf16."""
     # Tiles go down 8 columns of tiles at a time: those share rows of a in the L2 cache.
@@ -907,13 +1017,15 @@ def rotate_quantize(
         codes: bool, decoded: bool, swizzled: bool = False) -> list[Tensor]:
     """One read of x -> Operand of x row_R by quantizer row, then Operand of x^T col_R by col; "" for none.
 
-    x: codes, block_scale, tensor_scale of an Operand (M, N), or one bf16 (M, N), alone or in the place of codes.
-    R (128, 128) bf16, `permuted`; seeds () int64. x^T (N, M) gets zeros up to M % 128 == 0. inverse_n, 1 / n of
-    its rotation, is a factor of the second. codes, decoded, swizzled: the parts wanted of both.
+    x: codes, block_scale, tensor_scale of an Operand (M, N), or one bf16 (M, N), alone or in the place of
+    codes. R (128, 128) bf16, `permuted`; seeds () int64. x^T (N, M) gets zeros up to M % 128 == 0. inverse_n,
+    1 / n of its rotation, is a factor of the second. codes, decoded, swizzled: the parts wanted of both.
     """
     M, N, first, second = tile_buffers(x, row, col, codes, decoded, swizzled)
     packed = x[0].dtype == torch.uint8
-    source = [t.contiguous() for t in x[:2 * packed + 1]] + [None] * (2 - 2 * packed)
+    if not packed:
+        x = x[:1]
+    source = [t.contiguous() for t in x] + [None] * (3 - len(x))
     found = []
     with torch.cuda.device_of(x[0]):
         if M and N:
@@ -939,12 +1051,12 @@ def _(x, row, row_R, row_seed, col, col_R, col_seed, inverse_n, *parts):
 def quantizers_of(row):
     """The names of quantizers in a row of RECIPES; of x and w without block shapes, which no backward mode has."""
     forward = {str(q).removesuffix("_16x16") for q in (row.x, row.w)}
-    return forward | {str(q) for gemm in (row.dx, row.dw) for q in (gemm.dy, gemm.other)}
+    return forward | {row.dx.dy, row.dx.other, row.dw.dy, row.dw.other}
 
 
 def supports(row):
     """Whether the kernels have a mode for every quantizer of a row of RECIPES (None: bf16)."""
-    return row is None or quantizers_of(row) <= {*MODES, "bf16", "None"}
+    return row is None or quantizers_of(row) <= {*MODES, "bf16", "None", None}
 
 
 def permuted(R):
@@ -998,8 +1110,7 @@ def ms_eden(x, R, seed, four_six=False):
     """
     if R is not None and (x.dtype != torch.bfloat16 or x.shape[-1] % GROUP):
         raise ValueError(f"{x.dtype} {tuple(x.shape)}: rotate bfloat16 with a last dimension % {GROUP} == 0")
-    quantizer = "ms_eden_46" if four_six else "ms_eden"
-    return quantized_as(quantizer, x, seed, R=R)
+    return quantized_as("ms_eden" + "_46" * four_six, x, seed, R=R)
 
 
 # ---- 9. The three GEMMs ------------------------------------------------------------------------------------
@@ -1007,10 +1118,15 @@ def ms_eden(x, R, seed, four_six=False):
 # As in quartet.py, but dy is quantized for both backward GEMMs by one read, and an operand has the form that
 # the GPU's GEMM takes.
 
+def fp4_operand(t):
+    """codes, scales, tensor scale of t, scales in rows or `swizzled` -> the same as an FP4 GEMM takes them."""
+    codes, scale, tensor_scale = t
+    return codes.contiguous(), swizzled(scale).view(torch.float8_e4m3fn), tensor_scale
+
+
 @custom_op("quartet::scaled_mm", mutates_args=())
 def scaled_mm(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """Operands a (M, K), b (N, K), without decoded, scales `swizzled` or not -> a b^T (M, N) bf16, by
-    cuBLASLt.
+    """codes, scales, tensor scale of a (M, K) and of b (N, K) -> a b^T (M, N) bf16, by cuBLASLt.
 
     K % 32 == N % 16 == 0.
     """
@@ -1018,9 +1134,10 @@ def scaled_mm(a: list[Tensor], b: list[Tensor]) -> Tensor:
         return a[0].new_zeros(len(a[0]), len(b[0]), dtype=torch.bfloat16)
     kinds = [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise]
     order = [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE]
-    a_codes, b_codes = (t[0].contiguous().view(torch.float4_e2m1fn_x2) for t in (a, b))
-    a_scales, b_scales = ([swizzled(t[1]).view(torch.float8_e4m3fn), t[2]] for t in (a, b))
-    return F.scaled_mm(a_codes, b_codes.t(), a_scales, kinds, b_scales, kinds, order, order)
+    a_codes, *a_scales = fp4_operand(a)
+    b_codes, *b_scales = fp4_operand(b)
+    pairs = torch.float4_e2m1fn_x2
+    return F.scaled_mm(a_codes.view(pairs), b_codes.view(pairs).t(), a_scales, kinds, b_scales, kinds, order, order)
 
 
 scaled_mm.register_fake(lambda a, b: a[0].new_empty(len(a[0]), len(b[0]), dtype=torch.bfloat16))
@@ -1032,11 +1149,9 @@ def gemm(a, b):
     N = len(b[0])
     y = a[0].new_empty(M, N, dtype=torch.bfloat16)
     options = GEMM_OPTIONS.get(major(y.device), GEMM_OPTIONS[10])
-    operands = [part for codes, scale, tensor_scale in (a, b)
-                for part in (codes.contiguous(), swizzled(scale).view(torch.float8_e4m3fn), tensor_scale)]
     tiles = cdiv(M, options["BM"]) * cdiv(N, options["BN"])
     with torch.cuda.device_of(y):
-        gemm_kernel[(tiles,)](*operands, y, M, N, 2 * a[0].shape[1], **options, **LAUNCH)
+        gemm_kernel[(tiles,)](*fp4_operand(a), *fp4_operand(b), y, M, N, 2 * a[0].shape[1], **options, **LAUNCH)
     return y
 
 
@@ -1049,7 +1164,7 @@ def matmul(a, b):
 
 def native(w, row):
     """Whether all GEMMs of a row with w (N, K) go to FP4 tensor cores: K % 32 == N % 128 == 0."""
-    fits = w.shape[1] % 32 == 0 and w.shape[0] % GROUP == 0
+    fits = w.shape[1] % 32 == w.shape[0] % GROUP == 0
     return fits and "bf16" not in quantizers_of(row) and major(w.device) >= 10
 
 
