@@ -3,12 +3,13 @@
 This is an article in plain PyTorch, and the project's reference. Read it from top to bottom. Each section
 ends with what `python quartet.py` prints for it; the appendix holds the plumbing and can be left out.
 
-A linear layer multiplies matrices three times: y = x w^T forward, dx = dy w and dw = dy^T x backward. FP4
-tensor cores do such a product (a GEMM) several times faster than bf16 ones if both operands are NVFP4: 4-bit
-values, and a scale for every 16 of them along the axis that is summed over. So x, w and dy must be rounded to
-4 bits, and everything depends on how. In the forward pass each error counts once: take the least squared
-error. In the backward pass the errors of many steps add up in the weights, and those of mean zero cancel: be
-right on average. Quartet II (arXiv:2601.22813) does the first by Four Over Six and the second by MS-EDEN.
+A linear layer of K features in and N out multiplies matrices three times for M tokens: y = x w^T (M, N)
+forward, dx = dy w (M, K) and dw = dy^T x (N, K) backward. FP4 tensor cores do such a product (a GEMM) several
+times faster than bf16 ones if both operands are NVFP4: 4-bit values, and a scale for every 16 of them along
+the axis that is summed over. So x, w and dy must be rounded to 4 bits, and everything depends on how. An
+error of the forward pass counts once, so we make its square small. Errors of gradients add up over many
+steps, so we make their mean zero. Quartet II (arXiv:2601.22813) does the first by Four Over Six and the
+second by MS-EDEN.
 
 One decision shapes this code: the tensor scale is a power of two, and it is chosen last (section 3). A block
 of 16 is then final after one look at it. And a decoded value has at most 2 + 4 significant bits, of its value
@@ -19,7 +20,7 @@ What still rounds: inputs and weights are cast to bf16 first, sums are float32, 
 cores add in a way of their own. By the published probe (arXiv:2609.02846) they round the sum of 64 products
 once, and then add these totals, rounding toward zero. What decides something here (which scale errs less,
 which way a value goes) is specified to the bit: float32, true division, sums in a fixed order. So kernels.py
-can compute the same bits.
+can compute the same bits, but for the sums of a rotation.
 """
 import contextlib
 import math
@@ -115,7 +116,8 @@ def unpack(codes, dtype=torch.float32):
     """codes (..., K/2) uint8 -> (..., K) in dtype, E2M1 values: pack undone, by a table of all bytes."""
     byte = torch.arange(256, device=codes.device)
     code = torch.stack([byte & 15, byte >> 4], -1)
-    # E4M3 has two bits more, one at each end. With the code's three bits in the middle, it is q * 2^-6.
+    # E4M3 has two exponent bits more above the code's three bits, and two mantissa bits more below them. Put
+    # in their place, they are q * 2^-6, sub-normal numbers too.
     bits = (code & 7) << 2 | (code & 8) << 4
     table = bits.to(torch.uint8).view(torch.float8_e4m3fn).to(dtype) * 2.0**6
     return F.embedding(codes.int(), table).flatten(-2)
@@ -156,15 +158,16 @@ def transpose(t):
 # and 52. Only scales 2^14 below the largest, where E4M3 has fewer bits, are rounded once more when they are
 # stored.
 
-TINY = 2.0**-120       # blocks whose amax is smaller become zeros: their scales would be sub-normal in bf16
+TINY = 2.0**-120       # blocks of a smaller amax become zeros: scales stay clear of bf16's sub-normals
 
 
 def blocks(x, block=(1, BLOCK)):
     """Cut x into blocks, and measure each in a unit of its own, a power of two near its amax.
 
     x (..., M, K) -> b (M/rows, rows, K/16, 16) float32, the values, rows being block[0];
-                     amax (M/rows, 1, K/16, 1), the largest magnitude in units: in [1, 2), or 0 below TINY;
-                     unit (M/rows, 1, K/16, 1), such that no square of a value in units overflows or vanishes.
+                     amax (M/rows, 1, K/16, 1), the largest magnitude in units: 0 below TINY, else in [1, 2),
+                     or in [2, 4) near infinity; unit (M/rows, 1, K/16, 1): squares in units do not overflow,
+                     and large ones do not vanish.
     ValueError for other dtypes and shapes.
     """
     check_blocks(x, block)
@@ -183,13 +186,13 @@ def divide_by(a, constant):
 
 
 def ratio(b, s):
-    """b / s; in a block whose s is 0 or NaN, 0 (or NaN, of a b that is NaN or infinite)."""
+    """b / s, and 0 where s is 0 or NaN. There a b that is NaN or infinite gives NaN."""
     return b / torch.where(s > 0, s, math.inf)
 
 
 def block_sum(t):
     """The sums of blocks, t (., rows, ., 16) -> (., 1, ., 1), by halves: i and i + 8, then 4, 2, 1 apart."""
-    # The order is part of the contract: another one flips a few choices of 4/6.
+    # The order is part of the contract: another one flips a few choices between scales.
     for axis in 3, 1:
         while t.shape[axis] > 1:
             first_half, second_half = t.chunk(2, axis)
@@ -276,8 +279,8 @@ def best_scale(b, scales):
         if best is None:
             best = q, s, error
         else:
-            *_, least = best
-            best = [torch.where(error < least, new, old) for new, old in zip((q, s, error), best)]
+            *_, least_error = best
+            best = [torch.where(error < least_error, new, old) for new, old in zip((q, s, error), best)]
     return best[:2]
 
 
@@ -289,25 +292,26 @@ def four_six(x, block=(1, BLOCK)):
     7.6e-3; with 16x16 blocks 12.4e-3, no gain. Source: Cook et al. 2025, arXiv:2512.02010.
     """
     b, amax, unit = blocks(x, block)
-    six = round_scale(divide_by(amax, 6.0))
-    four = round_scale(divide_by(amax, 4.0))
-    q, s = best_scale(b / unit, [six, four])
+    scales = [round_scale(divide_by(amax, top)) for top in (6.0, 4.0)]
+    q, s = best_scale(b / unit, scales)                # in units: squared errors stay in float32's range
     return assemble(x.shape, q, s * unit)
 
 
-SEARCH = 0, -1, 1, 4, 5    # what scale_search tries: so many steps of E4M3 above the scale of amax / 6
+# What scale_search tries: so many steps of E4M3 above the scale of amax / 6. All from -1 to 5 gain 0.6% more.
+SEARCH = 0, -1, 1, 4, 5
 
 
 def scale_search(x, block=(1, BLOCK)):
     """4/6 taken further: of five scales, amax / 6 and its neighbours in E4M3, the one of least squared error.
 
     x (..., K) of any float dtype, K % 16 == 0 -> NVFP4; block as in rtn. Deterministic, hence biased. NMSE
-    6.7e-3; with 16x16 blocks 11.6e-3. amax / 4 lies 4 to 6 steps up and 6 is not tried: in 1% of blocks 4/6
-    errs less.
+    6.7e-3; with 16x16 blocks 11.6e-3. amax / 4 is 4 to 6 steps up, and 6 is not tried: so plain 4/6 errs less
+    in 1% of blocks.
     """
     b, amax, unit = blocks(x, block)
     six = round_scale(divide_by(amax, E2M1_MAX))
-    bits = six.abs().view(torch.int32)                 # abs: NaN may be negative
+    # One step of a scale of 4 significant bits is 2^20 in the bits of a float32. (abs: NaN may be negative.)
+    bits = six.abs().view(torch.int32)
     q, s = best_scale(b / unit, [torch.where(bits > 0, bits + steps * 2**20, 0).view(torch.float32)
                                  for steps in SEARCH])
     return assemble(x.shape, q, s * unit)
@@ -325,14 +329,16 @@ def scale_search(x, block=(1, BLOCK)):
 
 # ---- 6. Noise, and stochastic rounding (SR) ----------------------------------------------------------------
 #
-# Nearest is the same wrong answer every time. Stochastic rounding goes up with a probability equal to the
+# Nearest gives the same wrong answer every time. Stochastic rounding goes up with a probability equal to the
 # fraction, so the mean over many draws is right. Noise is an argument here: a seed, hashed with the index of
-# the element. So a draw can be replayed, is the same however a kernel cuts its work, and no two elements,
-# tensors, layers or steps share one.
+# the element. So a draw can be replayed, and it is the same however a kernel cuts its work. Elements of a
+# tensor have draws of their own; each operand, layer and step gets a fresh seed.
 
 PHILOX_ROUNDS = 7      # the fewest that pass BigCrush: Salmon et al. 2011
 WORD = 0xFFFFFFFF      # 32 bits
-SR_MAX = E2M1_MAX * 16 / 17    # rounding shrinks a scale to 16/17 at worst: amax then ends at 6, not beyond
+# A scale of 4 significant bits may be rounded to 16/17 of itself (1.0625 to 1). If amax maps to 16/17 of 6,
+# then amax / s is at most 6, and nothing clips.
+SR_MAX = E2M1_MAX * 16 / 17
 
 
 def philox(seed, counter):
@@ -340,14 +346,12 @@ def philox(seed, counter):
     c0 = counter & WORD
     c1 = counter >> 32
     c2 = c3 = 0
-    k0 = seed & WORD
-    k1 = seed >> 32
     for i in range(PHILOX_ROUNDS):
         a = c0 * 0xD2511F53                            # 64-bit products, modulo 2^64
         b = c2 * 0xCD9E8D57
-        c0 = (b >> 32 ^ c1 ^ k0 + i * 0x9E3779B9) & WORD
-        c2 = (a >> 32 ^ c3 ^ k1 + i * 0xBB67AE85) & WORD
-        c1 = b                                         # of these the low halves count
+        c0 = (b >> 32 ^ c1 ^ (seed & WORD) + i * 0x9E3779B9) & WORD
+        c2 = (a >> 32 ^ c3 ^ (seed >> 32) + i * 0xBB67AE85) & WORD
+        c1 = b                                         # above 32 bits c1 and c3 hold junk, masked away later
         c3 = a
     return torch.stack([c0, c1, c2, c3], -1) & WORD
 
@@ -374,7 +378,7 @@ def sr(x, seed):
     """
     b, amax, unit = blocks(x)
     s = round_scale(divide_by(amax, SR_MAX))
-    u, u_scale = uniform(seed, b, s)
+    u, u_scale = uniform(seed, b, s)                   # u_scale: for scales that become sub-normal
     q = e2m1(ratio(b / unit, s), u)
     return assemble(x.shape, q, s * unit, u_scale)
 
@@ -383,10 +387,10 @@ def sr(x, seed):
 #     NMSE x 1e3 on N(0, 1)       here    paper, table 1
 #     SR                         23.54              23.5
 #     SR with 4/6, biased        17.52              17.5
-#     squared error of the mean of B draws, times B, over that of one draw: 1 if the mean is right
+#     B times the squared error of the mean of B draws, over that of one draw: 1 if unbiased
 #                                            B=1     B=4    B=16    B=64   B=256      +-
-#     SR                                    1.01    1.02    0.98    0.98    1.01    0.03
-#     SR with 4/6                           1.01    1.32    1.85    3.91   12.36    0.44
+#     SR                                    1.00    1.00    0.99    0.99    1.01    0.04
+#     SR with 4/6                           1.00    1.30    1.87    3.98   12.36    0.45
 
 
 # ---- 7. Rotations ------------------------------------------------------------------------------------------
@@ -394,8 +398,10 @@ def sr(x, seed):
 # If R R^T = n I, then x w^T = (x R)(w R)^T / n: both operands of a GEMM may be rotated along the axis it sums
 # over, and nothing changes but the rounding. The randomized Hadamard transform (RHT) flips signs at random
 # and then makes of 128 values 128 sums. Outliers are spread over the group, and errors change with the signs
-# from draw to draw. Signs must come first: after the sums they would only flip what is already rounded, and
-# average nothing. R is a matrix of small integers, exact in bf16, and n is a power of two.
+# from draw to draw. Signs must come first. Rounding commutes with a change of sign, so signs after the sums
+# would leave the same error in every draw. All of this can be repeated in rounds; section 8 says why one
+# should. R is a matrix of integers that bf16 holds (after three rounds, but once in 10^9 draws), and n is a
+# power of two.
 
 ROTATIONS = {    # name: size of the Hadamard matrix, repeated along the diagonal of R; rounds
     "rht16": (16, 1),
@@ -447,7 +453,10 @@ def rotation(name, generator=None):
 
 
 def rotate(x, R):
-    """x (..., K), K % 128 == 0 -> x R (..., K) float32, 128 values at a time, not normalised. R None: x."""
+    """x (..., K), K % 128 == 0 -> x R (..., K) float32, each group of 128 by the same R, not normalised.
+
+    R None: x as it is.
+    """
     if R is None:
         return x
     if x.shape[-1] % GROUP:
@@ -469,26 +478,28 @@ def rotate(x, R):
 
 # ---- 8. MS-EDEN --------------------------------------------------------------------------------------------
 #
-# SR pays for its right mean with 2.6 times the error of RTN. EDEN gets the mean for less. Rotate, and round v
-# to nearest, q. RTN shrinks: <q, v> < <v, v>. Multiply by the EDEN factor S = <v, v> / <v, q>, and the part
-# of S q along v is v exactly; the rest is an error without a direction of its own, because the rotation is
-# random, and averages out. MS-EDEN puts S into the block scale, and makes the rounding of that scale to E4M3
-# the only stochastic one.
+# SR pays for its right mean with 2.6 times the error of RTN. EDEN gets the mean for less. Rotate the vector
+# to v, and round it to nearest: q. On average this shrinks, <q, v> < <v, v>. Multiply by the EDEN factor S =
+# <v, v> / <v, q>, and the part of S q along v is v exactly. The rest of the error has no direction of its
+# own, because the rotation is random, and averages out. MS-EDEN does so for each block: S goes into the block
+# scale, and the rounding of that scale to E4M3 is the only stochastic one.
 #
 # The argument holds as far as the rotated error has no direction, and one round of RHT is not always enough.
 # A group that one large value dominates becomes +-constant: all 128 values sit on one grid point, RTN erases
-# the rest in every draw, and no averaging brings it back. (The paper's corollary overlooks that.) Two rounds
-# leave next to nothing of this, but two near-equal values, such as (1, 0.88) and 126 zeros, leave half of the
-# sums between the rounds empty, and 1.3% of the norm stays as a bias. After three rounds none was seen in any
-# input that was tried.
+# the rest in every draw, and no averaging brings it back. (The paper's corollary, that the mean is always
+# right, overlooks that.) Two rounds leave next to nothing of this. But two near-equal values, such as (1,
+# 0.88) and 126 zeros, leave half of the sums between the rounds near zero, and 1.3% of the norm stays as a
+# bias. After three rounds none was seen in any input that was tried.
 
-EDEN_MAX = SR_MAX / 0.93       # the paper's 6.07. It clips a little, which pays: by 0.90 NMSE is 1.6% larger
+# amax maps to the paper's 6.07 = 6 * 16/17 / 0.93: to clip the largest value a little costs less than a
+# coarser grid for the others. (0.90 instead of 0.93 makes NMSE 1.6% larger.)
+EDEN_MAX = SR_MAX / 0.93
 
 
 def eden_factor(v, q):
     """<v, v> / <v, q> of each block, 1 if v = 0: v, q (M/rows, rows, K/16, 16) -> (M/rows, 1, K/16, 1)."""
-    # One factor for a whole group would leave a bias of 9e-4: its blocks differ in scale. v is not clamped,
-    # so what clipping lost counts too.
+    # One factor for a whole group would leave a bias of 9e-4 of the norm: its blocks differ in scale. v is
+    # not clamped, so what clipping lost counts too.
     vq = block_sum(v * q)
     return torch.where(vq > 0, block_sum(v * v) / vq, 1.0)
 
@@ -500,13 +511,14 @@ def larger_cosine(v, q6, q4):
 
 
 def ms_eden(x, R, seed, four_six=False):
-    """MS-EDEN: rotate, round the values to nearest, and the scale times the block's EDEN factor
-    stochastically.
+    """MS-EDEN: rotate, round values to nearest, and the scale times the block's EDEN factor stochastically.
 
     x (..., K) of any float dtype, K % 128 == 0; R of `rotation`, or None if x is rotated already; seed as in
     sr -> NVFP4 of x R, not normalised. Its mean is x R where the rotated error has no direction: see above.
-    NMSE 9.4e-3. four_six: amax may map to 4 too, as the angle to v decides, and EDEN's argument still holds;
-    NMSE 8.1e-3. Source: arXiv:2601.22813, Algorithm 1.
+    NMSE 9.4e-3.
+    four_six: amax may map to 4 too. The angle to v decides, so the part along v stays exact, and EDEN's
+    argument holds. (A choice among draws of SR is biased: nothing makes up for it.) NMSE 8.1e-3.
+    Source: arXiv:2601.22813, Algorithm 1.
     """
     b, amax, unit = blocks(rotate(x, R))
     s = divide_by(amax, EDEN_MAX)                      # this first scale is not rounded
@@ -523,26 +535,26 @@ def ms_eden(x, R, seed, four_six=False):
 #     NMSE x 1e3 on N(0, 1)       here    paper, table 1
 #     MS-EDEN                     9.36               9.4
 #     MS-EDEN with 4/6            8.09                 -
-#     squared error of the mean of B draws, times B, over that of one draw: 1 if the mean is right
+#     B times the squared error of the mean of B draws, over that of one draw: 1 if unbiased
 #                                            B=1     B=4    B=16    B=64   B=256      +-
-#     rht128, N(0, 1)                       1.01    0.99    1.03    1.01    1.02    0.02
-#     rht128, one 100 in 128                1.00    1.29    2.53    7.44   27.14    0.32
-#     rht128, 1, 0.88, 126 zeros            0.84    3.12   11.95   46.92  186.78    0.02
-#     rht128x2, N(0, 1)                     1.02    0.99    0.97    1.00    1.02    0.02
-#     rht128x2, one 100 in 128              1.00    1.01    1.00    1.00    1.01    0.02
-#     rht128x2, 1, 0.88, 126 zeros          1.04    1.09    1.37    3.10    8.42    0.01
-#     rht128x3, N(0, 1)                     0.99    1.01    1.02    1.00    0.99    0.02
-#     rht128x3, one 100 in 128              1.07    1.00    1.00    1.00    1.00    0.02
-#     rht128x3, 1, 0.88, 126 zeros          0.86    1.10    0.85    1.04    0.90    0.01
+#     rht128, N(0, 1)                       1.00    1.00    1.01    1.00    1.02    0.02
+#     rht128, one 100 in 128                1.00    1.31    2.54    7.44   27.12    0.32
+#     rht128, 1, 0.88, 126 zeros            1.00    3.18   11.92   46.89  186.78    0.02
+#     rht128x2, N(0, 1)                     1.00    1.00    0.99    1.01    1.02    0.02
+#     rht128x2, one 100 in 128              1.00    1.00    1.00    1.01    1.01    0.02
+#     rht128x2, 1, 0.88, 126 zeros          1.00    1.07    1.37    2.55    7.30    0.06
+#     rht128x3, N(0, 1)                     1.00    1.00    1.00    1.00    0.99    0.02
+#     rht128x3, one 100 in 128              1.00    1.00    1.00    1.00    1.01    0.02
+#     rht128x3, 1, 0.88, 126 zeros          1.00    1.00    0.99    1.00    0.99    0.01
 
 
 # ---- 9. The table of recipes -------------------------------------------------------------------------------
 #
-# A recipe says how each operand of the three GEMMs becomes NVFP4. The backward pass needs w along N and x
-# along M, not along K as the forward pass rounded them. Most recipes therefore requantize: decode what the
-# forward pass stored, transpose, rotate, quantize again. NVIDIA's avoids it by 16x16 blocks of w, whose
-# transpose is the same codes, and by keeping x in bf16. To add a recipe, add a row; to add a quantizer, write
-# a function and name it here.
+# A recipe says how each operand of the three GEMMs becomes NVFP4. The backward pass sums over N and over M,
+# so it needs w and x rounded along those, not along K as the forward pass rounded them. Most recipes
+# therefore requantize: decode what the forward pass stored, transpose, rotate, quantize again. NVIDIA's
+# avoids it by 16x16 blocks of w, whose transpose has the same codes, and by keeping x in bf16. To add a
+# recipe, add a row; to add a quantizer, write a function and name it here.
 
 def unquantized(x, R, seed):
     """x R in bf16, in an NVFP4's place: for what a recipe leaves in bf16. `decode` takes it."""
@@ -645,9 +657,9 @@ RECIPES = {
 
 # ---- 10. The three GEMMs -----------------------------------------------------------------------------------
 #
-# M tokens, K features in, N features out; x (M, K), w (N, K), y and dy (M, N), all in bf16. An operand of a
-# GEMM is always given with the summed axis last, as NVFP4 wants it: `matmul(a, b, n)` is a b^T / n. Each
-# backward pass draws noise of its own, and within it each GEMM has its rotation and each operand its seed.
+# x (M, K), w (N, K), y and dy (M, N) come in bf16. An operand of a GEMM is always given with the summed axis
+# last, as NVFP4 wants it. A backward pass draws noise of its own: each GEMM has its rotation, which both of
+# its operands share, and each operand has its seed.
 
 class Noise(NamedTuple):
     """The random bits of one backward GEMM."""
@@ -656,10 +668,11 @@ class Noise(NamedTuple):
     dy: Tensor       # () int64: seed of dy
 
 
-def draw_noise(dy, recipe):
-    """Fresh Noise for dx and for dw, from the default generator of dy's device."""
+def draw_noise(dy, row):
+    """Fresh Noise for dx and for dw of a row of RECIPES, from the default generator of dy's device."""
+    # Signs of two rounds are drawn at least, so that recipes of one and of two rounds see the same seeds.
     rounds = max([2] + [rounds for name, (size, rounds) in ROTATIONS.items()
-                        if name in (recipe.dx.rotation, recipe.dw.rotation)])
+                        if name in (row.dx.rotation, row.dw.rotation)])
     words = draw(dy, 4 * rounds + 4).view(2, -1)      # for each GEMM 64 signs a word, then two seeds
     bits = words[:, :-2, None] >> torch.arange(64, device=dy.device) & 1
     signs = bits.view(2, rounds, GROUP) * 2.0 - 1.0
@@ -671,39 +684,55 @@ def quantize(quantizer, x, R=None, seed=None):
     return QUANTIZERS[quantizer](x, R, seed)
 
 
+def matmul(a, b, n=1):
+    """a NVFP4 (M, K), b NVFP4 (N, K), n a power of two -> a b^T / n (M, N) bf16: an FP4 GEMM, emulated.
+
+    Decoded values are exact, so this multiplies what FP4 tensor cores multiply; its sums are float32.
+    """
+    dtype = CPU_DTYPE if a.codes.device.type == "cpu" else torch.bfloat16
+    b = b._replace(tensor_scale=b.tensor_scale / n)    # exact
+    return gemm(decode(a, dtype), decode(b, dtype))    # a b^T, in the appendix
+
+
 def whole_groups(t):
     """t (M, K) -> (M', K): tokens of zeros added, so that M' is a multiple of 128 for rotations along M."""
     return F.pad(t, (0, 0, 0, -len(t) % GROUP))
 
 
-def forward_gemm(recipe, x, w_q):
-    """x (M, K) bf16, w_q NVFP4 (N, K) -> y (M, N) bf16, and x_q NVFP4 (M, K)."""
+def forward_gemm(row, x, w, w_q):
+    """x (M, K), w (N, K) bf16, w_q NVFP4 (N, K) -> y (M, N) bf16, and w, x as the backward pass needs them."""
     # --- y = x w^T, summed over K ---
-    x_q = quantize(recipe.x, x)                                            # (M, K)
-    return matmul(x_q, w_q), x_q                                           # (M, N)
+    x_q = quantize(row.x, x)                                               # (M, K)
+    y = matmul(x_q, w_q)                                                   # (M, N)
+
+    # Kept for the backward pass: NVFP4 as it was multiplied, or, where the recipe says so, bf16.
+    w_kept = quantize("bf16", w) if row.original and row.dx.other else w_q
+    x_kept = quantize("bf16", x) if row.original else x_q
+    return y, w_kept, x_kept
 
 
-def dgrad_gemm(recipe, dy, w_kept, noise):
-    """dy (M, N) bf16, w_kept (N, K), NVFP4 or `unquantized` -> dx (M, K) bf16."""
+def dgrad_gemm(row, dy, w_kept, noise):
+    """dy (M, N) bf16, w_kept (N, K) of forward_gemm -> dx (M, K) bf16."""
     # --- dx = dy w, summed over N ---
     # Rotating both operands by one R changes nothing but the rounding: (dy R)(w^T R)^T = n dy w.
-    R, n = rotation_from(recipe.dx.rotation, noise.signs)
-    dy_q = quantize(recipe.dx.dy, dy, R, noise.dy)                         # (M, N)
-    if recipe.dx.other is None:
+    R, n = rotation_from(row.dx.rotation, noise.signs)
+    dy_q = quantize(row.dx.dy, dy, R, noise.dy)                            # (M, N)
+    if row.dx.other is None:
         w_q = transpose(w_kept)                                            # (K, N)
     else:
-        w_q = quantize(recipe.dx.other, decode(w_kept).T, R, noise.other)  # (K, N)
+        w_q = quantize(row.dx.other, decode(w_kept).T, R, noise.other)     # (K, N)
     return matmul(dy_q, w_q, n)                                            # (M, K)
 
 
-def wgrad_gemm(recipe, dy, x_kept, noise):
-    """dy (M, N) bf16, x_kept (M, K), NVFP4 or `unquantized` -> dw (N, K) bf16."""
+def wgrad_gemm(row, dy, x_kept, noise):
+    """dy (M, N) bf16, x_kept (M, K) of forward_gemm -> dw (N, K) bf16."""
     # --- dw = dy^T x, summed over M ---
-    R, n = rotation_from(recipe.dw.rotation, noise.signs)
-    dy_t = whole_groups(dy).T
-    x_t = whole_groups(decode(x_kept)).T
-    dy_q = quantize(recipe.dw.dy, dy_t, R, noise.dy)                       # (N, M)
-    x_q = quantize(recipe.dw.other, x_t, R, noise.other)                   # (K, M)
+    # Tokens of zeros are added up to whole groups of 128, and change no sum.
+    R, n = rotation_from(row.dw.rotation, noise.signs)
+    dy_t = whole_groups(dy).T                                              # (N, M)
+    x_t = whole_groups(decode(x_kept)).T                                   # (K, M)
+    dy_q = quantize(row.dw.dy, dy_t, R, noise.dy)
+    x_q = quantize(row.dw.other, x_t, R, noise.other)
     return matmul(dy_q, x_q, n)                                            # (N, K)
 
 
@@ -721,8 +750,8 @@ def wgrad_gemm(recipe, dy, x_kept, noise):
 # ---- 11. The linear layer ----------------------------------------------------------------------------------
 #
 # What is left is to be nn.Linear: the same parameters and initialisation, any leading shape, any dtype,
-# autocast. The backward pass keeps x and w as NVFP4, 0.56 bytes a value instead of 2. How autograd and
-# torch.compile call the three GEMMs is in the appendix (QuantizedMatmul), and so are the checks.
+# autocast. Most recipes keep x and w as NVFP4 for the backward pass, 0.56 bytes a value instead of 2. How
+# autograd and torch.compile call the three GEMMs is in the appendix (QuantizedMatmul), and so are the checks.
 
 NOTHING = (None, None, None)
 
@@ -732,8 +761,8 @@ class Linear(nn.Linear):
 
     It computes on the bf16 values of x and weight; y has autocast's dtype or x's, dx x's dtype, dw the
     weight's. Noise comes from the device's default generator, as for nn.Dropout. ValueError unless
-    in_features % 16 == 0 and out_features % 16 == 0, or % 128 where the recipe rotates dx. A recipe with
-    `dampen` wants that function called after steps of the optimizer.
+    in_features % 16 == 0 and out_features % 16 == 0, or % 128 where the recipe rotates dx. With a recipe that
+    dampens, call dampen(model, share) after steps of the optimizer.
     """
     weight_nvfp4 = NOTHING    # within `quantized_weights` the quantized weight; else forward quantizes
     weight_place = ()         # its place in memory, always the same
@@ -753,8 +782,8 @@ class Linear(nn.Linear):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x16 = x.reshape(-1, self.in_features).bfloat16()
-        matmul = backend_of(self).QuantizedMatmul.apply
-        y = matmul(x16, self.weight.bfloat16(), self.recipe, *self.weight_nvfp4)
+        apply = backend_of(self).QuantizedMatmul.apply
+        y = apply(x16, self.weight.bfloat16(), self.recipe, *self.weight_nvfp4)
         y = y.to(dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(dtype)
 
@@ -777,41 +806,44 @@ class Linear(nn.Linear):
 # The gradient is taken where the forward pass multiplies, at Q(w), and it moves w. If the loss is least
 # between two grid points, w goes to the border between them, and Q(w) flips from one to the other until
 # training ends. Pull w towards Q(w), as weight decay pulls it towards 0, and it settles on one of the two.
-# The pull must come late, when weights have found their place. This is the decoupled form of CAGE (Tabesh et
-# al. 2025, arXiv:2510.18784), which waits and then grows along a line; here the pull grows as (t/T)^4 in step
-# t of T. Nagel et al. 2022, arXiv:2203.11086, dampened oscillations first, by a term of the loss.
+# The pull must come late, when weights have found their place.
+#
+# This is CAGE (Tabesh et al. 2025, arXiv:2510.18784) in the form that moves the weights and leaves the
+# gradient as it is. CAGE's pull waits, and then grows along a line; here it grows as (t/T)^4 in step t of T.
+# To dampen oscillations, by a term of the loss, is the idea of Nagel et al. 2022, arXiv:2203.11086.
 
 @torch.no_grad()
 def dampen(model, share):
-    """Move each weight of a Linear by share * its recipe's `dampen`, at most 1, of the way to its quantized
-    value.
+    """w += min(1, share * strength) * (Q(w) - w) for each weight w of a Linear whose recipe dampens by a
+    strength.
 
-    share: float, or () tensor on the weights' device: after step t of T the learning rate times (t/T)^4; or,
+    share: float, or () tensor on the weights' device. After step t of T, the learning rate times (t/T)^4; or,
     every few steps, the sum of these, which is cheaper.
     """
     for m in quantized_layers(model):
         strength = RECIPES[m.recipe].dampen
         if strength:
-            w = getattr(m.weight, "to_local", lambda: m.weight)()      # of FSDP2: this process's rows
+            # FSDP2 shards weights: take the rows that this process has, as a tensor of their own.
+            w = getattr(m.weight, "to_local", lambda: m.weight)()
             values = backend_of(m).on_grid(w.bfloat16(), m.recipe)
             way = w.new_zeros(()) + share * strength
             w.lerp_(values.to(w.dtype), way.clamp(max=1))
 
 
 # Printed:
-#     weights whose best value lies between two grid points: at the end of training
-#     29.5% of them flip in a step; pulled, 0.4%
+#     of weights whose best value lies between two grid points, this share flips in a step at the end:
+#     29.5%, and 0.4% if they are pulled
 
 
 # ============================================================================================================
-# Appendix. From here on: what PyTorch needs. A reader who stops here has understood everything.
+# Appendix. From here on: what PyTorch needs. A reader who stops here has understood the method.
 # ============================================================================================================
 
 # ---- A. Custom ops, and what torch.compile needs -----------------------------------------------------------
 #
-# torch.compile may replace an operation by another that is equal on paper. Three may not be: random bits,
-# which must be eager's; a GEMM with float32 sums; a cast to bf16, after which the compiler likes to go on
-# with the float32 value.
+# torch.compile may replace an operation by another that is equal on paper. Three must stay as they are:
+# random bits, which are to be eager's; a GEMM with float32 sums; and a cast to bf16, after which the compiler
+# would go on with the float32 value.
 
 @custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def draw(like: Tensor, words: int) -> Tensor:
@@ -853,13 +885,6 @@ if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):
     CPU_DTYPE = torch.bfloat16
 
 
-def matmul(a, b, n=1):
-    """a NVFP4 (M, K), b NVFP4 (N, K), n a power of two -> a b^T / n (M, N) bf16: an FP4 GEMM, emulated."""
-    dtype = CPU_DTYPE if a.codes.device.type == "cpu" else torch.bfloat16
-    b = b._replace(tensor_scale=b.tensor_scale / n)            # exact
-    return gemm(decode(a, dtype), decode(b, dtype))
-
-
 def quantized(w, recipe):
     """w (N, K) bf16 -> NVFP4 (N, K), what y multiplies x by."""
     return quantize(RECIPES[recipe].w, w)
@@ -875,14 +900,12 @@ class QuantizedMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, recipe, *w_q):
-        row = ctx.recipe = RECIPES[recipe]
+        ctx.row = RECIPES[recipe]
         x = stored(x)
         w = stored(w)
         if w_q[0] is None:
             w_q = quantized(w, recipe)
-        y, x_q = forward_gemm(row, x, NVFP4(*w_q))
-        w_kept = quantize("bf16", w) if row.original and row.dx.other else w_q
-        x_kept = quantize("bf16", x) if row.original else x_q
+        y, w_kept, x_kept = forward_gemm(ctx.row, x, w, NVFP4(*w_q))
         ctx.save_for_backward(*w_kept, *x_kept)
         return y
 
@@ -891,11 +914,11 @@ class QuantizedMatmul(torch.autograd.Function):
         saved = ctx.saved_tensors                      # read once: the rule of activation checkpointing
         dy = stored(dy)
         dx = dw = None
-        noise_dx, noise_dw = draw_noise(dy, ctx.recipe)
+        noise_dx, noise_dw = draw_noise(dy, ctx.row)
         if ctx.needs_input_grad[0]:
-            dx = dgrad_gemm(ctx.recipe, dy, NVFP4(*saved[:3]), noise_dx)
+            dx = dgrad_gemm(ctx.row, dy, NVFP4(*saved[:3]), noise_dx)
         if ctx.needs_input_grad[1]:
-            dw = wgrad_gemm(ctx.recipe, dy, NVFP4(*saved[3:]), noise_dw)
+            dw = wgrad_gemm(ctx.row, dy, NVFP4(*saved[3:]), noise_dw)
         return dx, dw, None, None, None, None
 
 
@@ -915,7 +938,7 @@ def load_kernels():
         if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
             return "a C compiler (apt install gcc)"
     try:
-        from kernels import supports    # a package of that name lacks this
+        from kernels import supports    # another package of that name would lack this
         import kernels
     except ImportError as e:
         return f"kernels.py, and the package triton (pip install triton): {e}"
@@ -956,7 +979,7 @@ def check_row(recipe):
     needed = {row.x, row.w, row.dx.dy, row.dw.dy, row.dw.other}
     if row.dx.other is not None or row.dx.rotation or not str(row.w).endswith("_16x16"):
         needed.add(row.dx.other)
-    wrong = needed - QUANTIZERS.keys() | {row.x, row.w} & NOISY
+    wrong = (needed - QUANTIZERS.keys()) | ({row.x, row.w} & NOISY)
     wrong |= {row.dx.rotation, row.dw.rotation} - {None, *ROTATIONS}
     if wrong:
         raise ValueError(f"{recipe!r}, {row}: {wrong} cannot stand where it does. Quantizers are names of "
@@ -1052,4 +1075,4 @@ def quantized_weights(model):
 
 
 if __name__ == "__main__":    # print the sections in numbers
-    runpy.run_path(os.path.dirname(os.path.abspath(__file__)) + "/data/demonstrate.py", run_name="__main__")
+    runpy.run_path(os.path.dirname(__file__) + "/data/demonstrate.py", run_name="__main__")

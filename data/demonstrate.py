@@ -60,17 +60,18 @@ DRAWS = 1, 4, 16, 64, 256
 def print_draws():
     """Print the head of the tables of convergence."""
     counts = "".join(f"{f'B={B}':>8}" for B in DRAWS)
-    print("squared error of the mean of B draws, times B, over that of one draw: 1 if the mean is right")
+    print("B times the squared error of the mean of B draws, over that of one draw: 1 if unbiased")
     print(f"{'':34}{counts}{'+-':>8}")
 
 
 def print_convergence(name, draw, x):
-    """Print how the mean of draws of x converges: a bias grows with B. +-: the noise of the last column."""
+    """Print how the mean of B draws of x (64, 128) converges. +-: the standard error of the last column."""
     errors = torch.stack([draw(x, seed).double() - x for seed in range(1, DRAWS[-1] + 1)])
-    one = errors.square().mean(0).sum(-1)
-    sums = errors.cumsum(0)
-    columns = [sums[B - 1].square().sum(-1) / B / one.mean() for B in DRAWS]
-    spread = (columns[-1] - one / one.mean()).std() / len(x) ** 0.5
+    one = errors.square().sum(-1).mean()
+    # Of each B, as many means as the draws give. Rows of x are independent enough: they use other rows of R.
+    means = [errors.unflatten(0, (-1, B)).mean(1) for B in DRAWS]
+    columns = [B * mean.square().sum(-1).mean(0) / one for B, mean in zip(DRAWS, means)]
+    spread = columns[-1].std() / len(x) ** 0.5
     print(f"{name:34}" + "".join(f"{c.mean():8.2f}" for c in columns) + f"{spread:8.2f}")
 
 
@@ -153,11 +154,12 @@ def eden():
     print_nmse("MS-EDEN", decode(ms_eden(x, R, 1)), rotate(x, R), 9.4)
     print_nmse("MS-EDEN with 4/6", decode(ms_eden(x, R, 1, four_six=True)), rotate(x, R))
     print_draws()
+    row = torch.arange(64)
     outlier = normal(64, 128)
-    outlier[:, 0] = 100.0
+    outlier[row, row] = 100.0
     equals = torch.zeros(64, 128)
-    equals[:, 0] = 1.0
-    equals[:, 1] = 0.88
+    equals[row, row] = 1.0
+    equals[row, row ^ 1] = 0.88
     inputs = {"N(0, 1)": normal(64, 128), "one 100 in 128": outlier, "1, 0.88, 126 zeros": equals}
     for rounds in "rht128", "rht128x2", "rht128x3":
         g = torch.Generator().manual_seed(0)
@@ -246,8 +248,8 @@ def flips(recipe, steps=400):
 
 
 def rest():
-    print("weights whose best value lies between two grid points: at the end of training")
-    print(f"{flips('quartet2'):.1%} of them flip in a step; pulled, {flips('quintet'):.1%}")
+    print("of weights whose best value lies between two grid points, this share flips in a step at the end:")
+    print(f"{flips('quartet2'):.1%}, and {flips('quintet'):.1%} if they are pulled")
 
 
 SECTIONS = {
