@@ -61,22 +61,27 @@ class UserError(Exception):
 
 # ---- 1. Config: one knob a line ----------------------------------------------------------------------------
 #
-# A run is described by one Config, all of it. A knob is set on the command line as --name=value; the comments
-# are its help text. A preset says what differs from the defaults, which are the 30m of arXiv:2601.22813.
+# One Config says all that a run depends on. On the command line a knob is set as --name=value; the comments
+# here are its help text. A preset says what differs from the defaults, which are the 30m of arXiv:2601.22813:
+# 512 x 512 tokens a step. 30m to 200m are the sizes of that paper.
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All that a run depends on. Types: str, int, float."""
+    # how to multiply
     recipe: str = "quartet2"        # rows of quartet.RECIPES, by commas: how hidden linear layers multiply
     backend: str = "auto"           # auto | torch | triton: who quantizes; auto is triton with a GPU
+    # the model
     layers: int = 6                 # Transformer blocks
     width: int = 640                # of the residual stream
     heads: int = 5                  # attention heads
     hidden: int = 1792              # width of the SwiGLU
     vocab_size: int = 256           # 256 for bytes, 50304 for GPT-2 tokens (fineweb)
     sequence: int = 512             # tokens of context
+    # what is left in bf16
     bf16_blocks: int = 0            # so many last blocks keep bf16 linear layers (arXiv:2509.25149: 15%)
     bf16_end: float = 0.0           # this last share of the steps trains all layers in bf16 (same source)
+    # data, optimizer, schedule
     corpus: str = "python"          # data/CORPUS_train_*.bin, written by data/prepare.py
     batch: int = 64                 # sequences in one forward pass
     tokens_per_step: int = 2**18    # tokens of one optimizer step: several forward passes accumulate
@@ -86,13 +91,16 @@ class Config:
     clip: float = 1.0               # largest gradient norm
     seed: int = 1                   # of initialisation, data order and rounding noise
     init_from: str = ""             # a run, whose weights this one starts from
+    # reports
     eval_every: int = 250           # steps between validations
     eval_tokens: int = 2**20        # tokens of a validation, at most
     log_every: int = 10             # steps between progress lines
     save_every: int = 500           # steps between checkpoints; the last step always saves
+    # the machine
     compile: str = "auto"           # auto | on | off: torch.compile; auto is on with a GPU
     device: str = "auto"            # auto | cpu | cuda
     shard: str = "false"            # true: by FSDP2, for a model too large for one GPU; needs torchrun
+    # the run and its sample
     name: str = ""                  # of the run; "" makes one of preset, recipe and time
     prompt: str = "def "            # what the sample goes on from
     sample_tokens: int = 256        # tokens to sample
@@ -101,14 +109,17 @@ class Config:
 
 
 PRESETS = {
+    # to try it out: minutes on two cores, minutes on one GPU
     "cpu": dict(layers=2, width=384, heads=3, hidden=1024, sequence=256, batch=4, tokens_per_step=1024,
                 steps=400, lr=2e-3, eval_every=100, eval_tokens=2**14, save_every=100, sample_tokens=128),
     "gpu": dict(layers=8, width=1024, heads=8, hidden=2816, batch=128, tokens_per_step=2**16, steps=1200,
                 lr=9e-4),
+    # the C4 runs of arXiv:2601.22813
     "30m": dict(),
     "50m": dict(layers=7, width=768, heads=6, hidden=2048, lr=1.2e-3, steps=4768),
     "100m": dict(layers=8, width=1024, heads=8, hidden=2816, lr=9e-4, steps=9536),
     "200m": dict(layers=10, width=1280, heads=10, hidden=3584, lr=7.2e-4, steps=19073),
+    # nanoGPT's size, and a large one, for GPT-2's tokens
     "124m": dict(layers=12, width=768, heads=12, hidden=2048, vocab_size=50304, sequence=1024, batch=32,
                  tokens_per_step=2**19, lr=6e-4, steps=19073, corpus="fineweb"),
     "1.9b": dict(layers=32, width=2048, heads=16, hidden=5632, vocab_size=50304, sequence=2048, batch=8,
@@ -118,15 +129,18 @@ PRESETS = {
 
 # ---- 2. The model ------------------------------------------------------------------------------------------
 #
-# Llama's: RMSNorm, rotary positions, SwiGLU, no biases. The four linear layers of a block are
-# quartet.Linear, which multiplies by a recipe; embedding, head, norms and attention are never quantized. To
-# keep a layer in bf16 for good, make it an nn.Linear: nothing below turns it into a quantized one.
+# It is Llama's: RMSNorm, rotary positions, SwiGLU, no biases. The four linear layers of a block are
+# quartet.Linear, each of which multiplies by a recipe; embedding, head, norms and attention are never
+# quantized. To keep a layer in bf16 for good, make it an nn.Linear: `quantized_linears` says which layers
+# recipes are about, and training, evaluation, sampling, export and the printed header all ask there.
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + SwiGLU(norm(x)). x (B, T, width) -> (B, T, width)."""
 
     def __init__(self, c, quantized):
         super().__init__()
+
+        # The last blocks of a model may keep plain layers.
         linear = partial(nn.Linear, bias=False)
         if quantized:
             linear = partial(quartet.Linear, recipe="bf16")      # until GPT.use_recipe names another
@@ -139,17 +153,21 @@ class Block(nn.Module):
         self.down = linear(c.hidden, c.width)
 
     def forward(self, x, rope):
+        # Attention: queries, keys and values come from one layer.
         B, T, D = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)           # (B, heads, T, D / heads) each
         y = F.scaled_dot_product_attention(rotary(q, rope), rotary(k, rope), v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
+
+        # SwiGLU: the layer `up` makes both the gate and what it lets through.
         gate, up = self.up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
 
 def rotary(x, rope):
     """Turn neighbouring pairs of x (B, heads, T, D) by angles proportional to T: RoPE, arXiv:2104.09864."""
+    # A pair is a point in the plane.
     cos, sin = rope[:, :x.shape[2]]
     even = x[..., 0::2]
     odd = x[..., 1::2]
@@ -165,9 +183,13 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(c, i < c.layers - c.bf16_blocks) for i in range(c.layers))
         self.norm = nn.RMSNorm(c.width, eps=1e-5)
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
+
+        # Cosines and sines of the angles t * 10^(-8 i / D) by which `rotary` turns pair i of a head at place t.
+        # They are no parameters, and are not saved: the context may differ when weights are used again.
         D = c.width // c.heads
         angle = torch.outer(torch.arange(c.sequence), 1e4 ** (-torch.arange(0, D, 2) / D))
-        self.register_buffer("rope", torch.stack([angle.cos(), angle.sin()]), persistent=False)  # (2, T, D/2)
+        rope = torch.stack([angle.cos(), angle.sin()])      # (2, sequence, D / 2)
+        self.register_buffer("rope", rope, persistent=False)
 
         # What adds to the residual stream starts smaller, so that the stream does not grow with depth.
         for name, m in self.named_modules():
@@ -191,11 +213,11 @@ class GPT(nn.Module):
         return F.cross_entropy(y.float().flatten(0, 1), targets.flatten())
 
     def quantized_linears(self):
-        """The layers that a recipe is about, {name: quartet.Linear}. Whoever asks which these are asks here."""
+        """The layers that recipes are about, {name: quartet.Linear}."""
         return {name: m for name, m in self.named_modules() if isinstance(m, quartet.Linear)}
 
     def use_recipe(self, recipe, backend):
-        """Multiply by another row of quartet.RECIPES from now on. ValueError if a layer's shape does not fit."""
+        """Multiply by this row of quartet.RECIPES from now on. ValueError if a layer's shape does not fit."""
         for name, m in self.quantized_linears().items():
             quartet.check(recipe, backend, m.in_features, m.out_features, name)
             m.recipe = recipe
@@ -204,17 +226,19 @@ class GPT(nn.Module):
 
 # ---- 3. Data -----------------------------------------------------------------------------------------------
 #
-# A corpus is files of tokens, read in place. Batches are windows at random places, a function of (seed, step)
-# alone: so all recipes see the same ones, and a resumed run those that it would have seen.
+# A corpus is a few large files of tokens, which are mapped into memory and read where a batch needs them. A
+# batch is windows at random places. The places are a function of seed and step alone: so all recipes see the
+# same batches, and a resumed run those that it would have seen without the stop.
 
 class Shards:
     """The tokens of a split: data/CORPUS_SPLIT_000000.bin and so on, in the format of llm.c.
 
     A file is 256 int32, of which 20240520, 1 and the number of tokens come first, then the tokens as uint16.
-    `digest` is a hash of all of them. UserError for files that are missing, damaged, or do not fit the Config.
+    `digest` is a hash of all the tokens. UserError for files that are missing, damaged, or do not fit c.
     """
 
     def __init__(self, c, split):
+        # The default corpus can be made on the spot, from what every machine has.
         corpus = DATA / c.corpus
         pattern = f"{glob.escape(corpus.name)}_{split}_{'[0-9]' * 6}.bin"
         if c.corpus == "python" and not any(DATA.glob(pattern)):
@@ -223,16 +247,20 @@ class Shards:
         if not paths:
             raise UserError(f"no {corpus}_{split}_*.bin: run python data/prepare.py {c.corpus} "
                             "(python, shakespeare, fineweb, or text files)")
+        # No window crosses from one shard to the next. The places where one can start are numbered through
+        # all shards, and `ends` is where the places of each shard end.
         self.length = c.sequence
         self.shards = [read_shard(path, c) for path in paths]
-        # Windows do not cross from one shard to the next. Their places are numbered through all shards.
         self.ends = np.cumsum([len(s) - c.sequence for s in self.shards])
         self.digest = digest(self.ends, *self.shards)
 
     def at(self, places, device):
         """Windows that start at places [int, ...] -> inputs, targets, both (len(places), sequence) int64."""
+        # Find the shard of each place, and the place within it.
         shard = np.searchsorted(self.ends, places, "right")
         start = places - np.concatenate([[0], self.ends])[shard]
+
+        # Cut the windows, one token longer than the inputs: each token's target is the next one.
         windows = np.stack([self.shards[i][j:j + self.length + 1] for i, j in zip(shard, start)])
         window = torch.from_numpy(windows.astype(np.int64))
         if device == "cuda":
@@ -241,25 +269,31 @@ class Shards:
 
     def random(self, c, step, micro, device):
         """This process's micro-batch of a step, as `at` returns it."""
+        # A generator of its own for each micro-batch of each process
         generator = np.random.default_rng((c.seed, step, micro * WORLD + RANK))
         return self.at(generator.integers(self.ends[-1], size=c.batch), device)
 
     def in_order(self, c, device):
         """Windows without overlap from the start of the first shard, up to eval_tokens, in whole batches."""
         places = np.arange(0, min(self.ends[0], c.eval_tokens), c.sequence)
-        for i in range(0, max(len(places) - c.batch, 0) + 1, c.batch):     # another shape would compile anew
+        # What fills no batch is left out: another shape would compile anew. Only a single batch may be short.
+        for i in range(0, max(len(places) - c.batch, 0) + 1, c.batch):
             yield self.at(places[i:i + c.batch], device)
 
 
 def read_shard(path, c):
-    """The tokens of a file, (n,) uint16, mapped into memory."""
+    """The tokens of a file, (n,) uint16, mapped into memory. UserError if it is damaged or does not fit c."""
+    # The size must be what the header says.
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", 3).tolist()
     if size < 1024 or header[:2] != [20240520, 1] or size != 1024 + 2 * header[2]:
         raise UserError(f"{path} is no whole shard of tokens: delete it, and run data/prepare.py again")
+
+    # Tokens must be enough for a window, and in the vocabulary.
     tokens = np.memmap(path, np.uint16, "r", offset=1024)
     if len(tokens) <= c.sequence:
-        raise UserError(f"{path} holds {len(tokens)} tokens, too few for --sequence={c.sequence}: shorten it")
+        raise UserError(f"{path} holds {len(tokens)} tokens, too few for --sequence={c.sequence}: "
+                        "shorten it")
     if tokens.max() >= c.vocab_size:
         raise UserError(f"{path} holds token {tokens.max()}, beyond --vocab_size={c.vocab_size}: "
                         "bytes need 256, GPT-2's tokens (fineweb) 50304")
@@ -276,9 +310,10 @@ def digest(*contents):
 
 # ---- 4. Optimizer and schedule -----------------------------------------------------------------------------
 #
-# AdamW. The learning rate rises for a tenth of the steps and then falls along a cosine. A recipe with
-# `dampen` also pulls weights towards their quantized values, late, when `ramp` has grown (quartet.py, section
-# 12). NVIDIA's recipe may end in bf16.
+# The optimizer is AdamW. The learning rate rises for a tenth of the steps and then falls along a cosine to a
+# tenth. Two things happen late in a run. A recipe with `dampen` pulls weights towards their quantized values,
+# as `ramp` grows (quartet.py, section 12). And with --bf16_end, as in NVIDIA's recipe, the last steps train
+# all layers in bf16.
 
 DAMPEN_EVERY = 10      # steps; so many at once are cheaper
 
@@ -288,6 +323,7 @@ def make_optimizer(model, c):
 
     A group may have a learning rate `lr` of its own: the schedule scales each from where it starts here.
     """
+    # Vectors, which are gains of norms, and the embedding are not decayed.
     decay = []
     rest = []
     for name, p in model.named_parameters():
@@ -301,9 +337,12 @@ def make_optimizer(model, c):
 
 def learning_rate(c, step):
     """After so many steps: 10% of the steps linear warm-up, then a cosine from lr to lr / 10."""
+    # Rise along a line.
     warmup = max(1, c.steps // 10)
     if step < warmup:
         return c.lr * (step + 1) / warmup
+
+    # Fall along half a cosine.
     progress = math.pi * (step - warmup) / max(1, c.steps - warmup)
     return c.lr * (0.55 + 0.45 * math.cos(progress))
 
@@ -322,11 +361,13 @@ def ramp(t):
 
 # ---- 5. The training loop ----------------------------------------------------------------------------------
 #
-# `train` is a run from its first step to its sample. What is done only for several processes stands behind
-# `if WORLD > 1`, and its functions in appendix B.
+# `train` is a run, from its first step to its sample. A step goes through its micro-batches, clips the
+# gradient, lets the optimizer move the weights, and reports. `build` makes what the loop needs. What is done
+# for several processes only is one line each time, and explained in appendix B; on one process these lines do
+# nothing.
 
 def train(c, data, directory, stop, checkpoint=None):
-    """Train as c says on data, Shards (train, val), or go on from a checkpoint. A signal fills the list stop."""
+    """Train as c says on data, Shards (train, val), or on from a checkpoint. A signal fills the list stop."""
     train_data, val_data = data
     device, compiled = pick_device(c)
     start = checkpoint["step"] if checkpoint else 0
@@ -344,7 +385,7 @@ def train(c, data, directory, stop, checkpoint=None):
     for step in range(start + 1, c.steps + 1):
         begin = time.perf_counter()
 
-        # Take the recipe of this step: the last ones may train in bf16. On one GPU, record it as a CUDA graph.
+        # Take the recipe of this step: the last ones may train in bf16. On one GPU, record a CUDA graph.
         if recipe != recipe_of(c, step):
             recipe = recipe_of(c, step)
             model.use_recipe(recipe, c.backend)
@@ -359,7 +400,7 @@ def train(c, data, directory, stop, checkpoint=None):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["share"]
 
-        # Forward and backward. Gradients of micro-batches add up; a weight is quantized once for all of them.
+        # Forward and backward. Gradients of micro-batches add up; each weight is quantized once for them all.
         total.zero_()
         with quantized_once(model, c):
             for micro in range(accumulate):
@@ -383,8 +424,8 @@ def train(c, data, directory, stop, checkpoint=None):
         log.step(step, begin, mean(total), norm, lr, flush=evaluating or saving)
         if log.bad_in_a_row >= 10:
             batches = [train_data.random(c, step, micro, device) for micro in range(accumulate)]
-            raise UserError(f"step {step}: 10 steps in a row had no finite gradient; what is not finite first: "
-                            f"{first_not_finite(model, batches)}. Lower --lr, anew or by --init_from={directory}")
+            raise UserError(f"step {step}: 10 steps in a row had no finite gradient; what is not finite "
+                            f"first: {first_not_finite(model, batches)}. Lower --lr, in a new run")
         if evaluating:
             log.validation(step, evaluate(model, val_data, c, device))
         if saving and (last or stopping or not log.bad_in_a_row):
@@ -396,19 +437,23 @@ def train(c, data, directory, stop, checkpoint=None):
 
 
 def build(c, device, compiled, checkpoint):
-    """-> the model, what to call for its loss, its optimizer: at the state of a checkpoint, or at the start."""
+    """-> the model, what to call for its loss, its optimizer: as a checkpoint holds them, or at the start."""
     if device == "cuda":
-        # Every sum in one order, so that a resumed run is the same to the bit
+        # Every sum in one order, so that a resumed run is the same to the bit. No leftovers of a run before.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+    # One seed: all recipes and processes start from the same weights.
     torch.manual_seed(c.seed)
     model = GPT(c).to(device)
     if c.init_from and not checkpoint:
         model.load_state_dict(weights_of(c.init_from, c))
+
+    # Compile, then spread over processes. FSDP2 replaces parameters, so the optimizer is made after that.
     if compiled:
         for block in model.blocks:
             block.forward = torch.compile(block.forward, fullgraph=True)      # all share one program
@@ -419,15 +464,18 @@ def build(c, device, compiled, checkpoint):
     optimizer = make_optimizer(model, c)
     for group in optimizer.param_groups:
         group["share"] = group["lr"] / (c.lr or 1.0)      # of the learning rate that the schedule says
+
+    # From here on the generator draws rounding noise only, and each process has its own.
     if RANK:
-        torch.manual_seed((c.seed << 20) + RANK)      # of noise: each process has its own
+        torch.manual_seed((c.seed << 20) + RANK)
     if checkpoint:
         restore(model, optimizer, checkpoint, c)
     return model, net, optimizer
 
 
 def quantized_once(model, c):
-    """Within it each weight is quantized once. FSDP2 has whole weights in a pass only: there, in each pass."""
+    """Within it each weight is quantized once: all micro-batches of a step multiply by the same values."""
+    # With FSDP2 a process has whole weights within a pass only, and quantizes them in each pass.
     if c.shard == "true":
         return contextlib.nullcontext()
     return quartet.quantized_weights(model)
@@ -436,7 +484,8 @@ def quantized_once(model, c):
 def update(optimizer, norm):
     """A step of the optimizer, unless norm () float32, that of the gradient, is not finite."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = (~norm.isfinite()).float()      # it looks on the GPU, and the CPU need not wait
+        # A fused optimizer looks at this on the GPU, and the CPU need not wait.
+        optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
     elif norm.isfinite():
         optimizer.step()
@@ -444,12 +493,14 @@ def update(optimizer, norm):
 
 # ---- 6. Evaluation and sampling ----------------------------------------------------------------------------
 #
-# Both multiply by the forward pass that was trained, quantized as it was, unless another --recipe is asked
-# for. Text is read and written as bytes, or as GPT-2's tokens, which take the package tiktoken.
+# Validation uses the forward pass that is trained, quantized as it is. `eval` and `sample` take any recipe's:
+# weights that were trained in bf16 and evaluated in 4 bits show what post-training quantization costs. Text
+# is made of bytes, or of GPT-2's tokens, which take the package tiktoken.
 
 @torch.no_grad()
 def evaluate(model, data, c, device):
-    """Mean cross-entropy of the Shards data, in nats a token."""
+    """Mean cross-entropy of the Shards data, up to c.eval_tokens of them, in nats a token."""
+    # Sums stay on the device in float64; the CPU waits once, at the end.
     loss = 0.0
     tokens = 0
     with quantized_once(model, c):
@@ -469,15 +520,19 @@ def bits_per_byte(c, loss):
 @torch.no_grad()
 def sample(model, tokens, c, device):
     """Continue tokens [int, ...]: yield c.sample_tokens ints. Slow: it caches no keys and values."""
+    # A generator of its own: a sample takes nothing from the noise of training.
     generator = torch.Generator(device).manual_seed(c.seed)
     candidates = min(c.top_k, c.vocab_size) if c.temperature else 1
     for _ in range(c.sample_tokens):
+        # Compute the logits of the next token. In eager mode: else every length would compile anew.
         context = torch.tensor([tokens[-c.sequence:]], device=device)
-        with torch.compiler.set_stance("force_eager"):      # else every length compiles anew
+        with torch.compiler.set_stance("force_eager"):
             logits = model(context)[0, -1].float()
         if not logits.isfinite().all():
             print("(its logits are not finite: no sample)")
             return
+
+        # Draw among the likeliest. Differences to the best keep a tiny temperature from overflowing.
         best, index = logits.topk(candidates)
         chances = ((best - best[0]) / max(c.temperature, 1e-9)).softmax(-1)
         token = index[torch.multinomial(chances, 1, generator=generator)].item()
@@ -487,8 +542,9 @@ def sample(model, tokens, c, device):
 
 def sample_text(model, c, device):
     """Yield the prompt and what the model makes of it, piece by piece, as text."""
+    # A token is a byte; 0 ends a document, and is shown as a new line.
     prompt = list(c.prompt.encode()) or [0]
-    bytes_of = lambda token: bytes([token or 10])      # 0 ends a document
+    bytes_of = lambda token: bytes([token or 10])
     if c.vocab_size != 256:
         try:
             import tiktoken
@@ -496,9 +552,12 @@ def sample_text(model, c, device):
         except Exception as e:      # not installed, or its vocabulary could not be downloaded
             yield f"(GPT-2's tokens need tiktoken, pip install tiktoken: {type(e).__name__})"
             return
+        # Leave out of the prompt what a smaller vocabulary has not got.
         prompt = [t for t in gpt2.encode_ordinary(c.prompt) or [gpt2.eot_token] if t < c.vocab_size] or [0]
         bytes_of = lambda token: gpt2.decode_single_token_bytes(token) if token < gpt2.n_vocab else b""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a token may end within a character
+
+    # A token may end within a character: the decoder waits for the rest of it.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in itertools.chain(prompt, sample(model, prompt, c, device)):
         yield decoder.decode(bytes_of(token))
     yield decoder.decode(b"", final=True)
@@ -507,15 +566,15 @@ def sample_text(model, c, device):
 def eval_recipes(model, c, device):
     """Print the validation loss in nats by the forward pass of each recipe of c, and its perplexity."""
     data = Shards(c, "val")
-    first = None
+    losses = []
     print(f"{'forward pass':12}{'loss':>9}{'difference':>12}{'perplexity':>12}", flush=True)
     for recipe in c.recipe.split(","):
         model.use_recipe(recipe, c.backend)
         loss = evaluate(model, data, c, device)
-        if first is None:
-            first = loss
-        perplexity = math.exp(min(loss, 700))
-        print(f"{recipe:12}{loss:9.4f}{loss - first:12.4f}{perplexity:12.5g}{bits_per_byte(c, loss)}", flush=True)
+        losses.append(loss)
+        perplexity = math.exp(min(loss, 700))      # beyond, it would overflow
+        print(f"{recipe:12}{loss:9.4f}{loss - losses[0]:12.4f}{perplexity:12.5g}{bits_per_byte(c, loss)}",
+              flush=True)
 
 
 # ============================================================================================================
@@ -525,8 +584,11 @@ def eval_recipes(model, c, device):
 
 # ---- A. Checkpoints and logs that survive a crash ----------------------------------------------------------
 #
-# A file is written under another name and then renamed, so it is whole or not there. The last two checkpoints
-# are kept. A run goes on only with the config, text, code and number of processes that it began with.
+# A process may be killed at any moment, and a disk may be full. So a file is written under another name,
+# NAME.part, and renamed when all of it is on the disk: it is whole or not there. The last two checkpoints are
+# kept. A log is only appended to, and what a crash has torn is repaired when the run goes on. A run belongs
+# to one config, one corpus, one code and one number of processes: with these it goes on to the same bits, and
+# with others not at all.
 
 CHECKPOINTS = ("checkpoint.pt", "previous.pt")     # the last one, and the one before
 SOURCES = [Path(__file__).with_name(name) for name in ("quartet.py", "kernels.py", "train_gpt.py")]
@@ -542,8 +604,8 @@ def refuse_another(saved, data, directory):
     """UserError unless a run that was saved in a directory would go on as it began."""
     for what, now in identity(data).items():
         if saved.get(what) != now:
-            raise UserError(f"{directory} began with {what} {saved.get(what)}, and here is {now}: put it back, or "
-                            f"start a new run from the weights of this one, --init_from={directory}")
+            raise UserError(f"{directory} began with {what} {saved.get(what)}, and here is {now}: put it "
+                            "back, or start a new run, which may take weights from one, --init_from=RUN")
 
 
 @contextlib.contextmanager
@@ -552,7 +614,8 @@ def writing(path):
     try:
         yield
     except OSError as e:
-        raise UserError(f"cannot write {path} ({e.strerror}): make room, then resume {path.parent}") from None
+        raise UserError(f"cannot write {path} ({e.strerror}): make room, or go to a directory that can be "
+                        "written; then start again, or resume the run") from None
 
 
 @contextlib.contextmanager
@@ -564,11 +627,14 @@ def replacing(path, previous=None):
     part = path.with_name(f"{path.name}.part")
     with writing(path):
         try:
+            # Remove what a crash, or somebody's link, has left there: x opens new files only.
             part.unlink(missing_ok=True)
-            with open(part, "xb") as f:     # x: never through a link that stands there
+            with open(part, "xb") as f:
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
+
+            # Killed between these two, a run goes on from the previous checkpoint.
             if previous and path.exists():
                 os.replace(path, previous)
             os.replace(part, path)
@@ -577,7 +643,9 @@ def replacing(path, previous=None):
 
 
 def write(path, text):
-    """Write text, in UTF-8, whole or not at all."""
+    """Write text, in UTF-8, whole or not at all, if this is rank 0."""
+    if RANK:
+        return
     with replacing(path) as f:
         f.write(text.encode())
 
@@ -585,7 +653,7 @@ def write(path, text):
 def as_json(**record):
     """A record in one line; null for what is not finite, which JSON lacks."""
     for key, value in record.items():
-        if value in (math.inf, -math.inf) or value != value:
+        if isinstance(value, float) and not math.isfinite(value):
             record[key] = None
     return json.dumps(record) + "\n"
 
@@ -600,6 +668,7 @@ def read_json(path):
 
 def records(path):
     """The records in a log.jsonl, [{...}, ...], without lines that a crash has torn or a disk has lost."""
+    # Whatever is no record is left out: zeros, half a line, a number.
     found = []
     for line in path.read_text(errors="replace").splitlines():
         try:
@@ -619,32 +688,42 @@ def save(directory, c, step, **state):
     with replacing(path, previous) as f:
         try:
             torch.save(dict(config=vars(c), step=step, **state), f)
-        except RuntimeError as e:       # it hides an error of the disk behind one of its own
+        except RuntimeError as e:
+            # torch.save hides an error of the disk behind one of its own.
             raise e.__context__ or e
 
 
 def find(word, names):
     """The first of some files that a run has, by its name in runs/ or its path; None without."""
+    # A name in runs/ comes first; a path outside of it is second.
     places = [directory / name for directory in (Path("runs") / word, Path(word)) for name in names]
     return next((path for path in places if path.is_file()), None)
 
 
-def load_checkpoint(word):
-    """A run, or a file -> the path of its checkpoint, and the checkpoint, a dict of what `save` was given."""
-    path = find(word, (*CHECKPOINTS, "."))
+def load_checkpoint(word, names=CHECKPOINTS):
+    """The first of names that a run has -> its path, and what `save` was given, a dict.
+
+    UserError if there is none, and if any bit of it is wrong.
+    """
+    path = find(word, names)
     if not path:
         runs = {str(path.parent.relative_to("runs")) for path in Path("runs").rglob(CHECKPOINTS[0])}
         known(word, sorted(runs - {word}), f"no checkpoint of {word}: in runs/")
+
+    # The file is a zip archive, and torch.load does not look at its checksums: do it here. They do not cover
+    # the archive's directory, where torch.save marks nothing as compressed, or as a directory.
     try:
         with zipfile.ZipFile(path) as z:
-            # Checksums see all but this: torch.save compresses nothing, and makes no directories.
             strange = [entry for entry in z.infolist() if entry.compress_type or entry.external_attr]
             whole = not z.testzip() and not strange
     except Exception:       # whatever a damaged file leads to
         whole = False
     if not whole:
-        raise UserError(f"{path} is not a whole checkpoint: remove it, and previous.pt is taken if there is one")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)      # executes nothing of it
+        raise UserError(f"{path} is not a whole checkpoint: remove it, and previous.pt beside it, if it is "
+                        "there, is taken instead")
+
+    # weights_only: nothing in the file is executed. Its config must have no knobs but ours.
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or not {*checkpoint.get("config", [""])} <= {*Config.__annotations__}:
         raise UserError(f"{path} was not written by this version of train_gpt.py")
     return path, checkpoint
@@ -663,6 +742,7 @@ def held(directory):
     if RANK or not fcntl:
         yield
         return
+    # The lock is on the directory itself, and leaves no file.
     f = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -670,11 +750,11 @@ def held(directory):
         os.close(f)
         raise UserError(f"another process trains in {directory}: wait until it ends, or stop it") from None
     except OSError:
-        pass
+        pass      # this disk knows no locks
     try:
         yield
     finally:
-        os.close(f)        # the system does it for a process that is killed
+        os.close(f)      # and with it the lock goes; the system does so for a process that is killed
 
 
 class Log:
@@ -691,7 +771,7 @@ class Log:
         self.path = directory / "log.jsonl"
         self.pending = []      # steps that are not written yet
         self.rates = []        # tokens/s
-        if self.path.exists() and not RANK:
+        if self.path.exists():
             # Drop what is done again, and repair what a crash has torn.
             kept = [r for r in records(self.path) if r.get("step", 0) <= start]
             self.skipped = sum(r.get("grad_norm", 0) is None for r in kept)
@@ -705,11 +785,11 @@ class Log:
         flops = 6 * (size - ends // 2 + c.layers * c.width * c.sequence)      # of a token, both passes
         self.peak_rate = WORLD * peak_flops / flops                            # tokens/s; 0 if unknown
         header = dict(
-            device=f"{WORLD} x {name}, backend {quartet.resolve(c.backend, device, c.recipe)}, compile {c.compile}",
+            device=f"{WORLD} x {name}, backend {quartet.resolve(c.backend, device, c.recipe)}",
             recipe=f"{c.recipe}, in {len(quantized)} linear layers, {sum(quantized):,} parameters",
             parameters=f"{size:,}, {size - ends:,} without embedding and head",
-            steps=f"{c.steps:,} of {c.tokens_per_step:,} tokens, {c.batch} x {c.sequence} in a process at a time; "
-                  f"in all {c.steps * c.tokens_per_step / (size - ends):.1f} tokens a parameter",
+            steps=f"{c.steps:,} of {c.tokens_per_step:,} tokens, {c.batch} x {c.sequence} in a process at a "
+                  f"time; in all {c.steps * c.tokens_per_step / (size - ends):.1f} tokens a parameter",
             corpus=f"{c.corpus}, {sum(map(len, data[0].shards)):,} tokens, sha256 {identity(data)['corpus']}",
             versions=f"python {platform.python_version()}, torch {torch.__version__}, code {CODE}")
         for what, value in header.items():
@@ -724,17 +804,22 @@ class Log:
 
     def step(self, step, begin, loss, norm, lr, flush):
         """Note a step that began at `begin`; write and print all noted if a line is due, or flush."""
+        # Wait until a line is due. The first step has one at once.
         self.pending.append((step, begin, loss, norm, lr))
         if not flush and step % self.c.log_every and step != self.start + 1:
             return
         steps, begins, losses, norms, lrs = zip(*self.pending)
         self.pending = []
+
+        # Read the losses: this is where the CPU waits for the GPU, and only then is time measured.
         losses = torch.stack(losses).tolist()
         norms = torch.stack(norms).tolist()
         seconds = (time.perf_counter() - begins[0]) / len(steps)
         rate = self.c.tokens_per_step / seconds
-        if steps[0] > self.start + 1:       # the first step compiles, or warms up
+        if steps[0] > self.start + 1:      # the first step compiles, or warms up
             self.rates.append(rate)
+
+        # Write a record a step. 10 steps in a row without a finite gradient are remembered, to end the run.
         for step, loss, norm, lr in zip(steps, losses, norms, lrs):
             self.write(step=step, loss=loss, grad_norm=norm, lr=lr, ms=round(seconds * 1e3, 3))
             if not math.isfinite(norm):
@@ -743,6 +828,8 @@ class Log:
                 print(f"step {step} skipped: loss {loss}, norm {norm}; {self.skipped} so far")
             elif self.bad_in_a_row < 10:
                 self.bad_in_a_row = 0
+
+        # Print a line for the last of them.
         left = int((self.c.steps - step) * seconds)
         mfu = f"  mfu {rate / self.peak_rate:5.1%}" if self.peak_rate else ""
         print(f"step {step:{len(str(self.c.steps))}}/{self.c.steps}  loss {loss:7.4f}  norm {norm:6.3f}  "
@@ -758,6 +845,7 @@ class Log:
 
 def leave(directory, step, stop):
     """End the process where a signal has stopped a run."""
+    # A run of a comparison goes on with all of it.
     if (directory.parent / "compare.json").exists():
         directory = directory.parent
     command = "python train_gpt.py"
@@ -769,15 +857,18 @@ def leave(directory, step, stop):
 
 def finish(c, directory, log, model, val_data, device):
     """Write result.json and sample.txt of a run that has come to its last step; print the sample."""
-    if log.start == c.steps:      # all was trained before, but the end was not written
+    # If the process was killed between the last checkpoint and here, nothing was left to train, only this.
+    if log.start == c.steps:
         log.validation(c.steps, evaluate(model, val_data, c, device))
+
+    # The speed is the median over the lines of the log, which is robust against pauses.
     rate = float(np.median(log.rates or [math.nan]))
+    result = dict(recipe=c.recipe, val_loss=log.val_loss, skipped=log.skipped, tokens_per_s=rate,
+                  peak_gib=peak_memory(device))
     text = "".join(sample_text(model, c, device))
-    if not RANK:
-        write(directory / "sample.txt", text)
-        write(directory / "result.json", as_json(recipe=c.recipe, val_loss=log.val_loss, skipped=log.skipped,
-                                                 tokens_per_s=rate, peak_gib=peak_memory(device)))
-    gather(None)
+    write(directory / "sample.txt", text)
+    write(directory / "result.json", as_json(**result))
+    gather(None)      # a comparison reads it in every process
     print(f"sample:\n{text}\nwritten to {directory}/: log.jsonl, checkpoint.pt, result.json, sample.txt")
 
 
@@ -787,7 +878,7 @@ def first_not_finite(model, batches):
     In the order of computing: a layer's weight, input, output; the loss; the gradient dy of a layer's output.
     Of several processes that of the first, by rank, which has found one; all wait for it.
     """
-    found = []
+    found = []      # names, in the order of computing
 
     def see(name, *values):
         if not all(v.isfinite().all() for v in values):
@@ -799,6 +890,7 @@ def first_not_finite(model, batches):
         see(f"the output of {name}", y)
         y.register_hook(lambda dy: see(f"the gradient dy of {name}", dy))
 
+    # Look at every layer in one more forward and backward pass.
     for name, m in model.named_modules():
         if isinstance(m, (nn.Linear, nn.Embedding, nn.RMSNorm)):
             m.register_forward_hook(partial(hook, name))
@@ -812,10 +904,11 @@ def first_not_finite(model, batches):
 
 # ---- B. Several GPUs, and a CUDA graph ---------------------------------------------------------------------
 #
-# torchrun starts a process for each of N GPUs (or, to try it out, N on a CPU). Each takes its own
-# micro-batches of every step, and its own rounding noise. All hold the whole model (DDP), or, with
-# --shard=true, an N-th of weights, gradients and optimizer, and of the other weights a block at a time
-# (FSDP2). Rank 0 prints and writes.
+# torchrun --nproc_per_node=N train_gpt.py ... starts a process for each of N GPUs (or, to try it out, N on a
+# CPU). Each takes its own micro-batches of every step, and its own rounding noise. All hold the whole model
+# (DDP), or, with --shard=true, an N-th of weights, gradients and optimizer, and of the other weights a block
+# at a time (FSDP2). Rank 0 prints and writes. On one GPU a step is recorded as a CUDA graph instead, which
+# makes hundreds of launches one.
 
 PEAK_FLOPS = {      # dense bf16, datasheets; the first whose key is in the device's name
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12,
@@ -827,8 +920,11 @@ def start_processes(device, shard):
     """Join the other processes, if there are any, on this one's GPU; only rank 0 prints."""
     if WORLD == 1:
         if shard:
-            raise UserError("--shard=true needs several processes: torchrun --nproc_per_node=N train_gpt.py ...")
+            raise UserError("--shard=true needs several processes: torchrun --nproc_per_node=N "
+                            "train_gpt.py ...")
         return
+
+    # NCCL between GPUs; gloo for what is on the CPU, such as a signal's flag.
     backend = "gloo"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -859,7 +955,8 @@ def distribute(model, c):
     """The model -> what to call for a loss, whose backward pass averages gradients over all processes."""
     if c.shard != "true":
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    from torch.distributed.fsdp import fully_shard      # here: it takes longer to import than torch
+    # Each block is gathered for its pass, and let go after it. (Imported here, because that takes a second.)
+    from torch.distributed.fsdp import fully_shard
     mesh = dist.init_device_mesh(model.rope.device.type, (WORLD,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
@@ -868,9 +965,12 @@ def distribute(model, c):
 
 def snapshot(model, optimizer, c):
     """-> what a checkpoint holds of them, as one process has them, and all processes' generators, by rank."""
+    # Every process draws its own noise.
     generators = dict(cpu=torch.get_rng_state(), cuda=None)
     if torch.cuda.is_available():
         generators["cuda"] = torch.cuda.get_rng_state()
+
+    # If weights are sharded, rank 0 gets all of them, and the others nothing.
     weights = model.state_dict()
     moments = optimizer.state_dict()
     if c.shard == "true":
@@ -889,6 +989,8 @@ def restore(model, optimizer, saved, c):
     else:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+
+    # The noise goes on where it was.
     generators = saved["generators"][RANK]
     torch.set_rng_state(generators["cpu"])
     if model.rope.is_cuda and generators["cuda"] is not None:
@@ -902,14 +1004,17 @@ def as_graph(f, *args):
     A step is hundreds of short kernels, and Python launches them more slowly than a GPU runs them. The
     default generator is left as it was, and gives to a replay what it would give to f.
     """
+    # Run it on a side stream first: this compiles, and initialises libraries.
     state = torch.cuda.get_rng_state()
     args = [a.detach().clone() for a in args]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(2):        # compile, and initialise libraries
+        for _ in range(2):
             f(*args)
     torch.cuda.current_stream().wait_stream(side)
+
+    # Record it. The recording reads args where they are now, so a replay copies new ones there.
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         f(*args)
@@ -928,6 +1033,8 @@ def pick_device(c):
     device = c.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    # torch.compile needs a compiler of C, on a GPU for Triton, too.
     compiled = c.compile == "on" or c.compile == "auto" and device == "cuda"
     if compiled and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         print("no C compiler found, which torch.compile and Triton need (apt install gcc): slower without")
@@ -960,18 +1067,20 @@ def keep_freed_memory():
 
 # ---- C. Comparing recipes ----------------------------------------------------------------------------------
 #
-# A comparison is a directory with a run for each recipe. It can be stopped and resumed as a run can; what has
-# a result is not repeated.
+# --recipe=bf16,rtn,quartet2 makes a directory with a run for each recipe, all of one seed and one order of
+# data. It can be stopped and resumed as a run can, under the same conditions; what has a result is not
+# repeated. compare.json keeps what it began with, and compare.txt is the table.
 
 def compare(c, data, directory, stop, saved):
-    """Train each recipe of c, all else equal, and print a table. saved: compare.json, to go on with, or None."""
-    if not RANK and not saved:
+    """Train each recipe of c, all else equal, and print a table. saved: what compare.json has, or None."""
+    if not saved:
         write(directory / "compare.json", as_json(config=vars(c), **identity(data)))
     results = []
     for recipe in c.recipe.split(","):
         run = directory / recipe
         run.mkdir(exist_ok=True)
         if not (run / "result.json").exists():
+            # Train it, or go on where it stopped.
             print(f"\n==== {recipe}", flush=True)
             torch._dynamo.reset()
             checkpoint = None
@@ -979,22 +1088,26 @@ def compare(c, data, directory, stop, saved):
                 _, checkpoint = load_checkpoint(run)
             with held(run):
                 train(dataclasses.replace(c, recipe=recipe), data, run, stop, checkpoint)
+        # null is what was not finite: a recipe that diverges does not end the others.
         result = read_json(run / "result.json")
         results.append({key: math.nan if value is None else value for key, value in result.items()})
+
+    # Make the table.
     base = next((r["val_loss"] for r in results if r["recipe"] == "bf16"), math.nan)
     table = "recipe        val loss  gap to bf16    tokens/s  peak GiB\n"
     for r in results:
-        gap = r["val_loss"] - base
-        table += "{recipe:12}{val_loss:10.4f}{gap:13.4f}{tokens_per_s:12,.0f}{peak_gib:10.2f}\n".format(gap=gap, **r)
-    if not RANK:
-        write(directory / "compare.txt", table)
+        r["gap"] = r["val_loss"] - base
+        table += "{recipe:12}{val_loss:10.4f}{gap:13.4f}{tokens_per_s:12,.0f}{peak_gib:10.2f}\n".format(**r)
+    write(directory / "compare.txt", table)
     print(f"\n{table}written to {directory / 'compare.txt'}")
 
 
 # ---- D. The command line -----------------------------------------------------------------------------------
 #
-# What cannot work is refused before anything is written, in a line that names the value and the way out.
+# A mistake is refused before anything is written, in one line that names the value and the way out. From argv
+# the way goes through parse, load and check to run_training, or, to evaluate and sample, to read_out.
 
+# What a knob can be, what weights are made for, and what a resumed run may change.
 CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
                device=("auto", "cpu", "cuda"), shard=("true", "false"))
 NUMBERS = {int: (1, 10**12), float: (0, 1e38)}                    # bounds, if a knob has no others
@@ -1020,6 +1133,7 @@ def unchanged(knobs, saved, names, problem):
 
 def parse(argv):
     """argv, as the docstring of this file describes it -> mode, preset or run, {knob: value}."""
+    # What begins with -- is a knob, all else a word.
     types = Config.__annotations__
     words = []
     knobs = {}
@@ -1035,12 +1149,15 @@ def parse(argv):
             knobs[name] = types[name](value)
         except ValueError:
             raise UserError(f"--{name}={value}: it takes a value of type {types[name].__name__}") from None
+
+    # The first word may be a mode. The other is a preset or a run.
     mode = "train"
     if words and words[0] in ("resume", "eval", "sample"):
         mode = words.pop(0)
     if mode == "train" and not words:
-        gpu = torch.cuda.is_available() and knobs.get("device") != "cpu"
-        words = ["gpu" if gpu else "cpu"]
+        words = ["cpu"]
+        if torch.cuda.is_available() and knobs.get("device") != "cpu":
+            words = ["gpu"]
     if len(words) != 1:
         raise UserError(f"{mode} takes one word, a preset to train or else a run: see --help")
     return mode, words[0], knobs
@@ -1048,6 +1165,7 @@ def parse(argv):
 
 def check(c):
     """UserError where a Config cannot run."""
+    # Each knob alone
     for name, choices in CHOICES.items():
         known(getattr(c, name), choices, f"--{name}={getattr(c, name)}")
     bounds = dict(bf16_blocks=(0, c.layers - 1), bf16_end=(0, 1), seed=(0, 10**12))
@@ -1056,14 +1174,20 @@ def check(c):
             least, most = bounds.get(name, NUMBERS[kind])
             if not least <= getattr(c, name) <= most:
                 raise UserError(f"--{name}={getattr(c, name)}: it must be from {least} to {most}")
+
+    # Knobs together, and with this machine
     if c.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda: PyTorch sees no GPU here; --device=cpu runs on the CPU")
     if c.width % (2 * c.heads):
         raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
+
+    # A prompt from a terminal of another encoding would fail at the end of training.
     try:
         c.prompt.encode()
     except UnicodeEncodeError:
         raise UserError("--prompt: it takes text in UTF-8") from None
+
+    # Every recipe must fit the shapes of the layers, which a model without memory tells.
     with torch.device("meta"):
         model = GPT(c)
     for recipe in c.recipe.split(","):
@@ -1075,52 +1199,63 @@ def check(c):
 
 
 def load(mode, word, knobs):
-    """What the command line means -> Config, directory of the run, what it has saved (a new run: None, None)."""
+    """What a command line means -> Config, the run's directory, what it has saved (of a new run None, None).
+
+    RUN is a name in runs/ or a path; to resume, also that of a comparison.
+    """
     if mode == "train":
         known(word, PRESETS, f"unknown preset {word!r}")
         return Config(**PRESETS[word] | knobs), None, None
+
+    # To evaluate and sample, all but the shape of weights may change; a file will do for a run.
     fixed = SHAPE
-    comparison = None
+    names = (*CHECKPOINTS, ".")
+    path = None
+
+    # To resume, nothing may change a number. A comparison has compare.json.
     if mode == "resume":
         fixed = Config.__annotations__.keys() - HARMLESS
-        comparison = find(word, ["compare.json"])
-        if Path(word).is_file():
-            raise UserError(f"resume takes a run, {Path(word).parent}, and its last checkpoint")
-    if comparison:
-        path = comparison
+        names = CHECKPOINTS
+        path = find(word, ["compare.json"])
+    if path:
         saved = read_json(path)
     else:
-        path, saved = load_checkpoint(word)
+        path, saved = load_checkpoint(word, names)
     unchanged(knobs, saved["config"], fixed, "this is the run's for good (see --init_from)")
     return Config(**saved["config"] | knobs), path.parent, saved
 
 
 def new_directory(c, preset):
     """Make runs/NAME -> its path. A default name is unique; a given one must be free."""
+    # Without a name, one is made that is new.
     name = c.name
     if not name:
+        # preset, recipe, time, and a number of four digits for what starts in the same second
         recipe = c.recipe.replace(",", "+")
         name = f"{preset}-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise UserError(f"--name={name!r}: it takes letters, digits and . _ + -")
+
+    # Make the directory.
     path = Path("runs") / name
-    try:
+    if path.exists():
+        raise UserError(f"{path} exists: resume it, remove it, or take another --name")
+    with writing(path):
         path.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"{path} exists: resume it, remove it, or take another --name") from None
-    except OSError as e:
-        raise UserError(f"cannot write {path} ({e.strerror}): go to a writable directory") from None
     return path
 
 
 def read_out(mode, c, step, knobs, weights):
-    """Evaluate or sample a model after a step: by all recipes or its own, if knobs have none."""
+    """Evaluate weights, by all recipes, or sample, by the recipe of their step, unless knobs name others."""
+    # Which recipes
     if mode == "eval":
         recipe = ",".join(quartet.RECIPES)
     else:
         recipe = recipe_of(c, step)
     c = dataclasses.replace(c, recipe=knobs.get("recipe", recipe))
     check(c)
+
+    # Make the model, and read it out.
     device, _ = pick_device(c)
     model = GPT(c).to(device)
     model.load_state_dict(weights)
@@ -1135,7 +1270,7 @@ def read_out(mode, c, step, knobs, weights):
 
 
 def listen(stop):
-    """Let SIGINT and SIGTERM append to stop, for the loop to see; a second SIGINT ends the process at once."""
+    """Let SIGINT and SIGTERM append to stop, which the loop looks at; a second SIGINT ends at once."""
     def on_signal(signum, frame):
         stop.append(signum)
         print(f"\n{signal.Signals(signum).name}: this step, then saving", flush=True)
@@ -1153,24 +1288,29 @@ def run_training(c, preset, directory, saved):
     if c.tokens_per_step % micro:
         raise UserError(f"--tokens_per_step={c.tokens_per_step}: must be a multiple of {micro}, processes x "
                         f"batch x sequence, {WORLD} x {c.batch} x {c.sequence}: change it, or --batch")
+
+    # Signals from here on end the run after a step. Join the other processes.
     stop = []
     listen(stop)
     device, _ = pick_device(c)
     start_processes(device, c.shard == "true")
 
-    # Rank 0 reads the data first, or writes them.
+    # Rank 0 reads the corpus first, since it may have to be made. The others wait.
     if RANK:
         gather(None)
     data = Shards(c, "train"), Shards(c, "val")
     if not RANK:
         gather(None)
 
+    # Take the run's directory, or make one.
     if saved:
         refuse_another(saved, data, directory)
     fresh = directory is None
     if fresh and not RANK:
         directory = new_directory(c, preset)
     directory = gather(directory)[0]
+
+    # Train.
     try:
         with held(directory):
             if "," in c.recipe:
@@ -1180,14 +1320,17 @@ def run_training(c, preset, directory, saved):
             else:
                 train(c, data, directory, stop, saved)
     except torch.cuda.OutOfMemoryError as e:
-        raise UserError(f"the GPU has too little memory, try a smaller --batch. {str(e).splitlines()[0]}") from None
+        raise UserError("the GPU has too little memory, try a smaller --batch. "
+                        f"{str(e).splitlines()[0]}") from None
     finally:
+        # If nothing has begun, the name is free again.
         if fresh and not RANK and not any(directory.rglob("log.jsonl")):
-            shutil.rmtree(directory)      # nothing has begun: the name is free again
+            shutil.rmtree(directory)
 
 
 def main(argv):
     """Do what the command line says."""
+    # The help is this file's docstring, and the source of Config and PRESETS.
     if {"-h", "--help"} & set(argv):
         source = Path(__file__).read_text()
         print(__doc__, source[source.index("@dataclasses"):source.index("# ---- 2.")], sep="\n", end="")
