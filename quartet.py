@@ -1075,4 +1075,4 @@ def quantized_weights(model):
 
 
 if __name__ == "__main__":    # print the sections in numbers
-    runpy.run_path(os.path.dirname(__file__) + "/data/demonstrate.py", run_name="__main__")
+    runpy.run_path(os.path.dirname(__file__) + "/data/evidence/demonstrate.py", run_name="__main__")

@@ -1,9 +1,8 @@
-"""The tests: quartet.py in its order, kernels.py, train_gpt.py, README. Each is named for a property.
+"""The tests: quartet.py in its order, kernels.py, README; others in data/tests. Each is named for a property.
 
 Tolerances are exhaustive or derived, else bits are compared; "5 sigma": 5 standard errors. Seeds are fixed.
 """
-import copy, dataclasses, functools, json, math, os, pickle, re, resource, shlex, shutil, signal, subprocess
-import sys
+import copy, functools, math, os, re, shlex, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pytest
@@ -17,11 +16,11 @@ import kernels, quartet, train_gpt
 from quartet import (NVFP4, RECIPES, ROTATIONS, Gemm, Linear, Recipe, decode, e2m1, e4m3, four_six, ms_eden, pack,
                      philox, quantize_model, rotate, rotation, round_scale, rtn, scale_search, sr, transpose,
                      uniform, unpack)
-from train_gpt import prepare
-import bench, demonstrate  # of data/
-from test_runs import place, result  # of data/, the first a fixture
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "data/evidence"))
+import bench, demonstrate
+
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])                            # by code, 0 to 7
 E4M3 = np.array([(m + 8 * (e > 0)) * 2.0 ** (max(e, 1) - 10) for e in range(16) for m in range(8)][:127])
 FOUR_BITS = np.array([m * 2.0**e for e in range(-129, 60) for m in range(8, 16)])  # what round_scale makes
@@ -663,7 +662,7 @@ def test_a_step_runs_on_any_stream_and_gpu_and_as_a_cuda_graph_without_synchroni
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(stream): there = gradients(run)
-        graph = train_gpt.launch.as_graph(run, *args)
+        graph = train_gpt.as_graph(run, *args)
     finally: torch.cuda.set_sync_debug_mode("default")
     assert same(there, expected) and same(gradients(graph), expected)
     run, gradients, _ = prepared(f"cuda:{torch.cuda.device_count() - 1}")     # while GPU 0 is the current one
@@ -678,16 +677,6 @@ def test_offsets_beyond_2_31_and_long_rows():
     a, b = (kernels.rotate_quantize([t], "rtn", R, seed, "rtn", R, seed, 1.0, True, True) for t in (x, last))
     assert torch.equal(a[0][-128:], b[0]) and torch.equal(a[3][-128:], b[3])
     assert torch.equal(a[4][:, -64:], b[4]) and torch.equal(a[7][:, -128:], b[7])
-
-@needs_gpu
-@every_4bit_recipe
-def test_both_backends_train_to_the_same_bits_where_rotations_are_exact(tiny, recipe, monkeypatch):
-    monkeypatch.setattr(quartet, "rotation_from", lambda name, d: (torch.eye(128, device=d.device), 1))
-    for name in "torch", "triton":                                       # 50 steps of the 30m preset
-        knobs = dict(recipe=recipe, backend=name, name=name, batch=4, tokens_per_step=2048, steps=50,
-                     device="cuda", compile="off")
-        train_gpt.main(["30m", *TINY[6:], *(f"--{knob}={value}" for knob, value in knobs.items())])
-    assert losses("torch") == losses("triton") and losses("torch")[50] < losses("torch")[1] - 1
 
 def test_a_recipe_without_kernels_takes_the_reference(monkeypatch):
     monkeypatch.setitem(quartet.QUANTIZERS, "mine", lambda x, R, seed: rtn(x))
@@ -713,181 +702,6 @@ def test_kernels_compile_for_every_target_without_spills(tmp_path):
         out, warnings = process.communicate()
         assert process.returncode == 0 and out.count("\n") == lines[target], out + warnings
         assert f".target {target}" in (tmp_path / f"{target}-both-ms_eden.ptx").read_text()
-
-# ---- train_gpt.py ------------------------------------------------------------------------------------------
-TINY = ("--layers=1 --width=128 --heads=2 --hidden=128 --sequence=32 --tokens_per_step=128 --eval_tokens=256 "
-        "--sample_tokens=4 --log_every=1 --corpus=tiny --device=cpu --lr=3e-3 --name=a").split()
-@pytest.fixture
-def tiny(place): return lambda *args: train_gpt.main(["cpu", *TINY, *args])
-def saved(name="a"): return torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)
-def losses(name="a", key="loss"):
-    return {r["step"]: r[key] for r in map(json.loads, open(f"runs/{name}/log.jsonl")) if key in r}
-
-@pytest.mark.parametrize("preset, size", [
-    ("30m", 30_482_560), ("50m", 49_556_736), ("100m", 102_777_856), ("200m", 203_188_480),     # the C4 runs'
-    ("124m", (12 * 12 * 768 + 25) * 768), ("1.9b", 1_644_300_288)])  # nanoGPT's; 1.85e9 with embedding, head
-def test_presets_have_the_sizes_of_the_paper(preset, size):
-    with torch.device("meta"): model = train_gpt.GPT(train_gpt.Config(**train_gpt.PRESETS[preset]))
-    assert sum(p.numel() for p in [*model.blocks.parameters(), *model.norm.parameters()]) == size
-
-@pytest.mark.parametrize("recipe, zeros", [*((recipe, False) for recipe in RECIPES), ("quartet2", True)])
-def test_twenty_steps_lower_the_loss_also_from_output_projections_of_zeros(tiny, monkeypatch, recipe, zeros):
-    def initial(w, mean=0.0, std=1.0): w.data.normal_(mean, 0.0 if std == 0.01 else std)     # 0.02 / 2
-    if zeros: monkeypatch.setattr(torch.nn.init, "normal_", initial)
-    tiny(f"--layers={1 + zeros}", "--steps=20", f"--recipe={recipe}")
-    assert sorted(losses()) == [*range(1, 21)] and losses()[20] < losses()[1] - 1.5  # from log 256 = 5.5 nats
-    assert all(w.any() for w in saved()["model"].values())
-
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, monkeypatch, capsys, device, signum, code):
-    tiny("--steps=8", "--name=straight", f"--device={device}")
-    rate, interrupt = train_gpt.learning_rate, lambda i: i == 3 and signal.raise_signal(signum)  # in step 4
-    monkeypatch.setattr(train_gpt, "learning_rate", lambda c, i: interrupt(i) or rate(c, i))
-    with pytest.raises(SystemExit) as stop: tiny("--steps=8", f"--device={device}")
-    assert stop.value.code == code and saved()["step"] == 4
-    assert "python train_gpt.py resume runs/a" in capsys.readouterr().out
-    with open("runs/a/log.jsonl", "a") as f: f.write('{"step": 9, "loss": -1.0}\n')      # a crash's, later
-    train_gpt.main(["resume", "a"])
-    assert losses() == losses("straight") and sorted(losses()) == [*range(1, 9)]
-    a, b = ({**saved(name)["model"], **saved(name)["rng"][0]} for name in ("straight", "a"))
-    assert all(torch.equal(a[k], b[k]) for k in a if a[k] is not None)
-
-def test_data_order_is_a_function_of_seed_and_step(tiny, tmp_path):
-    c = train_gpt.Config(sequence=8, batch=16, corpus="two", vocab_size=600, eval_tokens=64)
-    for i, start in enumerate((0, 300)):                            # two shards of different tokens
-        prepare.write_shard(tmp_path / f"two_train_{i:06d}.bin", np.arange(start, start + 200 + i))
-    data, again = train_gpt.Shards(c, "train"), train_gpt.Shards(c, "train")
-    x, y = data.random(c, 3, 1, "cpu")
-    for other in ((c, 4, 1), (c, 3, 0), (dataclasses.replace(c, seed=2), 3, 1)):
-        assert not torch.equal(x, data.random(*other, "cpu")[0])
-    assert torch.equal(x, again.random(c, 3, 1, "cpu")[0]) and torch.equal(y, x + 1)  # no window of two
-    x, y = data.at(np.arange(data.ends[-1]), "cpu")
-    assert {*x.flatten().tolist(), *y.flatten().tolist()} == {*range(200), *range(300, 501)}
-    assert [x.tolist() for x, _ in data.in_order(c, "cpu")] == [np.arange(64).reshape(8, 8).tolist()]
-
-def test_losses_and_gradients_are_means_over_micro_batches_and_over_all_predicted_tokens(tiny):
-    tiny("--steps=1", "--tokens_per_step=512", "--recipe=bf16")           # validates 2 batches of 4
-    c = train_gpt.Config(**saved()["config"])
-    torch.manual_seed(c.seed)
-    model, data, val = train_gpt.GPT(c), train_gpt.Shards(c, "train"), train_gpt.Shards(c, "val")
-    mean = sum(model(*data.random(c, 1, micro, "cpu")) for micro in range(4)) / 4
-    mean.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip).item()
-    model.load_state_dict(saved()["model"])
-    windows = val.at(np.arange(8) * 32, "cpu")
-    for found, expected in ((losses()[1], mean.item()), (losses(key="grad_norm")[1], norm),
-                            (result()["val_loss"], model(*windows).item())):
-        assert abs(found / expected - 1) < 1e-5                           # float32, added in another order
-
-def test_the_model_is_causal_and_starts_as_the_paper_says():
-    c = train_gpt.Config(layers=2, width=256, heads=2, hidden=256, sequence=32)
-    model, tokens = train_gpt.GPT(c), torch.randint(0, 256, (1, 32), generator=generator())
-    same_until = (model(tokens) == model(tokens ^ (torch.arange(32) == 20))).all(-1)[0]
-    assert same_until[:20].all() and not same_until[20:].any()
-    block = model.blocks[1]
-    for w, std in ((model.head.weight, 0.02), (block.down.weight, 0.01), (block.up.weight, 0.02)):
-        assert abs(w.std().item() / std - 1) < 5 / (2 * w.numel())**0.5   # 0.02 / sqrt(2 layers): 5 sigma
-    rates = [train_gpt.learning_rate(dataclasses.replace(c, steps=100, lr=1.0), i) for i in range(101)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and rates[100] == pytest.approx(0.1)
-    assert rates[55] == pytest.approx(0.55)
-
-def test_sampling_draws_by_seed_among_the_likeliest():
-    c = train_gpt.Config(layers=1, width=128, heads=2, hidden=128, sequence=32, sample_tokens=50)
-    torch.manual_seed(0)
-    model = train_gpt.GPT(c)
-    draw = lambda **knobs: [*train_gpt.sample(model, [1, 2], dataclasses.replace(c, **knobs), "cpu")]
-    likeliest = model(torch.tensor([[1, 2]]))[0, -1].topk(3).indices.tolist()
-    assert draw(temperature=0.0) == draw(temperature=1e-50) == draw(top_k=1)
-    assert draw(temperature=0.0)[0] == likeliest[0]
-    assert draw() == draw() != draw(seed=2) and draw(temperature=1e-3)[0] == likeliest[0]
-    assert {draw(seed=s, top_k=3, temperature=9.0, sample_tokens=1)[0] for s in range(40)} == {*likeliest}
-
-def test_compare_trains_on_equal_terms_and_eval_prints_each_forward(tiny, capsys):
-    tiny("--steps=3", "--recipe=bf16,rtn,quartet2")
-    table, stamp = Path("runs/a/compare.txt").read_text(), os.stat("runs/a/bf16/result.json").st_mtime_ns
-    assert table in capsys.readouterr().out
-    assert [row.split()[0] for row in table.splitlines()[1:]] == ["bf16", "rtn", "quartet2"]
-    first = [losses(f"a/{recipe}")[1] for recipe in ("bf16", "rtn", "quartet2")]
-    assert max(first) - min(first) < 0.02                                      # same weights, same data
-    train_gpt.main(["resume", "a"])                                            # nothing is trained again
-    assert os.stat("runs/a/bf16/result.json").st_mtime_ns == stamp
-    train_gpt.main(["eval", "a/bf16", "--recipe=bf16,rtn,four_six"])
-    rows = [line.replace(",", " ").split() for line in capsys.readouterr().out.splitlines()[-3:]]
-    assert [r[0] for r in rows] == ["bf16", "rtn", "four_six"] and rows[0][2] == "0.0000"
-    assert abs(float(rows[0][1]) - result("a/bf16")["val_loss"]) < 1e-4
-    assert all(abs(math.exp(float(r[1])) / float(r[3]) - 1) < 1e-3 for r in rows)
-
-def test_knobs_keep_blocks_and_the_last_steps_in_bf16(tiny, monkeypatch):
-    seen, forward = [], train_gpt.GPT.forward
-    recipes = lambda model: [getattr(b.qkv, "recipe", "bf16") for b in model.blocks]
-    monkeypatch.setattr(train_gpt.GPT, "forward", lambda m, *a: seen.append(recipes(m)) or forward(m, *a))
-    tiny("--layers=2", "--bf16_blocks=1", "--bf16_end=0.5", "--steps=4", "--eval_every=9")
-    assert seen[:4] == [["quartet2", "bf16"]] * 2 + [["bf16", "bf16"]] * 2
-
-@pytest.mark.parametrize("args, message", [
-    ("--recipe=quartet", "unknown recipe 'quartet'.*did you mean 'quartet2'"), ("--steps", "needs a value"),
-    ("--recipes=bf16", "unknown knob --recipes: did you mean 'recipe'"), ("--steps=many", "steps=many.*int"),
-    ("30M", "unknown preset '30M'.*30m"), ("--steps=0", "be from 1"), ("--backend=cuda", "auto, torch"),
-    ("--width=130", "multiple of twice the heads"), ("--batch=3", "of 96, processes x batch x sequence"),
-    ("cpu gpu", "at most one preset"), ("eval", "takes one run"), ("resume none", "no checkpoint"),
-    ("--corpus=none", r"none_train_\*.bin.*python data/prepare.py none"),
-    ("--vocab_size=100", "token 122, beyond"), ("--hidden=96", r"Linear\(128, 192\).*out_features % 128"),
-    ("--sequence=4096 --tokens_per_step=16384", "too few for --sequence=4096"),
-    ("--name=taken", "runs/taken exists.*another"), ("--name=../tiny_val_000000.bin/a", "cannot write runs")])
-def test_mistakes_get_one_line_that_names_the_value_and_the_way_out(tiny, args, message):
-    os.makedirs("runs/taken")
-    with pytest.raises((train_gpt.UserError, ValueError), match=message) as error:
-        train_gpt.main([*TINY, *args.split()])
-    assert "\n" not in str(error.value) and [*Path("runs").rglob("*")] == [Path("runs/taken")]
-
-def test_checkpoints_are_whole_or_not_there_and_the_last_two_are_kept(tiny, monkeypatch):
-    tiny("--steps=6", "--name=straight")
-    tiny("--steps=6", "--save_every=2", "--sample_tokens=1")
-    new, old, log = (Path(f"runs/a/{name}") for name in (*train_gpt.CHECKPOINTS, "log.jsonl"))
-    assert torch.load(old, weights_only=True)["step"] == 4 and saved()["step"] == 6
-    whole = new.read_bytes()
-    new.write_bytes(whole[:9999] + bytes([whole[9999] ^ 1]) + whole[10000:])                # one bit
-    with pytest.raises(train_gpt.UserError, match="not a whole checkpoint.*take .*resume runs/a/previous.pt"):
-        train_gpt.main(["resume", "a"])
-    log.write_text(log.read_text() + '{"step": 7, "lo')                  # torn
-    train_gpt.main(["resume", "runs/a/previous.pt"])
-    assert losses() == losses("straight") and same(*(saved(n)["model"].values() for n in ("a", "straight")))
-    os.replace(new, old)                                                 # as if stopped between two renames
-    train_gpt.main(["resume", "a", "--steps=7"])
-    assert saved()["step"] == 7
-    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), new.read_bytes()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))        # as if the disk were full
-    try:
-        with pytest.raises(train_gpt.UserError, match="cannot write runs/a/.*too large.*make room"):
-            train_gpt.main(["resume", "a", "--steps=8"])
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert new.read_bytes() == before and not Path("runs/a/checkpoint.part").exists()
-
-def test_a_loss_that_is_not_finite_leaves_a_good_checkpoint_and_bad_ones_are_never_executed(tiny, tmp_path):
-    class Evil:
-        def __reduce__(self): return os.mkdir, (str(tmp_path / "hacked"),)
-    with pytest.raises(train_gpt.UserError, match="10 steps in a row.*first: .*--lr"):
-        tiny("--lr=1e25", "--steps=12", "--save_every=1")
-    assert saved()["step"] == 1 and all(w.isfinite().all() for w in saved()["model"].values())
-    whole = (path := Path("runs/a/checkpoint.pt")).read_bytes()
-    torch.save({"model": {}}, "other.pt")
-    for content, args, message in (
-            (whole[:-1000], "sample a", "not a whole"), (b"", "sample a", "not a whole checkpoint"),
-            (pickle.dumps(Evil(), protocol=2), "sample a", "not a whole checkpoint"),
-            (Path("other.pt").read_bytes(), "sample a", "not written by"),
-            (whole, "resume a --layers=2", r"cannot change: --layers=2 \(saved: 1\)")):
-        path.write_bytes(content)
-        with pytest.raises(train_gpt.UserError, match=message): train_gpt.main(args.split())
-    assert not (tmp_path / "hacked").exists()
-
-def test_names_are_unique_help_is_whole_and_without_a_c_compiler_nothing_compiles(tiny, monkeypatch, capsys):
-    assert len({train_gpt.new_directory(train_gpt.Config(), "cpu") for _ in range(3)}) == 3
-    train_gpt.main(["--help"])
-    text, knobs = capsys.readouterr().out, [f"{f.name}: " for f in dataclasses.fields(train_gpt.Config)]
-    assert all(word in text for word in [*knobs, *train_gpt.PRESETS, *RECIPES])
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert train_gpt.pick_device(train_gpt.Config(compile="on", device="cpu")) == ("cpu", False)
-    assert "no C compiler" in capsys.readouterr().out
 
 # ---- README.md ---------------------------------------------------------------------------------------------
 def test_commands_of_the_readme_run(tmp_path):

@@ -1,44 +1,87 @@
 """Train a GPT whose hidden linear layers multiply in NVFP4, on one GPU or a CPU. Read it from top to bottom.
 
     python train_gpt.py [PRESET] [--knob=value ...]     train; without a preset: cpu, or gpu if there is one
-    python train_gpt.py resume RUN [--knob=value ...]   go on, the same to the bit as without the stop
+    python train_gpt.py resume RUN                      go on, the same to the bit as without the stop
+    python train_gpt.py [PRESET] --init_from=RUN ...    a new run from the weights of another, by any recipe
     python train_gpt.py eval RUN [--recipe=bf16,rtn]    post-training quantization: validation loss by forward
     python train_gpt.py sample RUN --prompt="def "      text from a trained model, by any --recipe's forward
 
 A comma list, --recipe=bf16,nvidia,quartet2, trains each recipe in turn on the same data, seed and steps, and
-ends with a table. torchrun --nproc_per_node=N train_gpt.py ... shares a step among N GPUs (data/launch.py). A
-run writes runs/NAME/: log.jsonl, checkpoint.pt, previous.pt, sample.txt.
+ends with a table. torchrun --nproc_per_node=N train_gpt.py ... shares each step among N GPUs. A run writes
+runs/NAME/: log.jsonl, checkpoint.pt, previous.pt (the checkpoint before), result.json, sample.txt.
 """
-import codecs, ctypes, dataclasses, difflib, errno, glob, hashlib, itertools, json, math, os, platform
-import shutil, signal, sys, time
+import atexit
+import codecs
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import gc
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
 from functools import partial
 from pathlib import Path
+
 import numpy as np
-import torch, torch.nn as nn, torch.nn.functional as F
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
 import quartet
 
-if os.name == "posix":  # glibc hands large freed blocks back; to keep them makes a CPU step 1.2 times as fast
-    malloc = getattr(ctypes.CDLL(None), "mallopt", lambda knob, value: None)
-    malloc(-3, 2**25), malloc(-1, 2**31 - 1)    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+try:
+    import fcntl
+except ImportError:
+    fcntl = None     # Windows: run directories are not locked
+
 DATA = Path(__file__).resolve().parent / "data"
-sys.path.append(str(DATA))
-import diagnose, files, launch, perplexity, prepare  # of data/
-from files import CHECKPOINTS, UserError, save
+
+# Who this process is among those that torchrun starts. Alone: rank 0 of 1.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
+class UserError(Exception):
+    """What the user can put right: shown as one line. Any other exception keeps its traceback."""
+
 
 # ---- 1. Config: one knob a line ----------------------------------------------------------------------------
+#
+# One Config says all that a run depends on. On the command line a knob is set as --name=value; the comments
+# here are its help text. A preset says what differs from the defaults, which are the 30m of arXiv:2601.22813:
+# 512 x 512 tokens a step. 30m to 200m are the sizes of that paper.
+
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that a run depends on; the comments are its help text. Types: str, int, float."""
+    """All that a run depends on. Types: str, int, float."""
+    # how to multiply
     recipe: str = "quartet2"        # rows of quartet.RECIPES, by commas: how hidden linear layers multiply
     backend: str = "auto"           # auto | torch | triton: who quantizes; auto is triton with a GPU
+    # the model
     layers: int = 6                 # Transformer blocks
     width: int = 640                # of the residual stream
     heads: int = 5                  # attention heads
     hidden: int = 1792              # width of the SwiGLU
     vocab_size: int = 256           # 256 for bytes, 50304 for GPT-2 tokens (fineweb)
     sequence: int = 512             # tokens of context
+    # what is left in bf16
     bf16_blocks: int = 0            # so many last blocks keep bf16 linear layers (arXiv:2509.25149: 15%)
     bf16_end: float = 0.0           # this last share of the steps trains all layers in bf16 (same source)
+    # data, optimizer, schedule
     corpus: str = "python"          # data/CORPUS_train_*.bin, written by data/prepare.py
     batch: int = 64                 # sequences in one forward pass
     tokens_per_step: int = 2**18    # tokens of one optimizer step: several forward passes accumulate
@@ -47,118 +90,108 @@ class Config:
     weight_decay: float = 0.1       # on the weights of linear layers
     clip: float = 1.0               # largest gradient norm
     seed: int = 1                   # of initialisation, data order and rounding noise
+    init_from: str = ""             # a run, whose weights this one starts from
+    # reports
     eval_every: int = 250           # steps between validations
     eval_tokens: int = 2**20        # tokens of a validation, at most
     log_every: int = 10             # steps between progress lines
     save_every: int = 500           # steps between checkpoints; the last step always saves
+    # the machine
     compile: str = "auto"           # auto | on | off: torch.compile; auto is on with a GPU
     device: str = "auto"            # auto | cpu | cuda
     shard: str = "false"            # true: by FSDP2, for a model too large for one GPU; needs torchrun
+    # the run and its sample
     name: str = ""                  # of the run; "" makes one of preset, recipe and time
     prompt: str = "def "            # what the sample goes on from
     sample_tokens: int = 256        # tokens to sample
     temperature: float = 0.8        # of sampling; 0 takes the likeliest token
     top_k: int = 40                 # sample among the likeliest k tokens
 
-PRESETS = {  # what differs from the defaults above, the 30m of arXiv:2601.22813: 512 x 512 tokens a step
+
+PRESETS = {
+    # to try it out: minutes on two cores, minutes on one GPU
     "cpu": dict(layers=2, width=384, heads=3, hidden=1024, sequence=256, batch=4, tokens_per_step=1024,
                 steps=400, lr=2e-3, eval_every=100, eval_tokens=2**14, save_every=100, sample_tokens=128),
     "gpu": dict(layers=8, width=1024, heads=8, hidden=2816, batch=128, tokens_per_step=2**16, steps=1200,
                 lr=9e-4),
-    "30m": dict(layers=6, width=640, heads=5, hidden=1792, lr=1.2e-3, steps=2861),
+    # the C4 runs of arXiv:2601.22813
+    "30m": dict(),
     "50m": dict(layers=7, width=768, heads=6, hidden=2048, lr=1.2e-3, steps=4768),
     "100m": dict(layers=8, width=1024, heads=8, hidden=2816, lr=9e-4, steps=9536),
     "200m": dict(layers=10, width=1280, heads=10, hidden=3584, lr=7.2e-4, steps=19073),
+    # nanoGPT's size, and a large one, for GPT-2's tokens
     "124m": dict(layers=12, width=768, heads=12, hidden=2048, vocab_size=50304, sequence=1024, batch=32,
                  tokens_per_step=2**19, lr=6e-4, steps=19073, corpus="fineweb"),
     "1.9b": dict(layers=32, width=2048, heads=16, hidden=5632, vocab_size=50304, sequence=2048, batch=8,
                  tokens_per_step=2**19, lr=3e-4, steps=71680, corpus="fineweb"),
 }
-CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
-               device=("auto", "cpu", "cuda"), shard=("true", "false"))
-CODE = ("quartet.py", "kernels.py", "train_gpt.py", "data/launch.py")
-DAMPEN_EVERY = 10
-FIXED = ("layers", "width", "heads", "hidden", "vocab_size", "sequence", "name")    # what no resume changes
-HARMLESS = {"log_every", "save_every"}  # what one may change in a comparison
 
-def known(word, words, problem):
-    """Raise UserError, with the closest of words as a hint, unless word is one of them."""
-    if word not in words:
-        hint = "".join(f"did you mean {close!r}? " for close in difflib.get_close_matches(word, words, 1))
-        raise UserError(f"{problem}: {hint}there are {', '.join(words) or 'none'}")
 
-def parse(argv):
-    """argv, as the docstring of this file describes it -> mode, preset or run, {knob: value}."""
-    types, knobs = Config.__annotations__, {}
-    words = [arg for arg in argv if not arg.startswith("--")]
-    for name, equals, value in (arg[2:].partition("=") for arg in argv if arg.startswith("--")):
-        known(name, types, f"unknown knob --{name}")
-        if not equals: raise UserError(f"--{name} needs a value: --{name}=VALUE")
-        try: knobs[name] = types[name](value)
-        except ValueError:
-            raise UserError(f"--{name}={value}: it takes a value of type {types[name].__name__}") from None
-    mode = words.pop(0) if words and words[0] in ("resume", "eval", "sample") else "train"
-    if mode == "train" and not words:
-        words = ["gpu" if torch.cuda.is_available() and knobs.get("device") != "cpu" else "cpu"]
-    if len(words) != 1:
-        raise UserError(f"{mode} takes {'at most one preset' if mode == 'train' else 'one run'}: see --help")
-    return mode, words[0], knobs
+# ---- 2. The model ------------------------------------------------------------------------------------------
+#
+# It is Llama's: RMSNorm, rotary positions, SwiGLU, no biases. The four linear layers of a block are
+# quartet.Linear, each of which multiplies by a recipe; embedding, head, norms and attention are never
+# quantized. To keep a layer in bf16 for good, make it an nn.Linear: `quantized_linears` says which layers
+# recipes are about, and training, evaluation, sampling, export and the printed header all ask there.
 
-def check(c):
-    """Raise UserError where a Config cannot run, before anything is written."""
-    for name, choices in CHOICES.items():
-        known(getattr(c, name), choices, f"--{name}={getattr(c, name)}")
-    for name, value in vars(c).items():
-        least = int(type(value) is int and name not in ("bf16_blocks", "seed"))
-        most = dict(bf16_end=1, bf16_blocks=c.layers - 1).get(name, (10**12, 1e38)[type(value) is float])
-        if type(value) is not str and not least <= value <= most:
-            raise UserError(f"--{name}={value}: it must be from {least} to {most}")
-    if c.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda: PyTorch sees no GPU here; --device=cpu runs on the CPU")
-    if c.width % (2 * c.heads):
-        raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
-    for recipe in c.recipe.split(","):
-        known(recipe, quartet.RECIPES, f"unknown recipe {recipe!r}")
-        with torch.device("meta"):  # to see whether the recipe can take its shapes
-            try: GPT(c, partial(quartet.Linear, recipe=recipe, backend=c.backend))
-            except ValueError as e: raise UserError(f"--width={c.width} --hidden={c.hidden}: {e}") from None
-
-# ---- 2. The model: Llama's. linear(in, out) makes its hidden layers; the others are never quantized --------
-plain = partial(nn.Linear, bias=False)
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + SwiGLU(norm(x)). x (B, T, width); linear makes the four layers."""
-    def __init__(self, c, linear):
+    """x + attention(norm(x)), then x + SwiGLU(norm(x)). x (B, T, width) -> (B, T, width)."""
+
+    def __init__(self, c, quantized):
         super().__init__()
+
+        # The last blocks of a model may keep plain layers.
+        linear = partial(nn.Linear, bias=False)
+        if quantized:
+            linear = partial(quartet.Linear, recipe="bf16")      # until GPT.use_recipe names another
         self.heads = c.heads
-        self.norm1, self.norm2 = nn.RMSNorm(c.width, eps=1e-5), nn.RMSNorm(c.width, eps=1e-5)
-        self.qkv, self.out = linear(c.width, 3 * c.width), linear(c.width, c.width)
-        self.up, self.down = linear(c.width, 2 * c.hidden), linear(c.hidden, c.width)
+        self.norm1 = nn.RMSNorm(c.width, eps=1e-5)
+        self.norm2 = nn.RMSNorm(c.width, eps=1e-5)
+        self.qkv = linear(c.width, 3 * c.width)
+        self.out = linear(c.width, c.width)
+        self.up = linear(c.width, 2 * c.hidden)       # gate and up in one
+        self.down = linear(c.hidden, c.width)
 
     def forward(self, x, rope):
+        # Attention: queries, keys and values come from one layer.
         B, T, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)           # (B, heads, T, D / heads) each
         y = F.scaled_dot_product_attention(rotary(q, rope), rotary(k, rope), v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
+
+        # SwiGLU: the layer `up` makes both the gate and what it lets through.
         gate, up = self.up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
+
 def rotary(x, rope):
     """Turn neighbouring pairs of x (B, heads, T, D) by angles proportional to T: RoPE, arXiv:2104.09864."""
+    # A pair is a point in the plane.
     cos, sin = rope[:, :x.shape[2]]
-    even, odd = x[..., 0::2], x[..., 1::2]
+    even = x[..., 0::2]
+    odd = x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
+
+
 class GPT(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, vocab_size); with targets (B, T), mean cross-entropy in nats."""
-    def __init__(self, c, linear=plain):
+
+    def __init__(self, c):
         super().__init__()
         self.embedding = nn.Embedding(c.vocab_size, c.width)
-        self.nvfp4 = max(0, c.layers - c.bf16_blocks)  # so many blocks take `linear`
-        self.blocks = nn.ModuleList(Block(c, linear if i < self.nvfp4 else plain) for i in range(c.layers))
+        self.blocks = nn.ModuleList(Block(c, i < c.layers - c.bf16_blocks) for i in range(c.layers))
         self.norm = nn.RMSNorm(c.width, eps=1e-5)
-        self.head = plain(c.width, c.vocab_size)
+        self.head = nn.Linear(c.width, c.vocab_size, bias=False)
+
+        # Cosines and sines of the angles t * 10^(-8 i / D) by which `rotary` turns pair i of a head at place t.
+        # They are no parameters, and are not saved: the context may differ when weights are used again.
         D = c.width // c.heads
         angle = torch.outer(torch.arange(c.sequence), 1e4 ** (-torch.arange(0, D, 2) / D))
-        self.register_buffer("rope", torch.stack([angle.cos(), angle.sin()]), persistent=False)  # (2, T, D/2)
+        rope = torch.stack([angle.cos(), angle.sin()])      # (2, sequence, D / 2)
+        self.register_buffer("rope", rope, persistent=False)
+
+        # What adds to the residual stream starts smaller, so that the stream does not grow with depth.
         for name, m in self.named_modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
                 shrink = math.sqrt(2 * c.layers) if name.endswith(("out", "down")) else 1
@@ -168,386 +201,1155 @@ class GPT(nn.Module):
         # bf16 on a GPU for what is not quantized; float32 on a CPU, where bf16 is slow nearly everywhere
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
             x = self.embedding(tokens)
-            for block in self.blocks: x = block(x, self.rope)
+            for block in self.blocks:
+                x = block(x, self.rope)
             return self.predict(x, targets)
 
     def predict(self, x, targets):
         """x (B, T, width), after the blocks -> what forward returns."""
         y = self.head(self.norm(x))
-        return y if targets is None else F.cross_entropy(y.float().flatten(0, 1), targets.flatten())
+        if targets is None:
+            return y
+        return F.cross_entropy(y.float().flatten(0, 1), targets.flatten())
 
-@torch.no_grad()
-def sample(model, tokens, c, device):
-    """Continue tokens [int, ...]: yield c.sample_tokens ints. Slow: it caches no keys and values."""
-    generator = torch.Generator(device).manual_seed(c.seed)
-    for _ in range(c.sample_tokens):
-        with torch.compiler.set_stance("force_eager"):  # else every length compiles anew
-            logits = model(torch.tensor([tokens[-c.sequence:]], device=device))[0, -1].float()
-        if not logits.isfinite().all(): return print("(its logits are not finite: no sample)")
-        best, index = logits.topk(min(c.top_k, c.vocab_size) if c.temperature else 1)
-        chances = ((best - best[0]) / max(c.temperature, 1e-9)).softmax(-1)
-        tokens = tokens + [index[torch.multinomial(chances, 1, generator=generator)].item()]
-        yield tokens[-1]
+    def quantized_linears(self):
+        """The layers that recipes are about, {name: quartet.Linear}."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, quartet.Linear)}
 
-# ---- 3. Data: windows of shards, a function of (seed, step) ------------------------------------------------
+    def use_recipe(self, recipe, backend):
+        """Multiply by this row of quartet.RECIPES from now on. ValueError if a layer's shape does not fit."""
+        for name, m in self.quantized_linears().items():
+            quartet.check(recipe, backend, m.in_features, m.out_features, name)
+            m.recipe = recipe
+            m.backend = backend
+
+
+# ---- 3. Data -----------------------------------------------------------------------------------------------
+#
+# A corpus is a few large files of tokens, which are mapped into memory and read where a batch needs them. A
+# batch is windows at random places. The places are a function of seed and step alone: so all recipes see the
+# same batches, and a resumed run those that it would have seen without the stop.
+
 class Shards:
-    """The tokens of a split, data/CORPUS_SPLIT_*.bin, each file 256 int32 of header, then uint16 tokens."""
+    """The tokens of a split: data/CORPUS_SPLIT_000000.bin and so on, in the format of llm.c.
+
+    A file is 256 int32, of which 20240520, 1 and the number of tokens come first, then the tokens as uint16.
+    `digest` is a hash of all the tokens. UserError for files that are missing, damaged, or do not fit c.
+    """
+
     def __init__(self, c, split):
+        # The default corpus can be made on the spot, from what every machine has.
         corpus = DATA / c.corpus
         pattern = f"{glob.escape(corpus.name)}_{split}_{'[0-9]' * 6}.bin"
-        if c.corpus == "python" and not any(DATA.glob(pattern)): prepare.prepare("python", DATA)
+        if c.corpus == "python" and not any(DATA.glob(pattern)):
+            subprocess.run([sys.executable, DATA / "prepare.py", "python"])
         paths = sorted(corpus.parent.glob(pattern))
         if not paths:
             raise UserError(f"no {corpus}_{split}_*.bin: run python data/prepare.py {c.corpus} "
                             "(python, shakespeare, fineweb, or text files)")
-        self.length, self.shards = c.sequence, []
-        for path in paths:
-            n = prepare.check_shard(path)
-            self.shards.append(np.memmap(path, np.uint16, "r", offset=1024, shape=(n,)))
-            if n <= c.sequence:
-                raise UserError(f"{path} holds {n} tokens, too few for --sequence={c.sequence}: shorten it")
-            if (top := self.shards[-1].max()) >= c.vocab_size:
-                raise UserError(f"{path} holds token {top}, beyond --vocab_size={c.vocab_size}: "
-                                "bytes need 256, GPT-2's tokens (fineweb) 50304")
-        self.ends = np.cumsum([len(s) - c.sequence for s in self.shards])  # places where a window can start
+        # No window crosses from one shard to the next. The places where one can start are numbered through
+        # all shards, and `ends` is where the places of each shard end.
+        self.length = c.sequence
+        self.shards = [read_shard(path, c) for path in paths]
+        self.ends = np.cumsum([len(s) - c.sequence for s in self.shards])
+        self.digest = digest(self.ends, *self.shards)
 
     def at(self, places, device):
         """Windows that start at places [int, ...] -> inputs, targets, both (len(places), sequence) int64."""
+        # Find the shard of each place, and the place within it.
         shard = np.searchsorted(self.ends, places, "right")
         start = places - np.concatenate([[0], self.ends])[shard]
+
+        # Cut the windows, one token longer than the inputs: each token's target is the next one.
         windows = np.stack([self.shards[i][j:j + self.length + 1] for i, j in zip(shard, start)])
         window = torch.from_numpy(windows.astype(np.int64))
-        window = window.pin_memory().to(device, non_blocking=True) if device == "cuda" else window
+        if device == "cuda":
+            window = window.pin_memory().to(device, non_blocking=True)
         return window[:, :-1], window[:, 1:]
 
     def random(self, c, step, micro, device):
-        """This process's micro-batch of a step: random places, the same for all recipes, and when resumed."""
-        generator = np.random.default_rng((c.seed, step, micro * launch.WORLD + launch.RANK))
+        """This process's micro-batch of a step, as `at` returns it."""
+        # A generator of its own for each micro-batch of each process
+        generator = np.random.default_rng((c.seed, step, micro * WORLD + RANK))
         return self.at(generator.integers(self.ends[-1], size=c.batch), device)
 
     def in_order(self, c, device):
         """Windows without overlap from the start of the first shard, up to eval_tokens, in whole batches."""
         places = np.arange(0, min(self.ends[0], c.eval_tokens), c.sequence)
-        for i in range(0, max(len(places) - c.batch, 0) + 1, c.batch):  # another shape would compile anew
+        # What fills no batch is left out: another shape would compile anew. Only a single batch may be short.
+        for i in range(0, max(len(places) - c.batch, 0) + 1, c.batch):
             yield self.at(places[i:i + c.batch], device)
 
-# ---- 4. Training -------------------------------------------------------------------------------------------
-@torch.no_grad()
-def evaluate(model, data, c, device):
-    """Mean cross-entropy in nats of the validation split, with the forward pass as trained: quantized."""
-    with launch.once(model, c.shard == "true"):
-        sums = [(model(x, y).double() * y.numel(), y.numel()) for x, y in data.in_order(c, device)]
-    loss, tokens = map(sum, zip(*sums))
-    return loss.item() / tokens
+
+def read_shard(path, c):
+    """The tokens of a file, (n,) uint16, mapped into memory. UserError if it is damaged or does not fit c."""
+    # The size must be what the header says.
+    size = path.stat().st_size
+    header = np.fromfile(path, "<i4", 3).tolist()
+    if size < 1024 or header[:2] != [20240520, 1] or size != 1024 + 2 * header[2]:
+        raise UserError(f"{path} is no whole shard of tokens: delete it, and run data/prepare.py again")
+
+    # Tokens must be enough for a window, and in the vocabulary.
+    tokens = np.memmap(path, np.uint16, "r", offset=1024)
+    if len(tokens) <= c.sequence:
+        raise UserError(f"{path} holds {len(tokens)} tokens, too few for --sequence={c.sequence}: "
+                        "shorten it")
+    if tokens.max() >= c.vocab_size:
+        raise UserError(f"{path} holds token {tokens.max()}, beyond --vocab_size={c.vocab_size}: "
+                        "bytes need 256, GPT-2's tokens (fineweb) 50304")
+    return tokens
+
+
+def digest(*contents):
+    """bytes or arrays, one after another -> the first 8 hexadecimal digits of their sha256."""
+    sha = hashlib.sha256()
+    for content in contents:
+        sha.update(content)
+    return sha.hexdigest()[:8]
+
+
+# ---- 4. Optimizer and schedule -----------------------------------------------------------------------------
+#
+# The optimizer is AdamW. The learning rate rises for a tenth of the steps and then falls along a cosine to a
+# tenth. Two things happen late in a run. A recipe with `dampen` pulls weights towards their quantized values,
+# as `ramp` grows (quartet.py, section 12). And with --bf16_end, as in NVIDIA's recipe, the last steps train
+# all layers in bf16.
+
+DAMPEN_EVERY = 10      # steps; so many at once are cheaper
+
+
+def make_optimizer(model, c):
+    """AdamW; weight decay on the weights of linear layers, none on embedding and norms.
+
+    A group may have a learning rate `lr` of its own: the schedule scales each from where it starts here.
+    """
+    # Vectors, which are gains of norms, and the embedding are not decayed.
+    decay = []
+    rest = []
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and name != "embedding.weight":
+            decay.append(p)
+        else:
+            rest.append(p)
+    groups = [dict(params=decay, weight_decay=c.weight_decay), dict(params=rest, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)
+
 
 def learning_rate(c, step):
-    """10% of the steps linear warm-up, then a cosine from lr to lr / 10."""
+    """After so many steps: 10% of the steps linear warm-up, then a cosine from lr to lr / 10."""
+    # Rise along a line.
     warmup = max(1, c.steps // 10)
-    if step < warmup: return c.lr * (step + 1) / warmup
-    return c.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, c.steps - warmup)))
+    if step < warmup:
+        return c.lr * (step + 1) / warmup
+
+    # Fall along half a cosine.
+    progress = math.pi * (step - warmup) / max(1, c.steps - warmup)
+    return c.lr * (0.55 + 0.45 * math.cos(progress))
+
+
 def recipe_of(c, step):
     """The recipe of a step, and of the forward pass after it: bf16 in the last bf16_end of the steps."""
-    return "bf16" if min(step, c.steps) > c.steps - c.steps * c.bf16_end else c.recipe
+    if min(step, c.steps) > c.steps - c.steps * c.bf16_end:
+        return "bf16"
+    return c.recipe
+
 
 def ramp(t):
     """How strongly weights are dampened when a share t of the steps is done: they are free until late."""
     return t**4
 
-def make_optimizer(model, c):
-    """AdamW; weight decay on the weights of linear layers, none on embedding and norms."""
-    decay, rest = [], []
-    for name, p in model.named_parameters():
-        (decay if p.dim() == 2 and name != "embedding.weight" else rest).append(p)
-    groups = [dict(params=decay, weight_decay=c.weight_decay), dict(params=rest, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)
 
-def load(mode, word, knobs):
-    """A preset to train, or a run (its path or name in runs/) -> Config, directory, checkpoint (or None)."""
-    if mode == "train":
-        known(word, PRESETS, f"unknown preset {word!r}")
-        return Config(**PRESETS[word] | knobs), None, None
-    path = run if (run := Path("runs") / word).exists() else Path(word) if Path(word).exists() else run
-    compares = mode == "resume" and (path / "compare.json").exists()
-    if mode == "resume" and compares != ("," in knobs.get("recipe", "," * compares)):
-        raise UserError(f"--recipe={knobs['recipe']}: {path} goes on with {'several' if compares else 'one'}")
-    if compares:
-        old = json.loads((path / "compare.json").read_text())
-        unchanged(knobs, old, old.keys() - HARMLESS - {"recipe"})
-        return Config(**old | knobs), path, None
-    if path.is_dir():  # without the last one: stopped between two renames of save
-        path = next((p for p in (path / name for name in CHECKPOINTS) if p.exists()), path / CHECKPOINTS[0])
-    if not path.exists():
-        runs = sorted(str(p.parent.relative_to("runs")) for p in Path("runs").rglob("checkpoint.pt"))
-        known(word, runs, f"no checkpoint of {word}: in runs/")
-    checkpoint = files.read(path, mode)
-    old = checkpoint.get("config") if isinstance(checkpoint, dict) else None
-    if not old or checkpoint.get("format") != "train_gpt 4" or old.keys() - Config.__annotations__.keys():
+# ---- 5. The training loop ----------------------------------------------------------------------------------
+#
+# `train` is a run, from its first step to its sample. A step goes through its micro-batches, clips the
+# gradient, lets the optimizer move the weights, and reports. `build` makes what the loop needs. What is done
+# for several processes only is one line each time, and explained in appendix B; on one process these lines do
+# nothing.
+
+def train(c, data, directory, stop, checkpoint=None):
+    """Train as c says on data, Shards (train, val), or on from a checkpoint. A signal fills the list stop."""
+    train_data, val_data = data
+    device, compiled = pick_device(c)
+    start = checkpoint["step"] if checkpoint else 0
+    model, net, optimizer = build(c, device, compiled, checkpoint)
+    log = Log(c, directory, start, model, data, device)
+    accumulate = c.tokens_per_step // (c.batch * c.sequence * WORLD)
+    total = torch.zeros((), device=device)      # the loss of a step
+    recipe = None
+
+    def micro_step(x, y):
+        loss = net(x, y) / accumulate
+        loss.backward()
+        total.add_(loss.detach())
+
+    for step in range(start + 1, c.steps + 1):
+        begin = time.perf_counter()
+
+        # Take the recipe of this step: the last ones may train in bf16. On one GPU, record a CUDA graph.
+        if recipe != recipe_of(c, step):
+            recipe = recipe_of(c, step)
+            model.use_recipe(recipe, c.backend)
+            run = micro_step
+            if compiled and device == "cuda" and WORLD == 1:
+                with quartet.quantized_weights(model):
+                    run = as_graph(micro_step, *train_data.random(c, step, 0, device))
+                optimizer.zero_grad(set_to_none=False)
+
+        # Set the learning rate of each group of parameters.
+        lr = learning_rate(c, step - 1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["share"]
+
+        # Forward and backward. Gradients of micro-batches add up; each weight is quantized once for them all.
+        total.zero_()
+        with quantized_once(model, c):
+            for micro in range(accumulate):
+                net.require_backward_grad_sync = micro == accumulate - 1      # DDP's; of no effect without
+                run(*train_data.random(c, step, micro, device))
+
+        # Clip the gradient, and update the weights. A gradient that is not finite leaves all as it is.
+        norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        if c.shard == "true":
+            norm = norm.full_tensor()
+        update(optimizer, norm)
+        if step % DAMPEN_EVERY == 0:
+            quartet.dampen(model, DAMPEN_EVERY * lr * ramp(step / c.steps) * norm.isfinite())
+        optimizer.zero_grad(set_to_none=run is micro_step)      # a graph's gradients stay where they are
+
+        # Report, validate, save. A signal ends the run after this step.
+        last = step == c.steps
+        stopping = any(gather(bool(stop))) and not last
+        evaluating = last or step % c.eval_every == 0
+        saving = last or stopping or step % c.save_every == 0
+        log.step(step, begin, mean(total), norm, lr, flush=evaluating or saving)
+        if log.bad_in_a_row >= 10:
+            batches = [train_data.random(c, step, micro, device) for micro in range(accumulate)]
+            raise UserError(f"step {step}: 10 steps in a row had no finite gradient; what is not finite "
+                            f"first: {first_not_finite(model, batches)}. Lower --lr, in a new run")
+        if evaluating:
+            log.validation(step, evaluate(model, val_data, c, device))
+        if saving and (last or stopping or not log.bad_in_a_row):
+            save(directory, c, step, **identity(data), **snapshot(model, optimizer, c))
+        if stopping:
+            leave(directory, step, stop)
+
+    finish(c, directory, log, model, val_data, device)
+
+
+def build(c, device, compiled, checkpoint):
+    """-> the model, what to call for its loss, its optimizer: as a checkpoint holds them, or at the start."""
+    if device == "cuda":
+        # Every sum in one order, so that a resumed run is the same to the bit. No leftovers of a run before.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    # One seed: all recipes and processes start from the same weights.
+    torch.manual_seed(c.seed)
+    model = GPT(c).to(device)
+    if c.init_from and not checkpoint:
+        model.load_state_dict(weights_of(c.init_from, c))
+
+    # Compile, then spread over processes. FSDP2 replaces parameters, so the optimizer is made after that.
+    if compiled:
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True)      # all share one program
+        model.predict = torch.compile(model.predict, fullgraph=True)
+    net = model
+    if WORLD > 1:
+        net = distribute(model, c)
+    optimizer = make_optimizer(model, c)
+    for group in optimizer.param_groups:
+        group["share"] = group["lr"] / (c.lr or 1.0)      # of the learning rate that the schedule says
+
+    # From here on the generator draws rounding noise only, and each process has its own.
+    if RANK:
+        torch.manual_seed((c.seed << 20) + RANK)
+    if checkpoint:
+        restore(model, optimizer, checkpoint, c)
+    return model, net, optimizer
+
+
+def quantized_once(model, c):
+    """Within it each weight is quantized once: all micro-batches of a step multiply by the same values."""
+    # With FSDP2 a process has whole weights within a pass only, and quantizes them in each pass.
+    if c.shard == "true":
+        return contextlib.nullcontext()
+    return quartet.quantized_weights(model)
+
+
+def update(optimizer, norm):
+    """A step of the optimizer, unless norm () float32, that of the gradient, is not finite."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        # A fused optimizer looks at this on the GPU, and the CPU need not wait.
+        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.step()
+    elif norm.isfinite():
+        optimizer.step()
+
+
+# ---- 6. Evaluation and sampling ----------------------------------------------------------------------------
+#
+# Validation uses the forward pass that is trained, quantized as it is. `eval` and `sample` take any recipe's:
+# weights that were trained in bf16 and evaluated in 4 bits show what post-training quantization costs. Text
+# is made of bytes, or of GPT-2's tokens, which take the package tiktoken.
+
+@torch.no_grad()
+def evaluate(model, data, c, device):
+    """Mean cross-entropy of the Shards data, up to c.eval_tokens of them, in nats a token."""
+    # Sums stay on the device in float64; the CPU waits once, at the end.
+    loss = 0.0
+    tokens = 0
+    with quantized_once(model, c):
+        for x, y in data.in_order(c, device):
+            loss = loss + model(x, y).double() * y.numel()
+            tokens += y.numel()
+    return loss.item() / tokens
+
+
+def bits_per_byte(c, loss):
+    """', x bits per byte' where a token is a byte, else nothing."""
+    if c.vocab_size != 256:
+        return ""
+    return f", {loss / math.log(2):.4f} bits per byte"
+
+
+@torch.no_grad()
+def sample(model, tokens, c, device):
+    """Continue tokens [int, ...]: yield c.sample_tokens ints. Slow: it caches no keys and values."""
+    # A generator of its own: a sample takes nothing from the noise of training.
+    generator = torch.Generator(device).manual_seed(c.seed)
+    candidates = min(c.top_k, c.vocab_size) if c.temperature else 1
+    for _ in range(c.sample_tokens):
+        # Compute the logits of the next token. In eager mode: else every length would compile anew.
+        context = torch.tensor([tokens[-c.sequence:]], device=device)
+        with torch.compiler.set_stance("force_eager"):
+            logits = model(context)[0, -1].float()
+        if not logits.isfinite().all():
+            print("(its logits are not finite: no sample)")
+            return
+
+        # Draw among the likeliest. Differences to the best keep a tiny temperature from overflowing.
+        best, index = logits.topk(candidates)
+        chances = ((best - best[0]) / max(c.temperature, 1e-9)).softmax(-1)
+        token = index[torch.multinomial(chances, 1, generator=generator)].item()
+        tokens = tokens + [token]
+        yield token
+
+
+def sample_text(model, c, device):
+    """Yield the prompt and what the model makes of it, piece by piece, as text."""
+    # A token is a byte; 0 ends a document, and is shown as a new line.
+    prompt = list(c.prompt.encode()) or [0]
+    bytes_of = lambda token: bytes([token or 10])
+    if c.vocab_size != 256:
+        try:
+            import tiktoken
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except Exception as e:      # not installed, or its vocabulary could not be downloaded
+            yield f"(GPT-2's tokens need tiktoken, pip install tiktoken: {type(e).__name__})"
+            return
+        # Leave out of the prompt what a smaller vocabulary has not got.
+        prompt = [t for t in gpt2.encode_ordinary(c.prompt) or [gpt2.eot_token] if t < c.vocab_size] or [0]
+        bytes_of = lambda token: gpt2.decode_single_token_bytes(token) if token < gpt2.n_vocab else b""
+
+    # A token may end within a character: the decoder waits for the rest of it.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in itertools.chain(prompt, sample(model, prompt, c, device)):
+        yield decoder.decode(bytes_of(token))
+    yield decoder.decode(b"", final=True)
+
+
+def eval_recipes(model, c, device):
+    """Print the validation loss in nats by the forward pass of each recipe of c, and its perplexity."""
+    data = Shards(c, "val")
+    losses = []
+    print(f"{'forward pass':12}{'loss':>9}{'difference':>12}{'perplexity':>12}", flush=True)
+    for recipe in c.recipe.split(","):
+        model.use_recipe(recipe, c.backend)
+        loss = evaluate(model, data, c, device)
+        losses.append(loss)
+        perplexity = math.exp(min(loss, 700))      # beyond, it would overflow
+        print(f"{recipe:12}{loss:9.4f}{loss - losses[0]:12.4f}{perplexity:12.5g}{bits_per_byte(c, loss)}",
+              flush=True)
+
+
+# ============================================================================================================
+# Appendices. A training step of one process ends here. What follows keeps its results, speeds it up, spreads
+# it over GPUs, and reads the command line.
+# ============================================================================================================
+
+# ---- A. Checkpoints and logs that survive a crash ----------------------------------------------------------
+#
+# A process may be killed at any moment, and a disk may be full. So a file is written under another name,
+# NAME.part, and renamed when all of it is on the disk: it is whole or not there. The last two checkpoints are
+# kept. A log is only appended to, and what a crash has torn is repaired when the run goes on. A run belongs
+# to one config, one corpus, one code and one number of processes: with these it goes on to the same bits, and
+# with others not at all.
+
+CHECKPOINTS = ("checkpoint.pt", "previous.pt")     # the last one, and the one before
+SOURCES = [Path(__file__).with_name(name) for name in ("quartet.py", "kernels.py", "train_gpt.py")]
+CODE = digest(*[path.read_bytes() for path in SOURCES if path.exists()])
+
+
+def identity(data):
+    """What, beside its Config, must not change within a run on data, Shards (train, val)."""
+    return dict(corpus=data[0].digest + data[1].digest, code=CODE, processes=WORLD)
+
+
+def refuse_another(saved, data, directory):
+    """UserError unless a run that was saved in a directory would go on as it began."""
+    for what, now in identity(data).items():
+        if saved.get(what) != now:
+            raise UserError(f"{directory} began with {what} {saved.get(what)}, and here is {now}: put it "
+                            "back, or start a new run, which may take weights from one, --init_from=RUN")
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn what a disk refuses into one line."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"cannot write {path} ({e.strerror}): make room, or go to a directory that can be "
+                        "written; then start again, or resume the run") from None
+
+
+@contextlib.contextmanager
+def replacing(path, previous=None):
+    """A new file, open for bytes, that takes the place of path once all of it is on the disk.
+
+    What it replaces is kept as previous.
+    """
+    part = path.with_name(f"{path.name}.part")
+    with writing(path):
+        try:
+            # Remove what a crash, or somebody's link, has left there: x opens new files only.
+            part.unlink(missing_ok=True)
+            with open(part, "xb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+
+            # Killed between these two, a run goes on from the previous checkpoint.
+            if previous and path.exists():
+                os.replace(path, previous)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def write(path, text):
+    """Write text, in UTF-8, whole or not at all, if this is rank 0."""
+    if RANK:
+        return
+    with replacing(path) as f:
+        f.write(text.encode())
+
+
+def as_json(**record):
+    """A record in one line; null for what is not finite, which JSON lacks."""
+    for key, value in record.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            record[key] = None
+    return json.dumps(record) + "\n"
+
+
+def read_json(path):
+    """The record in a file. UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged: remove it, then resume") from None
+
+
+def records(path):
+    """The records in a log.jsonl, [{...}, ...], without lines that a crash has torn or a disk has lost."""
+    # Whatever is no record is left out: zeros, half a line, a number.
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
+def save(directory, c, step, **state):
+    """Write a checkpoint, if this is rank 0, and keep the one before."""
+    if RANK:
+        return
+    path, previous = [directory / name for name in CHECKPOINTS]
+    with replacing(path, previous) as f:
+        try:
+            torch.save(dict(config=vars(c), step=step, **state), f)
+        except RuntimeError as e:
+            # torch.save hides an error of the disk behind one of its own.
+            raise e.__context__ or e
+
+
+def find(word, names):
+    """The first of some files that a run has, by its name in runs/ or its path; None without."""
+    # A name in runs/ comes first; a path outside of it is second.
+    places = [directory / name for directory in (Path("runs") / word, Path(word)) for name in names]
+    return next((path for path in places if path.is_file()), None)
+
+
+def load_checkpoint(word, names=CHECKPOINTS):
+    """The first of names that a run has -> its path, and what `save` was given, a dict.
+
+    UserError if there is none, and if any bit of it is wrong.
+    """
+    path = find(word, names)
+    if not path:
+        runs = {str(path.parent.relative_to("runs")) for path in Path("runs").rglob(CHECKPOINTS[0])}
+        known(word, sorted(runs - {word}), f"no checkpoint of {word}: in runs/")
+
+    # The file is a zip archive, and torch.load does not look at its checksums: do it here. They do not cover
+    # the archive's directory, where torch.save marks nothing as compressed, or as a directory.
+    try:
+        with zipfile.ZipFile(path) as z:
+            strange = [entry for entry in z.infolist() if entry.compress_type or entry.external_attr]
+            whole = not z.testzip() and not strange
+    except Exception:       # whatever a damaged file leads to
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is not a whole checkpoint: remove it, and previous.pt beside it, if it is "
+                        "there, is taken instead")
+
+    # weights_only: nothing in the file is executed. Its config must have no knobs but ours.
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or not {*checkpoint.get("config", [""])} <= {*Config.__annotations__}:
         raise UserError(f"{path} was not written by this version of train_gpt.py")
-    unchanged(knobs, old, FIXED)
-    if mode == "resume":
-        step, steps = checkpoint["step"], (old | knobs)["steps"]
-        if steps < step: raise UserError(f"--steps={steps}: {path} is at step {step} now: take more")
-        compared = (path.parent.parent / "compare.json").exists()
-        if compared or old["steps"] == steps == step:  # or its result would tell of others
-            unchanged(knobs, old, old.keys() - HARMLESS - (set() if compared else {"shard", "device"}))
-    return Config(**old | knobs), path.parent, checkpoint
-def unchanged(knobs, old, names):
-    """Raise UserError if knobs differ from old in one of names."""
-    other = [f"--{k}={v} (saved: {old[k]})" for k, v in knobs.items() if k in names and v != old[k]]
-    if other: raise UserError(f"these cannot change: {', '.join(other)}; leave them out, or train anew")
+    return path, checkpoint
+
+
+def weights_of(run, c):
+    """The weights of a run, {name: tensor}, to start one of Config c from."""
+    _, checkpoint = load_checkpoint(run)
+    unchanged(vars(c), checkpoint["config"], SHAPE, f"the weights of {run} have another shape")
+    return checkpoint["model"]
+
+
+@contextlib.contextmanager
+def held(directory):
+    """Within it no other job trains in a directory: UserError if one does, where the disk knows locks."""
+    if RANK or not fcntl:
+        yield
+        return
+    # The lock is on the directory itself, and leaves no file.
+    f = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(f)
+        raise UserError(f"another process trains in {directory}: wait until it ends, or stop it") from None
+    except OSError:
+        pass      # this disk knows no locks
+    try:
+        yield
+    finally:
+        os.close(f)      # and with it the lock goes; the system does so for a process that is killed
+
 
 class Log:
-    """log.jsonl, one line a record, and what is printed. Losses stay on the device until a line is due."""
-    def __init__(self, c, directory, start, checkpoint, model, data, device, compiled):
-        self.c, self.start, self.pending, self.rates, self.path = c, start, [], [], directory / "log.jsonl"
-        self.skipped = self.in_a_row = 0  # steps whose gradient was not finite
-        if self.path.exists() and not launch.RANK:  # resumed: drop what is done again
-            lines = [line for line, r in files.records(self.path) if r.get("step", 0) <= start]
-            self.skipped = sum('"grad_norm": null' in line for line in lines)
-            files.write(self.path, "".join(lines))
-        name, peak = launch.describe(device)
-        size, vocabulary = sum(p.numel() for p in model.parameters()), c.vocab_size * c.width
-        hidden, tokens = size - 2 * vocabulary, c.steps * c.tokens_per_step
-        flops = 6 * (size - vocabulary + c.layers * c.width * c.sequence)  # of a token, forward and backward
-        self.top = launch.WORLD * peak / flops  # tokens/s, 0 if unknown
-        digest = lambda content: hashlib.sha256(content).hexdigest()[:8]
-        self.now = dict(code=digest(b"".join((Path(__file__).parent / f).read_bytes() for f in CODE)),
-                        corpus=digest(data.shards[0]))
-        was = self.now | (checkpoint or {})
-        code, corpus = (v + f", the checkpoint's: {was[k]}" * (v != was[k]) for k, v in self.now.items())
-        micro = c.tokens_per_step // (c.batch * c.sequence * launch.WORLD)
-        processes = f"{launch.WORLD} x " * (launch.WORLD > 1)
-        header = dict(  # all that the numbers of a run depend on
-            device=processes + name + ", torch.compile" * compiled,
-            backend=quartet.resolve(c.backend, device, c.recipe), recipe=c.recipe,
-            parameters=f"{size:,}, {hidden:,} without embedding and head",
-            batch=f"{c.tokens_per_step:,} tokens a step, {processes}{micro} x {c.batch} x {c.sequence}",
-            steps=f"{c.steps:,}: {tokens:,} tokens, {tokens / hidden:.1f} a parameter",
-            corpus=f"{c.corpus}, {sum(map(len, data.shards)):,} tokens, sha256 {corpus}",
-            versions=f"python {platform.python_version()}, torch {torch.__version__}, code {code}")
-        print("\n".join(f"{what:>10}  {value}" for what, value in header.items()), flush=True)
+    """log.jsonl, a record a line, and progress on the screen.
+
+    Losses stay on the device until a line is due: to read one, the CPU must wait for the GPU.
+    """
+    skipped = 0           # steps without a finite gradient
+    bad_in_a_row = 0      # the last of these; from 10 on it stays, to end the run
+
+    def __init__(self, c, directory, start, model, data, device):
+        self.c = c
+        self.start = start
+        self.path = directory / "log.jsonl"
+        self.pending = []      # steps that are not written yet
+        self.rates = []        # tokens/s
+        if self.path.exists():
+            # Drop what is done again, and repair what a crash has torn.
+            kept = [r for r in records(self.path) if r.get("step", 0) <= start]
+            self.skipped = sum(r.get("grad_norm", 0) is None for r in kept)
+            write(self.path, "".join(as_json(**r) for r in kept))
+
+        # The header: all that the numbers of a run depend on.
+        name, peak_flops = describe(device)
+        size = sum(p.numel() for p in model.parameters())
+        ends = 2 * c.vocab_size * c.width      # parameters of embedding and head
+        quantized = [m.weight.numel() for m in model.quantized_linears().values()]
+        flops = 6 * (size - ends // 2 + c.layers * c.width * c.sequence)      # of a token, both passes
+        self.peak_rate = WORLD * peak_flops / flops                            # tokens/s; 0 if unknown
+        header = dict(
+            device=f"{WORLD} x {name}, backend {quartet.resolve(c.backend, device, c.recipe)}",
+            recipe=f"{c.recipe}, in {len(quantized)} linear layers, {sum(quantized):,} parameters",
+            parameters=f"{size:,}, {size - ends:,} without embedding and head",
+            steps=f"{c.steps:,} of {c.tokens_per_step:,} tokens, {c.batch} x {c.sequence} in a process at a "
+                  f"time; in all {c.steps * c.tokens_per_step / (size - ends):.1f} tokens a parameter",
+            corpus=f"{c.corpus}, {sum(map(len, data[0].shards)):,} tokens, sha256 {identity(data)['corpus']}",
+            versions=f"python {platform.python_version()}, torch {torch.__version__}, code {CODE}")
+        for what, value in header.items():
+            print(f"{what:>10}  {value}", flush=True)
         self.write(start=start, config=vars(c), **header)
+
     def write(self, **record):
-        """Append one record to log.jsonl; null for what is not finite, which JSON lacks."""
-        if launch.RANK: return
-        known = {k: None if type(v) is float and not math.isfinite(v) else v for k, v in record.items()}
-        with open(self.path, "a") as f: f.write(json.dumps(known) + "\n")
-    def step(self, *record, flush):
-        """Note (step, its begin, loss, norm, lr); write and print the pending if a line is due, or flush."""
-        self.pending.append(record)
+        """Append one record to log.jsonl, if this is rank 0."""
+        if not RANK:
+            with writing(self.path), open(self.path, "a") as f:
+                f.write(as_json(**record))
+
+    def step(self, step, begin, loss, norm, lr, flush):
+        """Note a step that began at `begin`; write and print all noted if a line is due, or flush."""
+        # Wait until a line is due. The first step has one at once.
+        self.pending.append((step, begin, loss, norm, lr))
+        if not flush and step % self.c.log_every and step != self.start + 1:
+            return
         steps, begins, losses, norms, lrs = zip(*self.pending)
-        if not flush and steps[-1] % self.c.log_every and steps[-1] != self.start + 1: return
-        losses, norms = torch.stack(losses).tolist(), torch.stack(norms).tolist()
+        self.pending = []
+
+        # Read the losses: this is where the CPU waits for the GPU, and only then is time measured.
+        losses = torch.stack(losses).tolist()
+        norms = torch.stack(norms).tolist()
         seconds = (time.perf_counter() - begins[0]) / len(steps)
         rate = self.c.tokens_per_step / seconds
-        if steps[0] > self.start + 1: self.rates.append(rate)  # the first step compiles, or warms up
+        if steps[0] > self.start + 1:      # the first step compiles, or warms up
+            self.rates.append(rate)
+
+        # Write a record a step. 10 steps in a row without a finite gradient are remembered, to end the run.
         for step, loss, norm, lr in zip(steps, losses, norms, lrs):
             self.write(step=step, loss=loss, grad_norm=norm, lr=lr, ms=round(seconds * 1e3, 3))
-            bad = not math.isfinite(norm)
-            self.in_a_row = self.in_a_row + 1 if bad or self.in_a_row >= 10 else 0  # 10 end the run
-            self.skipped += bad
-            if bad: print(f"step {step} skipped: loss {loss}, norm {norm}; {self.skipped} so far")
-        left, mfu = int((self.c.steps - step) * seconds), f"  mfu {rate / self.top:5.1%}" if self.top else ""
+            if not math.isfinite(norm):
+                self.skipped += 1
+                self.bad_in_a_row += 1
+                print(f"step {step} skipped: loss {loss}, norm {norm}; {self.skipped} so far")
+            elif self.bad_in_a_row < 10:
+                self.bad_in_a_row = 0
+
+        # Print a line for the last of them.
+        left = int((self.c.steps - step) * seconds)
+        mfu = f"  mfu {rate / self.peak_rate:5.1%}" if self.peak_rate else ""
         print(f"step {step:{len(str(self.c.steps))}}/{self.c.steps}  loss {loss:7.4f}  norm {norm:6.3f}  "
               f"lr {lr:.2e}  {seconds * 1e3:7.1f} ms  {rate / 1e3:7.1f} ktok/s{mfu}  "
               f"{left // 60:3d}:{left % 60:02d} left", flush=True)
-        self.pending.clear()
+
+    def validation(self, step, loss):
+        """Note a validation loss."""
+        self.val_loss = loss
+        self.write(step=step, val_loss=loss)
+        print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(self.c, loss)}", flush=True)
+
+
+def leave(directory, step, stop):
+    """End the process where a signal has stopped a run."""
+    # A run of a comparison goes on with all of it.
+    if (directory.parent / "compare.json").exists():
+        directory = directory.parent
+    command = "python train_gpt.py"
+    if WORLD > 1:
+        command = f"torchrun --nproc_per_node={WORLD} train_gpt.py"
+    print(f"stopped after step {step}, saved. To go on: {command} resume {directory}")
+    sys.exit(130 if signal.SIGINT in stop else 0)
+
+
+def finish(c, directory, log, model, val_data, device):
+    """Write result.json and sample.txt of a run that has come to its last step; print the sample."""
+    # If the process was killed between the last checkpoint and here, nothing was left to train, only this.
+    if log.start == c.steps:
+        log.validation(c.steps, evaluate(model, val_data, c, device))
+
+    # The speed is the median over the lines of the log, which is robust against pauses.
+    rate = float(np.median(log.rates or [math.nan]))
+    result = dict(recipe=c.recipe, val_loss=log.val_loss, skipped=log.skipped, tokens_per_s=rate,
+                  peak_gib=peak_memory(device))
+    text = "".join(sample_text(model, c, device))
+    write(directory / "sample.txt", text)
+    write(directory / "result.json", as_json(**result))
+    gather(None)      # a comparison reads it in every process
+    print(f"sample:\n{text}\nwritten to {directory}/: log.jsonl, checkpoint.pt, result.json, sample.txt")
+
+
+def first_not_finite(model, batches):
+    """Passes over [(tokens, targets), ...] -> the name of the first tensor that is not finite.
+
+    In the order of computing: a layer's weight, input, output; the loss; the gradient dy of a layer's output.
+    Of several processes that of the first, by rank, which has found one; all wait for it.
+    """
+    found = []      # names, in the order of computing
+
+    def see(name, *values):
+        if not all(v.isfinite().all() for v in values):
+            found.append(name)
+
+    def hook(name, m, inputs, y):
+        see(f"the weight of {name}", *m.parameters())
+        see(f"the input of {name}", *inputs)
+        see(f"the output of {name}", y)
+        y.register_hook(lambda dy: see(f"the gradient dy of {name}", dy))
+
+    # Look at every layer in one more forward and backward pass.
+    for name, m in model.named_modules():
+        if isinstance(m, (nn.Linear, nn.Embedding, nn.RMSNorm)):
+            m.register_forward_hook(partial(hook, name))
+    with torch.compiler.set_stance("force_eager"):
+        for tokens, targets in batches:
+            loss = model(tokens, targets)
+            see("the loss", loss)
+            loss.backward()
+    return next(itertools.chain(*gather(found)), "nothing any more, or only the norm of all")
+
+
+# ---- B. Several GPUs, and a CUDA graph ---------------------------------------------------------------------
+#
+# torchrun --nproc_per_node=N train_gpt.py ... starts a process for each of N GPUs (or, to try it out, N on a
+# CPU). Each takes its own micro-batches of every step, and its own rounding noise. All hold the whole model
+# (DDP), or, with --shard=true, an N-th of weights, gradients and optimizer, and of the other weights a block
+# at a time (FSDP2). Rank 0 prints and writes. On one GPU a step is recorded as a CUDA graph instead, which
+# makes hundreds of launches one.
+
+PEAK_FLOPS = {      # dense bf16, datasheets; the first whose key is in the device's name
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+    "A100": 312e12, "B200": 2250e12,
+}
+
+
+def start_processes(device, shard):
+    """Join the other processes, if there are any, on this one's GPU; only rank 0 prints."""
+    if WORLD == 1:
+        if shard:
+            raise UserError("--shard=true needs several processes: torchrun --nproc_per_node=N "
+                            "train_gpt.py ...")
+        return
+
+    # NCCL between GPUs; gloo for what is on the CPU, such as a signal's flag.
+    backend = "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
+    atexit.register(dist.destroy_process_group)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
+def gather(value):
+    """A picklable value of each process -> all of them, a list by rank. Waits for all."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def mean(t):
+    """The mean of a tensor t over all processes."""
+    t = t.clone()
+    if WORLD > 1:
+        dist.all_reduce(t.div_(WORLD))
+    return t
+
+
+def distribute(model, c):
+    """The model -> what to call for a loss, whose backward pass averages gradients over all processes."""
+    if c.shard != "true":
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Each block is gathered for its pass, and let go after it. (Imported here, because that takes a second.)
+    from torch.distributed.fsdp import fully_shard
+    mesh = dist.init_device_mesh(model.rope.device.type, (WORLD,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def snapshot(model, optimizer, c):
+    """-> what a checkpoint holds of them, as one process has them, and all processes' generators, by rank."""
+    # Every process draws its own noise.
+    generators = dict(cpu=torch.get_rng_state(), cuda=None)
+    if torch.cuda.is_available():
+        generators["cuda"] = torch.cuda.get_rng_state()
+
+    # If weights are sharded, rank 0 gets all of them, and the others nothing.
+    weights = model.state_dict()
+    moments = optimizer.state_dict()
+    if c.shard == "true":
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, moments = get_state_dict(model, optimizer, options=options)
+    return dict(model=weights, optimizer=moments, generators=gather(generators))
+
+
+def restore(model, optimizer, saved, c):
+    """The inverse of `snapshot`, which empties it: each process would hold a copy to the end."""
+    if c.shard == "true":
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
+                       options=StateDictOptions(full_state_dict=True))
+    else:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+
+    # The noise goes on where it was.
+    generators = saved["generators"][RANK]
+    torch.set_rng_state(generators["cpu"])
+    if model.rope.is_cuda and generators["cuda"] is not None:
+        torch.cuda.set_rng_state(generators["cuda"])
+    saved.clear()
+
+
+def as_graph(f, *args):
+    """f(*args) of CUDA tensors, recorded -> a function of such args that replays it as one launch.
+
+    A step is hundreds of short kernels, and Python launches them more slowly than a GPU runs them. The
+    default generator is left as it was, and gives to a replay what it would give to f.
+    """
+    # Run it on a side stream first: this compiles, and initialises libraries.
+    state = torch.cuda.get_rng_state()
+    args = [a.detach().clone() for a in args]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            f(*args)
+    torch.cuda.current_stream().wait_stream(side)
+
+    # Record it. The recording reads args where they are now, so a replay copies new ones there.
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        f(*args)
+    torch.cuda.set_rng_state(state)
+
+    def replay(*new):
+        for a, b in zip(args, new):
+            a.copy_(b)
+        graph.replay()
+
+    return replay
+
 
 def pick_device(c):
-    """-> the device that a Config means, and whether to compile for it."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
-    compiled = c.compile == "on" or (c.compile == "auto" and device == "cuda")
+    """-> the device that a Config means, "cuda" or "cpu", and whether to compile for it."""
+    device = c.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    # torch.compile needs a compiler of C, on a GPU for Triton, too.
+    compiled = c.compile == "on" or c.compile == "auto" and device == "cuda"
     if compiled and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         print("no C compiler found, which torch.compile and Triton need (apt install gcc): slower without")
         compiled = False
     return device, compiled
 
-def train(c, data, directory, stop, checkpoint=None):
-    """Train as c says on data = (train, val), or on from a checkpoint; stop: a list that a signal fills."""
-    (device, compiled), start = pick_device(c), checkpoint["step"] if checkpoint else 0
-    if device == "cuda":  # so that a resumed run is the same to the bit
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.manual_seed(c.seed)
-    model = GPT(c, partial(quartet.Linear, recipe=recipe_of(c, start), backend=c.backend)).to(device)
-    accumulate, shard = c.tokens_per_step // (c.batch * c.sequence * launch.WORLD), c.shard == "true"
-    net, optimizer = launch.wrap(model, shard, compiled), make_optimizer(model, c)
-    if launch.RANK: torch.manual_seed((c.seed << 20) + launch.RANK)  # of noise; the model is the same in all
-    log = Log(c, directory, start, checkpoint, model, data[0], device, compiled)
-    if checkpoint: launch.restore(model, optimizer, checkpoint, c.seed)  # nothing may draw before a step
-    total, recipe = torch.zeros((), device=device), None
-    def micro_step(x, y):
-        loss = net(x, y) / accumulate
-        loss.backward()
-        total.add_(loss.detach())
-    launch.peak_memory(device, reset=True)
-    for step in range(start + 1, c.steps + 1):
-        begin, last = time.perf_counter(), step == c.steps
-        before, recipe = recipe, recipe_of(c, step)
-        if recipe != before:
-            quartet.quantize_model(model.blocks[:model.nvfp4], recipe, backend=c.backend)
-            run = micro_step
-            if compiled and device == "cuda" and launch.WORLD == 1:
-                with quartet.quantized_weights(model):
-                    run = launch.as_graph(micro_step, *data[0].random(c, step, 0, device))
-                optimizer.zero_grad(set_to_none=False)  # its gradients stay where they are
-        lr = learning_rate(c, step - 1)
-        for group in optimizer.param_groups: group["lr"] = lr
-        total.zero_()
-        with launch.once(model, shard):  # a step quantizes weights once, for all micro-batches and gradients
-            for micro in range(accumulate):
-                launch.reduce_gradients(net, micro == accumulate - 1)
-                run(*data[0].random(c, step, micro, device))
-        norm = launch.whole(nn.utils.clip_grad_norm_(model.parameters(), c.clip))
-        optimizer.found_inf = (~norm.isfinite()).float()  # then a fused AdamW skips the step, without a sync
-        optimizer.step()
-        if step % DAMPEN_EVERY == 0:  # for so many steps at once: cheaper. Not if this one was skipped
-            quartet.dampen(model, DAMPEN_EVERY * lr * ramp(step / c.steps) * norm.isfinite())
-        optimizer.zero_grad(set_to_none=run is micro_step)
-        stopping, evaluating = launch.stopping(stop) and not last, last or step % c.eval_every == 0
-        saving = stopping or last or step % c.save_every == 0
-        log.step(step, begin, launch.mean(total.clone()), norm, lr, flush=evaluating or saving)
-        if log.in_a_row >= 10:
-            batches = [data[0].random(c, step, micro, device) for micro in range(accumulate)]
-            first = diagnose.first_not_finite(model, batches)
-            raise UserError(f"step {step}: 10 steps in a row had no finite gradient; what is not "
-                            f"finite first: {first}. Lower --lr, from a checkpoint in {directory} or anew")
-        if evaluating:
-            loss = evaluate(model, data[1], c, device)
-            log.write(step=step, val_loss=loss)
-            print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(c, loss)}", flush=True)
-        if saving and (stopping or last or not log.in_a_row):  # else both kept might be of no use
-            save(directory, c, step, **log.now, **launch.snapshot(model, optimizer))
-        if stopping:
-            whole = directory.parent if (directory.parent / "compare.json").exists() else directory
-            print(f"stopped after step {step}, saved. To go on: {launch.command()} resume {whole}")
-            sys.exit(130 if stop and stop[0] == signal.SIGINT else 0)
-    finish(c, directory, log, loss if start < c.steps else evaluate(model, data[1], c, device), model, device)
 
-def finish(c, directory, log, loss, model, device):
-    """Write result.json and sample.txt of a run whose last validation has this loss; print the sample."""
-    result = dict(recipe=c.recipe, val_loss=loss, skipped=log.skipped, peak_gib=launch.peak_memory(device),
-                  tokens_per_s=float(np.median(log.rates)) if log.rates else math.nan)
-    text, path = "".join(sample_text(model, c, device)), directory / "result.json"
-    if log.start == c.steps and path.exists():  # this process has trained nothing: the speed is known
-        result |= {k: json.loads(path.read_text())[k] for k in ("peak_gib", "tokens_per_s")}
-    if not launch.RANK:
-        files.write(path, json.dumps(result) + "\n")
-        files.write(directory / "sample.txt", text)
-    launch.gather(None)
-    print(f"sample:\n{text}\nwritten to {directory}/: log.jsonl, checkpoint.pt, result.json, sample.txt")
+def describe(device):
+    """-> the name of a device, "cuda" or "cpu", and its peak in dense bf16 FLOP/s, 0 if unknown."""
+    if device == "cpu":
+        return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)", 0
+    name = torch.cuda.get_device_name()
+    return name, next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
 
-def bits_per_byte(c, loss):
-    """', x bits per byte' where a token is a byte, else nothing."""
-    return f", {loss / math.log(2):.4f} bits per byte" if c.vocab_size == 256 else ""
-def sample_text(model, c, device):
-    """Yield the prompt and what the model makes of it, as it comes: UTF-8 bytes, or GPT-2's tokens."""
-    if c.vocab_size == 256: prompt, text_of = list(c.prompt.encode()) or [0], lambda t: bytes([t or 10])
-    else:
-        try:
-            import tiktoken
-            gpt2 = tiktoken.get_encoding("gpt2")
-        except Exception as e:  # not installed, or no download
-            return (yield f"(GPT-2's tokens need tiktoken, pip install tiktoken: {type(e).__name__})")
-        prompt = [t for t in gpt2.encode_ordinary(c.prompt) or [gpt2.eot_token] if t < c.vocab_size] or [0]
-        text_of = lambda t: gpt2.decode_single_token_bytes(t) if t < gpt2.n_vocab else b""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
-    for t in itertools.chain(prompt, sample(model, prompt, c, device)): yield decoder.decode(text_of(t))
-    yield decoder.decode(b"", final=True)
 
-# ---- 5. Comparing recipes, evaluating, sampling, and the command line --------------------------------------
-def compare(c, data, directory, stop):
-    """Train each recipe of the list, all else equal, and print a table. What has a result is not repeated."""
-    if not launch.RANK: files.write(directory / "compare.json", json.dumps(vars(c)))
+def peak_memory(device):
+    """GiB taken from the GPU, at most; NaN on a CPU."""
+    if device == "cpu":
+        return math.nan
+    return torch.cuda.max_memory_reserved() / 2**30      # a CUDA graph's is not "allocated"
+
+
+def keep_freed_memory():
+    """glibc hands large freed blocks back to the system; to keep them makes a CPU step 1.2 times as fast."""
+    if os.name == "posix":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda knob, value: None)
+        mallopt(-3, 2**25)           # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)       # M_TRIM_THRESHOLD
+
+
+# ---- C. Comparing recipes ----------------------------------------------------------------------------------
+#
+# --recipe=bf16,rtn,quartet2 makes a directory with a run for each recipe, all of one seed and one order of
+# data. It can be stopped and resumed as a run can, under the same conditions; what has a result is not
+# repeated. compare.json keeps what it began with, and compare.txt is the table.
+
+def compare(c, data, directory, stop, saved):
+    """Train each recipe of c, all else equal, and print a table. saved: what compare.json has, or None."""
+    if not saved:
+        write(directory / "compare.json", as_json(config=vars(c), **identity(data)))
     results = []
     for recipe in c.recipe.split(","):
-        one, run = dataclasses.replace(c, recipe=recipe), directory / recipe
+        run = directory / recipe
         run.mkdir(exist_ok=True)
         if not (run / "result.json").exists():
+            # Train it, or go on where it stopped.
             print(f"\n==== {recipe}", flush=True)
             torch._dynamo.reset()
-            begun = any((run / name).exists() for name in CHECKPOINTS)
-            with files.held(run):
-                train(one, data, run, stop, load("resume", run, vars(one))[2] if begun else None)
-        results.append(json.loads((run / "result.json").read_text()))
-    base = next((r["val_loss"] for r in results if r["recipe"] == "bf16"), math.nan)
-    rows = [f"{'recipe':12}{'val loss':>10}{'gap to bf16':>13}{'tokens/s':>12}{'peak GiB':>10}"]
-    rows += [f"{r['recipe']:12}{r['val_loss']:10.4f}{r['val_loss'] - base:13.4f}{r['tokens_per_s']:12,.0f}"
-             f"{r['peak_gib']:10.2f}" for r in results]
-    if not launch.RANK: (directory / "compare.txt").write_text("\n".join(rows) + "\n")
-    print("\n".join(["", *rows, f"written to {directory / 'compare.txt'}"]))
+            checkpoint = None
+            if any((run / name).exists() for name in CHECKPOINTS):
+                _, checkpoint = load_checkpoint(run)
+            with held(run):
+                train(dataclasses.replace(c, recipe=recipe), data, run, stop, checkpoint)
+        # null is what was not finite: a recipe that diverges does not end the others.
+        result = read_json(run / "result.json")
+        results.append({key: math.nan if value is None else value for key, value in result.items()})
 
-def eval_recipes(model, c, device, recipes):
-    """Validation loss of a model under each recipe's forward; of none: those of data/perplexity.py."""
-    def losses():
-        for recipe in recipes or perplexity.rows():
-            quartet.quantize_model(model.blocks[:model.nvfp4], recipe, backend=c.backend)
-            yield recipe, evaluate(model, val, c, device)
-    val = Shards(c, "val")
-    perplexity.show(losses(), lambda loss: bits_per_byte(c, loss))
+    # Make the table.
+    base = next((r["val_loss"] for r in results if r["recipe"] == "bf16"), math.nan)
+    table = "recipe        val loss  gap to bf16    tokens/s  peak GiB\n"
+    for r in results:
+        r["gap"] = r["val_loss"] - base
+        table += "{recipe:12}{val_loss:10.4f}{gap:13.4f}{tokens_per_s:12,.0f}{peak_gib:10.2f}\n".format(**r)
+    write(directory / "compare.txt", table)
+    print(f"\n{table}written to {directory / 'compare.txt'}")
+
+
+# ---- D. The command line -----------------------------------------------------------------------------------
+#
+# A mistake is refused before anything is written, in one line that names the value and the way out. From argv
+# the way goes through parse, load and check to run_training, or, to evaluate and sample, to read_out.
+
+# What a knob can be, what weights are made for, and what a resumed run may change.
+CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
+               device=("auto", "cpu", "cuda"), shard=("true", "false"))
+NUMBERS = {int: (1, 10**12), float: (0, 1e38)}                    # bounds, if a knob has no others
+SHAPE = {"layers", "width", "heads", "hidden", "vocab_size"}      # what weights are made for
+HARMLESS = {"log_every", "save_every", "device", "prompt", "sample_tokens", "temperature", "top_k"}
+
+
+def known(word, words, problem):
+    """UserError, with the closest of words as a hint, unless word is one of them."""
+    if word in words:
+        return
+    hint = "".join(f"did you mean {close!r}? " for close in difflib.get_close_matches(word, words, 1))
+    raise UserError(f"{problem}: {hint}there are {', '.join(words) or 'none'}")
+
+
+def unchanged(knobs, saved, names, problem):
+    """UserError if knobs differ from saved ones in one of names."""
+    others = [f"--{name}={value} (saved: {saved[name]})" for name, value in knobs.items()
+              if name in names and value != saved[name]]
+    if others:
+        raise UserError(f"{problem}: {', '.join(others)}")
+
+
+def parse(argv):
+    """argv, as the docstring of this file describes it -> mode, preset or run, {knob: value}."""
+    # What begins with -- is a knob, all else a word.
+    types = Config.__annotations__
+    words = []
+    knobs = {}
+    for arg in argv:
+        if not arg.startswith("--"):
+            words.append(arg)
+            continue
+        name, equals, value = arg[2:].partition("=")
+        known(name, types, f"unknown knob --{name}")
+        if not equals:
+            raise UserError(f"--{name} needs a value: --{name}=VALUE")
+        try:
+            knobs[name] = types[name](value)
+        except ValueError:
+            raise UserError(f"--{name}={value}: it takes a value of type {types[name].__name__}") from None
+
+    # The first word may be a mode. The other is a preset or a run.
+    mode = "train"
+    if words and words[0] in ("resume", "eval", "sample"):
+        mode = words.pop(0)
+    if mode == "train" and not words:
+        words = ["cpu"]
+        if torch.cuda.is_available() and knobs.get("device") != "cpu":
+            words = ["gpu"]
+    if len(words) != 1:
+        raise UserError(f"{mode} takes one word, a preset to train or else a run: see --help")
+    return mode, words[0], knobs
+
+
+def check(c):
+    """UserError where a Config cannot run."""
+    # Each knob alone
+    for name, choices in CHOICES.items():
+        known(getattr(c, name), choices, f"--{name}={getattr(c, name)}")
+    bounds = dict(bf16_blocks=(0, c.layers - 1), bf16_end=(0, 1), seed=(0, 10**12))
+    for name, kind in Config.__annotations__.items():
+        if kind is not str:
+            least, most = bounds.get(name, NUMBERS[kind])
+            if not least <= getattr(c, name) <= most:
+                raise UserError(f"--{name}={getattr(c, name)}: it must be from {least} to {most}")
+
+    # Knobs together, and with this machine
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: PyTorch sees no GPU here; --device=cpu runs on the CPU")
+    if c.width % (2 * c.heads):
+        raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
+
+    # A prompt from a terminal of another encoding would fail at the end of training.
+    try:
+        c.prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("--prompt: it takes text in UTF-8") from None
+
+    # Every recipe must fit the shapes of the layers, which a model without memory tells.
+    with torch.device("meta"):
+        model = GPT(c)
+    for recipe in c.recipe.split(","):
+        known(recipe, quartet.RECIPES, f"unknown recipe {recipe!r}")
+        try:
+            model.use_recipe(recipe, c.backend)
+        except ValueError as e:
+            raise UserError(f"--width={c.width} --hidden={c.hidden}: {e}") from None
+
+
+def load(mode, word, knobs):
+    """What a command line means -> Config, the run's directory, what it has saved (of a new run None, None).
+
+    RUN is a name in runs/ or a path; to resume, also that of a comparison.
+    """
+    if mode == "train":
+        known(word, PRESETS, f"unknown preset {word!r}")
+        return Config(**PRESETS[word] | knobs), None, None
+
+    # To evaluate and sample, all but the shape of weights may change; a file will do for a run.
+    fixed = SHAPE
+    names = (*CHECKPOINTS, ".")
+    path = None
+
+    # To resume, nothing may change a number. A comparison has compare.json.
+    if mode == "resume":
+        fixed = Config.__annotations__.keys() - HARMLESS
+        names = CHECKPOINTS
+        path = find(word, ["compare.json"])
+    if path:
+        saved = read_json(path)
+    else:
+        path, saved = load_checkpoint(word, names)
+    unchanged(knobs, saved["config"], fixed, "this is the run's for good (see --init_from)")
+    return Config(**saved["config"] | knobs), path.parent, saved
+
 
 def new_directory(c, preset):
     """Make runs/NAME -> its path. A default name is unique; a given one must be free."""
-    name = c.name or f"{preset}-{'compare' if ',' in c.recipe else c.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # Without a name, one is made that is new.
+    name = c.name
+    if not name:
+        # preset, recipe, time, and a number of four digits for what starts in the same second
+        recipe = c.recipe.replace(",", "+")
+        name = f"{preset}-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise UserError(f"--name={name!r}: it takes letters, digits and . _ + -")
+
+    # Make the directory.
+    path = Path("runs") / name
+    if path.exists():
+        raise UserError(f"{path} exists: resume it, remove it, or take another --name")
+    with writing(path):
+        path.mkdir(parents=True)
+    return path
+
+
+def read_out(mode, c, step, knobs, weights):
+    """Evaluate weights, by all recipes, or sample, by the recipe of their step, unless knobs name others."""
+    # Which recipes
+    if mode == "eval":
+        recipe = ",".join(quartet.RECIPES)
+    else:
+        recipe = recipe_of(c, step)
+    c = dataclasses.replace(c, recipe=knobs.get("recipe", recipe))
+    check(c)
+
+    # Make the model, and read it out.
+    device, _ = pick_device(c)
+    model = GPT(c).to(device)
+    model.load_state_dict(weights)
+    if mode == "eval":
+        eval_recipes(model, c, device)
+        return
+    known(c.recipe, quartet.RECIPES, f"--recipe={c.recipe}: one recipe samples")
+    model.use_recipe(c.recipe, c.backend)
+    for piece in sample_text(model, c, device):
+        print(piece, end="", flush=True)
+    print()
+
+
+def listen(stop):
+    """Let SIGINT and SIGTERM append to stop, which the loop looks at; a second SIGINT ends at once."""
+    def on_signal(signum, frame):
+        stop.append(signum)
+        print(f"\n{signal.Signals(signum).name}: this step, then saving", flush=True)
+        if signum == signal.SIGINT:      # not SIGTERM, which a cluster may send twice
+            signal.signal(signum, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+
+
+def run_training(c, preset, directory, saved):
+    """Train a run or a comparison, from its start or from what it has saved."""
+    check(c)
+    micro = WORLD * c.batch * c.sequence
+    if c.tokens_per_step % micro:
+        raise UserError(f"--tokens_per_step={c.tokens_per_step}: must be a multiple of {micro}, processes x "
+                        f"batch x sequence, {WORLD} x {c.batch} x {c.sequence}: change it, or --batch")
+
+    # Signals from here on end the run after a step. Join the other processes.
+    stop = []
+    listen(stop)
+    device, _ = pick_device(c)
+    start_processes(device, c.shard == "true")
+
+    # Rank 0 reads the corpus first, since it may have to be made. The others wait.
+    if RANK:
+        gather(None)
+    data = Shards(c, "train"), Shards(c, "val")
+    if not RANK:
+        gather(None)
+
+    # Take the run's directory, or make one.
+    if saved:
+        refuse_another(saved, data, directory)
+    fresh = directory is None
+    if fresh and not RANK:
+        directory = new_directory(c, preset)
+    directory = gather(directory)[0]
+
+    # Train.
     try:
-        while not c.name and (Path("runs") / name).exists(): name += "+"
-        (Path("runs") / name).mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"runs/{name} exists: resume it, remove it, or take another --name") from None
-    except OSError as e:
-        raise UserError(f"cannot write runs/{name} ({e.strerror}): go to a writable directory") from None
-    return Path("runs") / name
+        with held(directory):
+            if "," in c.recipe:
+                compare(c, data, directory, stop, saved)
+            elif saved and saved["step"] == c.steps and (directory / "result.json").exists():
+                print(f"{directory} has ended: see its result.json and sample.txt")
+            else:
+                train(c, data, directory, stop, saved)
+    except torch.cuda.OutOfMemoryError as e:
+        raise UserError("the GPU has too little memory, try a smaller --batch. "
+                        f"{str(e).splitlines()[0]}") from None
+    finally:
+        # If nothing has begun, the name is free again.
+        if fresh and not RANK and not any(directory.rglob("log.jsonl")):
+            shutil.rmtree(directory)
+
 
 def main(argv):
     """Do what the command line says."""
+    # The help is this file's docstring, and the source of Config and PRESETS.
     if {"-h", "--help"} & set(argv):
         source = Path(__file__).read_text()
-        print(__doc__, source[source.index("@dataclasses"):source.index("CHOICES")], sep="\n", end="")
-        return print("RECIPES:", ", ".join(quartet.RECIPES))
+        print(__doc__, source[source.index("@dataclasses"):source.index("# ---- 2.")], sep="\n", end="")
+        print("RECIPES:", ", ".join(quartet.RECIPES))
+        return
+    keep_freed_memory()
     mode, word, knobs = parse(argv)
-    c, directory, checkpoint = load(mode, word, knobs)
-    check(c)
+    c, directory, saved = load(mode, word, knobs)
     if mode in ("eval", "sample"):
-        if launch.WORLD > 1: raise UserError(f"{mode} takes one process: leave torchrun out")
-        device, _ = pick_device(c)
-        recipes = c.recipe.split(",") if "recipe" in knobs else ()
-        if mode == "sample": known(c.recipe, quartet.RECIPES, f"--recipe={c.recipe}: one recipe samples")
-        first = recipes[0] if recipes else recipe_of(c, checkpoint["step"])
-        model = GPT(c, partial(quartet.Linear, recipe=first, backend=c.backend)).to(device)
-        model.load_state_dict(checkpoint["model"])
-        if mode == "eval": return eval_recipes(model, c, device, recipes)
-        for piece in sample_text(model, c, device): print(piece, end="", flush=True)
-        return print()
-    if c.tokens_per_step % (micro := launch.WORLD * c.batch * c.sequence):
-        raise UserError(f"--tokens_per_step={c.tokens_per_step}: must be a multiple of {micro}, processes x "
-                        f"batch x sequence, {launch.WORLD} x {c.batch} x {c.sequence}: change it, or --batch")
-    stop = []
-    def on_signal(signum, frame):
-        again = " (once more: at once)" * (signum == signal.SIGINT)  # a cluster may send SIGTERM twice
-        print(f"\n{signal.Signals(signum).name}: this step, then saving{again}", flush=True)
-        stop.append(signum)
-        if again: signal.signal(signum, signal.SIG_DFL)
-    for signum in (signal.SIGINT, signal.SIGTERM): signal.signal(signum, on_signal)
-    launch.start(pick_device(c)[0], c.shard == "true")
-    if launch.RANK: launch.gather(None)  # until rank 0 has read, or first written, the data
-    data = Shards(c, "train"), Shards(c, "val")  # fails before a directory is made
-    if not launch.RANK: launch.gather(None)
-    directory = launch.gather(directory or launch.RANK or new_directory(c, word))[0]
-    new, old = (directory / name for name in CHECKPOINTS)
-    with files.held(directory):
-        if not launch.RANK and mode == "resume" and Path(word).name == old.name and new.exists():
-            os.replace(new, directory / "aside.pt")  # else the next save would keep it and not the good one
-            print(f"{new} is {directory / 'aside.pt'} now, which nothing reads")
-        compare(c, data, directory, stop) if "," in c.recipe else train(c, data, directory, stop, checkpoint)
+        read_out(mode, c, saved["step"], knobs, saved["model"])
+    else:
+        run_training(c, word, directory, saved)
+
 
 if __name__ == "__main__":
-    try: main(sys.argv[1:])
-    except (UserError, ValueError, OSError) as e:
-        full = isinstance(e, OSError) and e.errno == errno.ENOSPC
-        sys.exit(f"train_gpt.py: {e}" + ": the disk is full, make room, then resume the run" * full)
-    except (RuntimeError, MemoryError) as e:
-        if launch.RANK and "by peer" in str(e): sys.exit(1)  # which has told why it ended
-        if "allocate" not in str(e) and "overflow" not in str(e): raise
-        sys.exit(f"train_gpt.py: out of memory, try a smaller --batch. {str(e).splitlines()[0]}")
-    except KeyboardInterrupt: sys.exit(130)
+    sys.stdout.reconfigure(errors="replace")      # a terminal may lack letters of the sample
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        sys.exit(f"train_gpt.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -14,7 +14,7 @@ quantized: software that loads the files multiplies these weights by inputs of i
 import argparse, dataclasses, json, sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import quartet, train_gpt
 from train_gpt import UserError
@@ -44,7 +44,8 @@ def tensors(c, state, packed):
     """
     train_gpt.known(c.recipe, quartet.RECIPES, f"recipe {c.recipe!r} is unknown, add it to quartet.py")
     row = quartet.RECIPES[c.recipe]
-    quantized = max(0, c.layers - c.bf16_blocks) if row and row.w != "bf16" else 0
+    with torch.device("meta"): quantized = train_gpt.GPT(c).quantized_linears()
+    if not row or row.w == "bf16": quantized = {}
     if len(state) != 3 + 6 * c.layers or len(state["blocks.0.up.weight"]) != 2 * c.hidden:
         raise UserError("the model is not train_gpt.py's Llama: change `split` and `config` here, too")
     out, ignore = {}, ["lm_head"]
@@ -55,7 +56,7 @@ def tensors(c, state, packed):
             out[f"model.layers.{i}.{theirs}.weight"] = state[f"blocks.{i}.{ours}.weight"]
         for layer in ("qkv", "out", "up", "down"):
             w, put = state[f"blocks.{i}.{layer}.weight"], {}
-            if i < quantized:
+            if f"blocks.{i}.{layer}" in quantized:
                 t = quartet.NVFP4(*quartet.quantized(w.bfloat16(), c.recipe))
                 put = (dict(weight_packed=t.codes, weight_scale=t.block_scale) if packed else
                        dict(weight=quartet.decode(t, torch.bfloat16)))

@@ -6,7 +6,7 @@ MODEL: a name on the Hugging Face hub, or a directory. TEXT: a file in UTF-8. As
 one sequence of tokens, cut into windows without overlap; each token but a window's first is predicted from
 those before it in the window. Every nn.Linear but the head is quantized, by quartet.quantize_model: experts
 that a model keeps in one 3-D tensor are not; how much of it is quantized is printed. Needs the package
-transformers; the table is also that of `python train_gpt.py eval RUN`.
+transformers.
 """
 import argparse, math, sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import quartet
 
 def rows():

@@ -1,6 +1,6 @@
 """Where quartet.py differs from the code that the authors of Quartet II published: each choice, measured.
 
-    python data/differences.py
+    python data/evidence/differences.py
 
 The left column follows their code (github.com/IST-DASLab/Quartet-II: its emulation, unless CUDA is named)
 and the paper's formulas, written anew; the right column is quartet.py. On N(0, 1) in bf16, 4096 x 1024.
@@ -8,7 +8,7 @@ and the paper's formulas, written anew; the right column is quartet.py. On N(0, 
 import math, sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import quartet
 from quartet import E2M1_MAX, E4M3_MAX, GROUP, block_sum, blocks, e2m1, e4m3, divide_by, ratio, rotate

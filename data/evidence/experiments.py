@@ -1,10 +1,10 @@
 """The runs behind the README's results: recipes and their parts, on equal data, seeds and steps.
 
-    python data/experiments.py SIZE GROUP ... [--seeds=1,2,3] [--corpus=novels] [--steps=N] [--jobs=1]
+    python data/evidence/experiments.py SIZE GROUP ... [--seeds=1,2,3] [--corpus=novels] [--steps=N] [--jobs=1]
 
 SIZE is one of SIZES below, a GROUP one of GROUPS or names of rows by commas. Each GPU trains --jobs runs at a
-time. A finished run leaves its log, data/results/SIZE-CORPUS-ROW-SEED.jsonl, and is not repeated; one stopped
-by Ctrl-C or SIGTERM goes on from there. With other knobs, either is an error. data/figures.py draws them all.
+time. A finished run leaves its log, data/evidence/results/SIZE-CORPUS-ROW-SEED.jsonl, and is not repeated; one
+stopped by Ctrl-C or SIGTERM goes on from there. With other knobs, either is an error. data/evidence/figures.py draws them all.
 
 The comparison that settles, from step 0, written down before its runs. Corpus `installed` (data/prepare.py): all
 runs of a seed have one corpus hash in their headers, and it is read less than once, in validation documents that no
@@ -26,7 +26,11 @@ better than quartet2 if the 95% interval (Student's t) of the mean paired differ
 below 0; the goal is that this mean is 15% of quartet2's mean gap to bf16 or more.
 
 Two seeds differ by what happens early, and by more than two 4-bit recipes do. So a GROUP may be START+GROUP,
-START being ROW@STEP, as in quartet2@3400+forward: then all rows of a seed go on from that step of that row.
+START being ROW@STEP, as in quartet2@3400+forward: then all rows of a seed go on from that step of that row,
+and leave SIZE-CORPUS-STARTROW-from-STEP-ROW-SEED.jsonl.
+
+Logs of corpus novels called quintet_x2 were written when the recipe quintet had two rounds of rotation; their
+records say quintet.
 
 Results of rows v_* are of code that is gone, of commit 0b41500. There, v_search is fwd_search, v_quintet_46
 quintet_unturned, v_quintet_turned quintet, v_quintet_pull_10 quintet_unturned_dampen10, v_quartet2_pull_10
@@ -37,12 +41,12 @@ import json, math, os, re, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import demonstrate, quartet, train_gpt
 from quartet import Gemm, Recipe
 
-RESULTS, RUNS, CHILDREN = HERE / "results", HERE.parent / "runs" / "experiments", []    # processes of runs
+RESULTS, RUNS, CHILDREN = HERE / "results", HERE.parents[1] / "runs" / "experiments", []    # processes of runs
 SIZES = {   # arguments of train_gpt.py
     "10m": "30m --layers=6 --width=384 --heads=3 --hidden=1024 --batch=128 --tokens_per_step=65536"
            " --steps=4000 --lr=1.5e-3",
@@ -99,8 +103,17 @@ def register():
     quartet.QUANTIZERS["sr_46"] = lambda x, R, seed: demonstrate.sr_four_six(quartet.rotate(x, R), seed)
     quartet.RECIPES.update(ROWS)
 
-def log_of(size, corpus, row, seed): return RESULTS / f"{size}-{corpus}-{row}-{seed}.jsonl"
-def start_of(size, corpus, start, seed): return RUNS / f"{size}-{corpus}-{start}-{seed}.pt"
+def plain(row):
+    """ROW, ROW@STEP or ROW@STEP+ROW as part of a file's name: quartet2@1000+bf16 -> quartet2-from-1000-bf16."""
+    return row.replace("@", "-from-").replace("+", "-")
+def log_of(size, corpus, row, seed): return RESULTS / f"{size}-{corpus}-{plain(row)}-{seed}.jsonl"
+def start_of(size, corpus, start, seed): return RUNS / f"{size}-{corpus}-{plain(start)}-{seed}.pt"
+
+def branch(start, run, recipe, knobs):
+    """Make a run, a directory, that goes on from a kept checkpoint by another recipe, or with other knobs."""
+    saved = torch.load(start, weights_only=True)
+    saved["config"] |= dict(recipe=recipe, name="run", save_every=1000000) | train_gpt.parse(knobs)[2]
+    torch.save(saved, run / "checkpoint.pt")
 
 def config(size):
     """All knobs of a size, {name: value}."""
@@ -110,7 +123,7 @@ def config(size):
 def check(path, size, knobs):
     """Raise UserError where a log or checkpoint has other knobs, or, of DECIDES, other than SIZES has."""
     plain = config(size)
-    if path.suffix == ".pt": own = vars(train_gpt.load("resume", path, {})[0])
+    if path.suffix == ".pt": own = vars(train_gpt.load("eval", path, {})[0])
     else: own = json.loads(path.read_text().partition("\n")[0]).get("config", {})       # old logs have none
     for k, v in ({k: plain[k] for k in DECIDES} | knobs).items():
         if k != "save_every" and own.get(k, v) != v:
@@ -128,14 +141,14 @@ def train(size, corpus, row, seed, gpu, jobs, knobs, keep=()):
     begun = any((run / name).exists() for name in train_gpt.CHECKPOINTS)
     if not begun: shutil.rmtree(directory, ignore_errors=True)
     (run if start else directory).mkdir(parents=True, exist_ok=True)
-    if start and not begun: shutil.copy(start_of(size, corpus, start, seed), run / "checkpoint.pt")
-    if start or begun: arguments = ["resume", "run", f"--recipe={recipe}", "--save_every=1000000", *more]
+    if start and not begun: branch(start_of(size, corpus, start, seed), run, recipe, more)
+    if start or begun: arguments = ["resume", "run", "--save_every=1000000"]
     else: arguments = [*SIZES[size].split(), *COMMON.split(), f"--recipe={recipe}", f"--seed={seed}",
                        f"--corpus={corpus}", "--name=run", *more, *(f"--{k}={v}" for k, v in knobs.items())]
     if keep: arguments += [f"--save_every={math.gcd(*keep)}"]
     keep = {step: start_of(size, corpus, f"{row}@{step}", seed) for step in keep}
     arguments += [f"--end={target}"] * finished + [f"--keep={step}={path}" for step, path in keep.items()]
-    child = subprocess.Popen([sys.executable, __file__, "train", *arguments], cwd=directory, text=True,
+    child = subprocess.Popen([sys.executable, __file__, "train", row, *arguments], cwd=directory, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                              env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
     CHILDREN.append(child)
@@ -217,10 +230,10 @@ def main(arguments):
     if arguments[:1] == ["train"]:
         keep = dict(a[7:].split("=", 1) for a in arguments if a.startswith("--keep="))
         end = [a[6:] for a in arguments if a.startswith("--end=")]
-        recipe = train_gpt.parse([a for a in arguments if a.startswith("--recipe=")])[2].get("recipe")
-        train_gpt.ramp = RAMPS.get(recipe, train_gpt.ramp)
+        _, row, *arguments = arguments
+        train_gpt.ramp = RAMPS.get(row, train_gpt.ramp)
         keep_checkpoints({int(step): path for step, path in keep.items()}, end and end[0])
-        return train_gpt.main([a for a in arguments[1:] if not a.startswith(("--end=", "--keep="))])
+        return train_gpt.main([a for a in arguments if not a.startswith(("--end=", "--keep="))])
     if {"-h", "--help"} & {*arguments}: return print(__doc__)
     words = [a for a in arguments if not a.startswith("--")]
     knobs = dict(a[2:].partition("=")[::2] for a in arguments if a.startswith("--"))
@@ -230,6 +243,7 @@ def main(arguments):
     if not re.fullmatch(r"\d+(,\d+)*", seeds):
         raise train_gpt.UserError(f"--seeds={seeds}: it takes whole numbers by commas, as in --seeds=1,2,3")
     if not re.fullmatch(r"[1-9]\d*", jobs): raise train_gpt.UserError(f"--jobs={jobs}: take --jobs=1 or more")
+    if "-" in corpus: raise train_gpt.UserError(f"--corpus={corpus}: a name without - can be read in a log's name")
     if own := {"recipe", "seed", "name"} & {*knobs}:
         raise train_gpt.UserError(f"--{own.pop()} is a run's own here: rows name recipes, --seeds=1,2 seeds")
     knobs = train_gpt.parse([f"--{k}={v}" for k, v in knobs.items()])[2]

@@ -1,6 +1,6 @@
 """How biased are the gradients of a trained model's linear layers, by each way to quantize the backward pass?
 
-    python data/bias.py RUN [--draws=1024] [--batch=4] [--recipe=quartet2] [--operands=on] [--out=FILE]
+    python data/evidence/bias.py RUN [--draws=1024] [--batch=4] [--recipe=quartet2] [--operands=on] [--out=FILE]
 
 Takes x, w and dy of every hidden layer of a checkpoint from one batch of validation text, under the forward
 pass of a recipe, and quantizes the same two backward GEMMs again and again. Per layer, GEMM and method:
@@ -21,9 +21,9 @@ errs, and next to nothing, below 1e-7 on N(0, 1), where draws scatter more widel
 import argparse, dataclasses, functools, json, math, statistics, sys
 from pathlib import Path
 import torch
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import quartet, train_gpt
-import demonstrate                          # of data/, which train_gpt.py finds
+import demonstrate                          # beside this file
 
 METHODS = {                                 # the rotation and quantizer of dx and dw
     "sr": (None, "sr"), "sr rht128": ("rht128", "sr"), "sr 4/6": ("rht128", "sr_four_six"),
@@ -44,7 +44,7 @@ def register(recipe, operands):
 
 def capture(model, tokens, targets):
     """One forward and backward pass -> {name: bf16 x (M, K), w (N, K), dy (M, N)} of its quantized layers."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, quartet.Linear)}
+    layers = model.quantized_linears()
     found = {}
     def hook(name, m, args, y):
         bf16 = lambda *tensors: tuple(t.detach().bfloat16().flatten(0, -2) for t in tensors)
@@ -69,7 +69,7 @@ def measure(x, w, dy, recipe, sizes):
             s.index_add_(0, part, (d - e).float()[None])        # of errors: float32 is plenty
     parts = torch.arange(PARTS, device=x.device).split(1)
     with quartet.quantized_weights(layer):
-        run = train_gpt.launch.as_graph(draw, parts[0]) if x.is_cuda else draw
+        run = train_gpt.as_graph(draw, parts[0]) if x.is_cuda else draw
         for s in sums: s.zero_()                                # of draws while it was recorded
         for b in range(1, sizes[-1] + 1):
             run(parts[b % PARTS])
@@ -126,7 +126,8 @@ def main(argv):
     train_gpt.check(c)
     device, _ = train_gpt.pick_device(c)
     torch.manual_seed(c.seed)
-    model = train_gpt.GPT(c, functools.partial(quartet.Linear, recipe=recipe)).to(device)
+    model = train_gpt.GPT(c).to(device)
+    model.use_recipe(recipe, c.backend)
     model.load_state_dict(saved["model"])
     layers = capture(model, *train_gpt.Shards(c, "val").random(c, 0, 0, device))
     names = register(recipe, ("both", "dy", "other") if a.operands == "on" else ("both",))

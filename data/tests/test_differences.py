@@ -19,7 +19,7 @@ def test_stochastic_rounding_by_neighbours_is_right_on_average_but_moves_grid_po
 
 def test_each_difference_is_seen_on_its_side_and_stands_in_the_readme(capsys):
     differences.main()
-    printed, readme = capsys.readouterr().out, (Path(__file__).parents[1] / "README.md").read_text()
+    printed, readme = capsys.readouterr().out, (Path(__file__).parents[2] / "README.md").read_text()
     cells = [re.split("  +", line.strip()) for line in printed.splitlines()]
     shown = [re.split("  +", line.strip()) for line in readme.splitlines()]
     assert all(shown.count(row) == 1 for row in cells)

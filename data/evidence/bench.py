@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import kernels, quartet
 from kernels import GEMM_OPTIONS, GROUP, LAUNCH, MODES, NVFP4, permuted, quantize, rotate_quantize
 
@@ -223,3 +224,5 @@ def main():
     print(torch.cuda.get_device_name())
     benchmark("cuda", torch.cuda.get_device_capability() >= (10, 0))
     return not good
+
+if __name__ == "__main__": sys.exit(main())

@@ -1,4 +1,4 @@
-"""The tests of data/bias.py: floors that are known to be there or not, and the command on a tiny run."""
+"""The tests of data/evidence/bias.py: floors that are known to be there or not, and the command on a tiny run."""
 import json
 import numpy as np
 import pytest
@@ -50,7 +50,8 @@ def test_exact_is_the_gradient_of_the_same_forward_but_for_rounding_it_to_bf16(r
 def test_captured_tensors_make_the_gradients_of_the_model():
     quartet.RECIPES["none"] = quartet.Recipe("four_six", "four_six", BF16, BF16)
     c = train_gpt.Config(**KNOBS)
-    model = train_gpt.GPT(c, lambda i, o: quartet.Linear(i, o, recipe="none"))
+    model = train_gpt.GPT(c)
+    model.use_recipe("none", "torch")
     found = bias.capture(model, *torch.randint(0, 256, (2, 2, 64)))
     assert list(found) == LAYERS
     for name, (x, w, dy) in found.items():
@@ -63,7 +64,7 @@ def test_command_prints_and_writes_every_layer(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bias, "METHODS", {m: bias.METHODS[m] for m in ("sr 4/6", "ms_eden 4/6")})
     prepare.write_shard(tmp_path / "my_val_000000.bin", np.random.default_rng(0).integers(0, 256, 1000))
     c = train_gpt.Config(**KNOBS, recipe="bf16", corpus=str(tmp_path / "my"))
-    torch.save(dict(format="train_gpt 4", config=vars(c), model=train_gpt.GPT(c).state_dict()),
+    torch.save(dict(config=vars(c), model=train_gpt.GPT(c).state_dict()),
                tmp_path / "checkpoint.pt")
     bias.main([str(tmp_path), "--draws=16", "--batch=1", "--operands=on"])
     rows = [json.loads(line) for line in (tmp_path / "bias.jsonl").read_text().splitlines()]

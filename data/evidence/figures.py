@@ -1,21 +1,20 @@
-"""Tables and pictures of the runs that data/experiments.py keeps in data/results/, and of quantizers.
+"""Tables and pictures of the runs that data/evidence/experiments.py keeps in data/evidence/results/, and of quantizers.
 
-    python data/figures.py [--base=ROW]   tables; pictures too, into data/figures/, if matplotlib is there
-    python data/figures.py runs/*         your own runs, going on or done: a table, curves as runs/curves.png
+    python data/evidence/figures.py [--base=ROW]   tables; pictures too, into data/evidence/figures/, if matplotlib is there
+    python data/evidence/figures.py runs/*         your own runs, going on or done: a table, curves as runs/curves.png
 
 Losses are in nats: of validation, at the end; in training, the mean over the last tenth of the steps (each
 20th is kept, of old runs none). A gap is to bf16 of the same seed, batches and last step, in 1e-3 nats, with
 the 95% interval of its mean over seeds (Student's t). Speed and memory: of runs with a GPU alone (--jobs=1).
-data/results/bias-*.jsonl, of data/bias.py --out, become a picture too.
+data/evidence/results/bias-*.jsonl, of data/evidence/bias.py --out, become a picture too.
 """
-import json, math, os, statistics, sys
+import json, math, os, re, statistics, sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[1]))
 import torch
-import quartet
-import files        # of data/
+import quartet, train_gpt
 
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
 # 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the normal's is close
@@ -30,18 +29,20 @@ def interval(values):
 def read():
     """The logs of RESULTS -> {(size, corpus, start): {row: {seed: (validated, trained, result)}}}.
 
-    validated, trained: losses by step. start: ROW@STEP, from which runs went on, or "". That ROW, which went
-    on as it was, is among them.
+    validated, trained: losses by step. start: ROW-from-STEP, from which runs went on, or "". That ROW, which
+    went on as it was, is among them.
     """
     runs = {}
-    for path in sorted(RESULTS.glob("*-*-*-*.jsonl")):
-        size, corpus, row, seed = path.stem.rsplit("-", 3)
-        start, _, row = row.rpartition("+")
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        name = re.fullmatch(r"([^-]+)-([^-]+)-(?:([^-]+-from-\d+)-)?([^-]+)-(\d+)", path.stem)
+        if not name: continue       # of data/evidence/bias.py
+        size, corpus, start, row, seed = name.groups(default="")
         *records, result = map(json.loads, path.read_text().splitlines())
+        result = {key: math.nan if value is None else value for key, value in result.items()}
         run = *({r["step"]: r[key] for r in records if key in r} for key in ("val_loss", "loss")), result
         runs.setdefault((size, corpus, start), {}).setdefault(row, {})[int(seed)] = run
     for (size, corpus, start), rows in runs.items():
-        row, _, step = start.partition("@")
+        row, _, step = start.partition("-from-")
         for seed, (*losses, result) in runs.get((size, corpus, ""), {}).get(row, {}).items():
             late = ({s: loss for s, loss in by_step.items() if s > int(step)} for by_step in losses)
             if any(seed in v for v in rows.values()): rows.setdefault(row, {})[seed] = *late, result
@@ -70,7 +71,7 @@ def speed(runs):
 
 def table(size, corpus, start, rows, base="quartet2"):
     """Print every row, by gap to bf16: seeds, loss, its deviation, that gap, to `base`; speed, memory."""
-    print(f"\n{size}, {corpus}{', from ' * bool(start)}{start}: differences in 1e-3 nats, by seed, +- 95%")
+    print(f"\n{size}, {corpus}{', ' * bool(start)}{start.replace('-', ' ')}: differences in 1e-3 nats, by seed, +- 95%")
     print(f"row                  seeds  val loss deviates      gap to bf16{'to ' + base:>17}"
           "  bf16 in training  ktok/s   GiB")
     final = {row: [result["val_loss"] for *_, result in v.values()] for row, v in rows.items()}
@@ -115,7 +116,7 @@ def draw(runs):
         plt.barh(order, [gaps[row][0] for row in order], xerr=[gaps[row][1] for row in order])
         plt.gca().invert_yaxis(), plt.xlabel("loss gap to bf16 at the end, 1e-3 nats"), save(f"rows-{name}")
         _, axes = plt.subplots(1, 2, figsize=(8, 3))
-        for row in [row for row in quartet.RECIPES if row in gaps]:
+        for row in [row for row in (*quartet.RECIPES, "quintet_x2") if row in gaps]:
             for ax, which, width in zip(axes, (1, 0), (100, 1)):
                 found = [binned(run[which], base[which], width) for run, base in pairs(rows, row, "bf16")]
                 found = [*filter(None, found)] or [{}]
@@ -157,7 +158,7 @@ def follow(paths):
     logs = sorted({log for path in paths for log in Path(path).rglob("log.jsonl")})
     runs, free = {}, ("recipe", "backend", "name", "log_every", "save_every")
     for log in logs:
-        records = [record for _, record in files.records(log)]
+        records = train_gpt.records(log)
         config = next((r["config"] for r in records[::-1] if "config" in r), None)
         if not config: print(f"{log}: nothing yet, skipped"); continue
         by_step = lambda key: {r["step"]: r[key] for r in records if r.get(key)}
@@ -189,7 +190,7 @@ def main(arguments=()):
     if {"-h", "--help"} & {*arguments}: return print(__doc__)
     try:
         if arguments and arguments[0][:7] != "--base=": return follow(arguments)
-        if not (runs := read()): sys.exit(f"figures.py: nothing in {RESULTS}: run data/experiments.py first")
+        if not (runs := read()): sys.exit(f"figures.py: nothing in {RESULTS}: run data/evidence/experiments.py first")
         base = arguments[0][7:] if arguments else "quartet2"
         names = sorted({row for rows in runs.values() for row in rows})
         if arguments and base not in names: sys.exit(f"figures.py: no row {base!r}: {', '.join(names)}")

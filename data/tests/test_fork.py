@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 def apply(diff, root):
@@ -18,8 +18,8 @@ def apply(diff, root):
 
 @pytest.fixture
 def fork(tmp_path):
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), ROOT / "README.md"):
-        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py"), ROOT / "README.md"):
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
     apply(re.search(r"```diff\n(.*?)```", README, re.S)[1], tmp_path)
     return tmp_path

@@ -1,9 +1,9 @@
-"""Tests of perplexity.py, and of the table that `train_gpt.py eval` prints: post-training quantization."""
+"""Tests of perplexity.py: post-training quantization."""
 import importlib.util, json, math
 from types import SimpleNamespace
 import pytest
 import torch, torch.nn.functional as F
-import perplexity, quartet, train_gpt
+import perplexity, quartet
 
 needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None,
                                         reason="needs transformers")
@@ -37,19 +37,6 @@ def test_the_loss_is_the_mean_over_all_tokens_but_a_windows_first_and_the_head_i
     with torch.no_grad(): logits = model.head(F.linear(model.embedding(windows), w, model.linear.bias))
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
     assert abs(loss["rtn, weights"] - expected) < 3e-4 < abs(loss["rtn, weights"] - loss["as it is"])  # bf16
-
-def test_eval_without_recipes_prints_the_table_and_a_trained_forward_is_in_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    knobs = dict(layers=1, width=128, heads=1, hidden=128, sequence=32, batch=2, steps=3, tokens_per_step=64,
-                 lr=0.02, eval_tokens=2048, sample_tokens=1, device="cpu", recipe="quartet2", name="a")
-    train_gpt.main(["cpu", *(f"--{knob}={value}" for knob, value in knobs.items())])
-    capsys.readouterr()
-    train_gpt.main(["eval", "a"])
-    lines = capsys.readouterr().out.splitlines()[1:]
-    assert [line[:30].strip() for line in lines] == perplexity.rows() and len(lines) == 13
-    loss = {line[:30].strip(): line[30:39].strip() for line in lines}
-    assert loss["four_six, and inputs"] == f"{json.load(open('runs/a/result.json'))['val_loss']:.4f}"
-    assert len({*loss.values()}) > 6
 
 @pytest.mark.parametrize("knob, way_out", [
     *((knob, "at least") for knob in ("--window=1", "--window=-3", "--batch=0", "--tokens=-1", "--tokens=0")),

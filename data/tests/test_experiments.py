@@ -57,7 +57,7 @@ def test_a_log_or_start_of_other_knobs_is_an_error_before_anything_is_trained(re
     """A log that does not tell its knobs is taken as it is."""
     monkeypatch.setattr(experiments, "train", lambda *run: pytest.fail(f"trained: {run}"))
     results.mkdir(), experiments.RUNS.mkdir()
-    log, start = results / "tiny-a-rtn-1.jsonl", experiments.RUNS / "tiny-a-rtn@1-1.pt"
+    log, start = results / "tiny-a-rtn-1.jsonl", experiments.RUNS / "tiny-a-rtn-from-1-1.pt"
     log.write_text(json.dumps(dict(config=dict(steps=20, lr=1e-3, eval_every=7))) + "\n{}\n")
     experiments.main(["tiny", "rtn", "--corpus=a", "--lr=1e-3", "--save_every=3"])
     for more, message in ((["--steps=9"], "--steps=20, not 9: move it away, or take 20"),
@@ -67,8 +67,8 @@ def test_a_log_or_start_of_other_knobs_is_an_error_before_anything_is_trained(re
     log.write_text("{}\n")
     experiments.main(["tiny", "rtn", "--corpus=a", "--steps=9"])
     config = vars(train_gpt.Config(**train_gpt.parse(experiments.SIZES["tiny"].split())[2]))
-    torch.save(dict(format="train_gpt 4", config=config | dict(steps=9), step=1), start)
-    with pytest.raises(train_gpt.UserError, match="tiny-a-rtn@1-1.pt has --steps=9, not 8: move"):
+    torch.save(dict(config=config | dict(steps=9), step=1), start)
+    with pytest.raises(train_gpt.UserError, match="tiny-a-rtn-from-1-1.pt has --steps=9, not 8: move"):
         experiments.main(["tiny", "rtn@1+bf16", "--corpus=a", "--steps=8"])
 
 def test_rows_go_on_from_a_step_of_another(results, monkeypatch, capsys):
@@ -76,16 +76,16 @@ def test_rows_go_on_from_a_step_of_another(results, monkeypatch, capsys):
     more = [*SHORT, "--steps=3", "--jobs=2"]                    # trains rtn first, keeps its steps 1 and 2
     experiments.main(["tiny", "rtn@1+rtn,bf16", "rtn@2+bf16", *more])
     names = sorted(path.name for path in results.iterdir())
-    assert names == [f"tiny-python-{row}-1.jsonl" for row in ("rtn", "rtn@1+bf16", "rtn@2+bf16")]
-    log = [json.loads(line) for line in open(results / "tiny-python-rtn@1+bf16-1.jsonl")]
+    assert names == [f"tiny-python-{row}-1.jsonl" for row in ("rtn", "rtn-from-1-bf16", "rtn-from-2-bf16")]
+    log = [json.loads(line) for line in open(results / "tiny-python-rtn-from-1-bf16-1.jsonl")]
     assert [r.get("start") for r in log][0] == 1 and log[-1]["recipe"] == "bf16"
-    rows = figures.read()["tiny", "python", "rtn@1"]
+    rows = figures.read()["tiny", "python", "rtn-from-1"]
     assert {row: [*v[1][0]] for row, v in rows.items()} == {"bf16": [2, 3], "rtn": [2, 3]}   # after it
     trunk, start = results / "tiny-python-rtn-1.jsonl", experiments.start_of("tiny", "python", "rtn@1", 1)
     before, expected = trunk.stat().st_mtime_ns, torch.load(start, weights_only=False)["model"]
     start.unlink()                                              # trained again, up to there
     experiments.main(["tiny", "rtn@1+rtn,quartet2", *more])
-    assert trunk.stat().st_mtime_ns == before and (results / "tiny-python-rtn@1+quartet2-1.jsonl").exists()
+    assert trunk.stat().st_mtime_ns == before and (results / "tiny-python-rtn-from-1-quartet2-1.jsonl").exists()
     again = torch.load(start, weights_only=False)["model"]
     assert all(torch.equal(again[name], expected[name]) for name in expected)
     start.rename(aside := start.with_name("aside")), (whole := trunk.read_text())
@@ -118,7 +118,7 @@ def test_the_step_is_there_before_the_run_ends(tmp_path, monkeypatch, results):
     monkeypatch.chdir(tmp_path)
     tiny = [*experiments.SIZES["tiny"].split(), *SHORT, "--steps=9", "--save_every=1", "--name=run"]
     with pytest.raises(SystemExit):
-        experiments.main(["train", "--keep=1=1.pt", "--keep=2=2.pt", f"--end={os.devnull}", *tiny])
+        experiments.main(["train", "rtn", "--keep=1=1.pt", "--keep=2=2.pt", f"--end={os.devnull}", *tiny])
     assert [torch.load(f"{step}.pt", weights_only=False)["step"] for step in (1, 2)] == [1, 2]
     assert not (tmp_path / "runs/run/result.json").exists()
 

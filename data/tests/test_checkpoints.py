@@ -2,8 +2,8 @@
 import os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import numpy as np
 import pytest
 import torch
