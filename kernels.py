@@ -31,6 +31,8 @@ import quartet
 from quartet import BLOCK, GROUP, NVFP4
 
 
+# To add a quantizer that quartet.py has: a row here, and a branch in `quantize_blocks` (section 5).
+
 class Mode(NamedTuple):
     """What a quantizer of quartet.py asks of the kernels, beside its branch in `quantize_blocks`."""
     noise: int = 0    # random numbers it takes for each block; those that round sub-normal scales come after
@@ -46,7 +48,9 @@ MODES = {
     "ms_eden_46": Mode(noise=1),
 }
 
-# Kernels see constants only as constexpr. INTERPRET: they run in Python, on a CPU (TRITON_INTERPRET=1).
+# Kernels see constants only as constexpr. Their arguments in capitals are constants, too: known when a kernel
+# is compiled, so that an `if` on them leaves one branch. INTERPRET: kernels run in Python, on a CPU
+# (TRITON_INTERPRET=1).
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 EXPONENT = tl.constexpr(quartet.EXPONENT)
 TINY = tl.constexpr(quartet.TINY)
@@ -143,7 +147,8 @@ def round_scale_by(s, word):
 # From here on, b is (B, 16) float32: B blocks, one a row. One thread owns a row, so that what concerns a
 # block needs no other thread. The layout of loads and tensor-core products is arranged for that (section 6).
 
-E2M1_PAIRS = tl.constexpr(    # PTX of eight values into eight codes: two values an instruction, four bytes a word
+# PTX: eight values, $1 to $8, become eight codes in the word $0. An instruction makes a byte of two values.
+E2M1_PAIRS = tl.constexpr(
     "{ .reg .b8 a, b, c, d; "
     "cvt.rn.satfinite.e2m1x2.f32 a, $2, $1; "
     "cvt.rn.satfinite.e2m1x2.f32 b, $4, $3; "
@@ -188,10 +193,15 @@ def pack(q, FP4):
 
 
 # ---- 3. Blocks and scales ----------------------------------------------------------------------------------
+#
+# A thread holds the 16 values of a block in registers, and sums them by halves as quartet.block_sum does.
+# Sums and quotients that decide something are rounded as in quartet.py: compiled without fusing products and
+# sums (LAUNCH), but for the fma written here on purpose.
 
 @jit
 def tree(t, MAX):
     """t (B, 16) -> (B, 1): sums in the order of quartet.block_sum; or maxima, where NaN wins."""
+    # Two halves, 16, 8, 4 and 2 columns wide in turn, are split apart and joined by one operation.
     for _ in tl.static_range(4):
         low, high = tl.split(t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1))
         if MAX:
@@ -204,6 +214,7 @@ def tree(t, MAX):
 @jit
 def over_rows(t, ROWS, MAX):
     """t (B, 1) -> (B, 1): each row gets the sum or the maximum over the ROWS rows, 1 or 16, of its block."""
+    # One value a row is a sixteenth of a row of blocks: the same tree serves again.
     if ROWS > 1:
         rows = t.reshape(t.shape[0] // ROWS, ROWS)
         t = tl.broadcast_to(tree(rows, MAX), rows.shape).reshape(t.shape)
@@ -234,7 +245,9 @@ def ratio_interpreted(b, s):
 
 @jit
 def reciprocal(s):
-    """1 / s of s (B, 1), 0 where s is 0 or NaN, but for a unit in the last place: Newton's step from rsqrt^2."""
+    """1 / s of s (B, 1), or 0 where s is 0 or NaN, but for a unit in the last place: a step of Newton's."""
+    # rsqrt is one fast instruction; its square is off by some units in the last place. The step needs no
+    # more.
     root = tl.rsqrt(s)
     r = root * root
     return tl.where(s > 0, tl.fma(tl.fma(-s, r, 1.0), r, r), 0.0)
@@ -288,6 +301,7 @@ def philox(seed, counter):
 @jit
 def random_word(seed, first, i):
     """Words (B, 1) uint32 of the elements first + i, first % 4 == 0, i (B, 1)."""
+    # first // 4 + i // 4 is the counter; the last two bits of i choose the word.
     a, b, c, d = philox(seed, first // 4 + (i >> 2))
     return tl.where(i & 2 > 0, tl.where(i & 1 > 0, d, c), tl.where(i & 1 > 0, b, a))
 
@@ -301,6 +315,7 @@ def to_uniform(word):
 @jit
 def uniform_blocks(seed, first, i):
     """u (B, 16) of the elements of blocks first + i, i (B, 1), 16 a block."""
+    # Four counters a block, four words each. Joined so, the words come in the order of the elements.
     a, b, c, d = philox(seed, 4 * first + (4 * i + across(4)))
     words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(i.shape[0], 16)
     return to_uniform(words)
@@ -313,11 +328,12 @@ def uniform_blocks(seed, first, i):
 
 @jit
 def try_scale(b, s, CLIP, ROWS, BF16):
-    """Blocks b by scales s (B, 1), to nearest -> values q (B, 16), s, squared errors (B, 1). CLIP: beyond 6."""
+    """Blocks b by scales s (B, 1), to nearest -> q (B, 16), s, squared errors (B, 1). CLIP: beyond 6."""
     q = e2m1(ratio(b, s, BF16))
     if CLIP:
         q = tl.clamp(q, -6.0, 6.0)
-    d = tl.fma(q, s, -b)                               # rounded once, as q * s is exact
+    # q * s is exact, so one fma rounds as quartet.py's difference does.
+    d = tl.fma(q, s, -b)
     return q, s, over_rows(tree(d * d, False), ROWS, False)
 
 
@@ -343,7 +359,8 @@ def scale_search_blocks(b, amax, ROWS, BF16):
     """quartet.scale_search: b (B, 16), amax (B, 1), both in units -> q, s."""
     six = round_scale(divide_by(amax, 6.0))
     best = try_scale(b, six, False, ROWS, BF16)        # 0 steps come first
-    code = bits(six) & 0x7FFFFFFF                      # NaN may be negative
+    # Steps of E4M3 are steps of bit 20. (The sign goes: NaN may be negative.)
+    code = bits(six) & 0x7FFFFFFF
     for j in tl.static_range(1, SEARCHED):
         s = from_bits(tl.where(code > 0, code + SEARCH[j] * 2**20, 0))
         best = better(try_scale(b, s, SEARCH[j] < 0, ROWS, BF16), best)
@@ -354,6 +371,7 @@ def scale_search_blocks(b, amax, ROWS, BF16):
 @jit
 def larger_cosine(v, q6, v6):
     """quartet.larger_cosine of q6 and what amax to 4 gives: v, q6 (B, 16), v6 = <v, q6> -> q, <v, q>."""
+    # Cosines are compared by their squares, cross-multiplied: no root, no division.
     q4 = e2m1(v * TWO_THIRDS)
     v4 = tree(v * q4, False)
     four = v4 * v4 * tree(q6 * q6, False) > v6 * v6 * tree(q4 * q4, False)
@@ -364,18 +382,24 @@ def larger_cosine(v, q6, v6):
 @jit
 def ms_eden_blocks(b, amax, unit, first, i, seed, FOUR_SIX):
     """quartet.ms_eden of rotated b (B, 16); amax (B, 1) in units -> q, s in units."""
+    # Values in units of the first scale, which is not rounded. One division a block.
     s = divide_by(amax, EDEN_MAX)
     r = tl.div_rn(1.0, s)
     v = b * (tl.where(s > 0, r, 0.0) * inverse(unit))
     q = e2m1(v)
+
+    # The EDEN factor <v, v> / <v, q>, quartet.eden_factor.
     vv = tree(v * v, False)
     vq = tree(v * q, False)
     if FOUR_SIX:
         q, vq = larger_cosine(v, q, vq)
     eden_factor = tl.div_rn(vv, vq)
     s = s * tl.where(vq > 0, eden_factor, 1.0)
+
+    # It goes into the scale, and the scale is rounded stochastically. That takes integers, which lose NaN:
+    # amax - amax brings it back.
     s = round_scale_by(s, random_word(seed, first, i))
-    return q, s + (amax - amax)                        # NaN again if amax was
+    return q, s + (amax - amax)
 
 
 @jit
@@ -390,6 +414,8 @@ def quantize_blocks(b, first, i, seed, QUANTIZER, ROWS, BF16):
     unit = tl.maximum(0.25 * power_of_two_below(amax), 0.25 * TINY)
     unit = tl.minimum(unit, 2.0**125)
     amax = amax * inverse(unit)
+
+    # Which quantizer: decided when this is compiled.
     if QUANTIZER == "bf16":
         q = b
         s = inverse(unit)
@@ -446,6 +472,7 @@ def store_blocks(
     FP4
 ):
     """Write blocks number first + i: scales as bf16, codes and decoded values / n where there is a place."""
+    # first is int64, i is small: so most of the addresses are computed in 32 bits.
     tl.store(scale_ptr + first + i, s.to(tl.bfloat16), mask)
     if codes_ptr is not None:
         words = (codes_ptr + 8 * first).to(tl.pointer_type(tl.uint32))
@@ -526,7 +553,7 @@ def load_tile(
     WHOLE,
     SWIZZLED
 ):
-    """H rows from m0, WIDTH columns from n0 of x (M, N) -> (H, WIDTH) bf16, 0 outside; WHOLE: N % 128 is 0."""
+    """H rows from m0, WIDTH columns from n0 of x (M, N) -> (H, WIDTH) bf16, 0 outside; WHOLE: N % 128 = 0."""
     m = down(H)
     inside = m < M - m0
     if x_scale_ptr is None:
@@ -670,12 +697,14 @@ def tile_kernel(
     """
     m0 = tl.program_id(0) * 128
     n0 = tl.program_id(1) * 128
+    # Rows: blocks lie along N, as x is stored.
     if ROW != "":
         quantize_tile(
             x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N,
             row_R, row_seed,
             row_codes, row_scale, row_largest, row_decoded, 1.0,
             ROW, False, True, SWIZZLED, FP4, H)
+    # Columns: blocks lie along M.
     if COL != "":
         quantize_tile(
             x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N,
@@ -686,7 +715,7 @@ def tile_kernel(
 
 @jit
 def block_at(i, columns, SWIZZLED):
-    """The block whose encoded scale stands at place i (...) int64 -> its number; whether there is one there."""
+    """Place i (...) int64 of an encoded scale -> the number of its block, and whether there is one."""
     there = i >= 0
     if SWIZZLED:                                       # in the order of `swizzled`
         tile = i // 512
@@ -731,14 +760,17 @@ def encode_again(
     Rounds scale once more, by noise numbered NOISE a block further on (0: to nearest), and decodes the values
     again. If not finite: scales and codes 0, values NaN.
     """
+    # E4M3's sub-normals are 2^-9 apart.
     if NOISE == 0:
         again = scale + MAGIC * 2.0**-9 - MAGIC * 2.0**-9
     else:
         word = random_word(tl.load(seed_ptr), 0, NOISE * tl.cast(count, tl.int64) + i)
         again = round_to_grid(scale, to_uniform(word), 0.125, 0x3C800000)
     scale = tl.where(finite, tl.where(mask, again, scale), 0.0)
+    # Of a tensor with NaN or infinity, no code remains.
     if codes_ptr is not None:
         tl.store(codes_ptr + (8 * i + across(8)), 0, mask & (not finite))
+    # Decoded values were q * s: take q out of them, exactly, and multiply by the scale as it is stored.
     if decoded_ptr is not None:
         value = decoded_ptr + (16 * i + across(16))
         q = tl.div_rn(tl.load(value, mask, 0.0).to(tl.float32), tl.where(s > 0, s * inverse_n, 1.0))
@@ -852,6 +884,8 @@ def gemm_kernel(
     k = tl.arange(0, BK // 2)
     a_ptr += m.to(tl.int64) * (K // 2) + k[None, :]
     b_ptr += n.to(tl.int64) * (K // 2) + k[:, None]
+
+    # Sum over K, BK values at a time: codes are two a byte, scales one for 16.
     y = tl.zeros((BM, BN), tl.float32)
     for k0 in tl.range(0, K, BK):
         a = tl.load(a_ptr + k0 // 2, (m < M) & (k[None, :] < (K - k0) // 2), 0)
@@ -859,15 +893,21 @@ def gemm_kernel(
         a_scale = load_scales(a_scale_ptr, m0, k0, M, K, BM, BK)
         b_scale = load_scales(b_scale_ptr, n0, k0, N, K, BN, BK)
         y = tl.dot_scaled(a, a_scale, "e2m1", b, b_scale, "e2m1", y)
+
+    # The tensor scales come last, as the tensor cores know nothing of them.
     y *= tl.load(a_tensor_scale_ptr) * tl.load(b_tensor_scale_ptr)
     tl.store(y_ptr + m.to(tl.int64) * N + n, y.to(tl.bfloat16), (m < M) & (n < N))
 
 
 # ---- 7. Launching ------------------------------------------------------------------------------------------
+#
+# Two kernels make an operand: the first quantizes, the second encodes the scales. To torch.compile each pair
+# is one op that it does not look into (custom_op). It knows the shapes of what comes out from register_fake.
 
 LAUNCH = {"enable_fp_fusion": False}    # a product and a sum are rounded apart, as in quartet.py
-BLOCKS = 256                            # blocks that a program of quantize_kernel takes
-SCALES = 1024                           # scales that a program of encode_kernel takes
+# How much one program takes: blocks, of quantize_kernel; scales, of encode_kernel.
+BLOCKS = 256
+SCALES = 1024
 
 
 def major(device):
@@ -878,7 +918,7 @@ def major(device):
 
 
 def tile_options(major):
-    """FP4, H and launch options of tile_kernel on a compute capability: the fewest instructions without spills."""
+    """FP4, H and launch options of tile_kernel for `major`: the fewest instructions that spill nothing."""
     if major == 9:
         # wgmma. Within 128 registers two programs fit on a multiprocessor.
         return {"FP4": False, "H": 64, "num_warps": 8, "num_stages": 1, "maxnreg": 128}
@@ -894,9 +934,9 @@ GEMM_OPTIONS = {
 
 
 # The parts an operand comes with: codes; decoded values; block scales in the order of `swizzled`.
-FP4 = (True, False, True)       # as FP4 tensor cores take it
-BF16 = (False, True, False)     # as a GEMM in bf16 takes it
-PLAIN = (True, False, False)    # as quartet.py has it
+FP4_PARTS = (True, False, True)       # as FP4 tensor cores take it
+BF16_PARTS = (False, True, False)     # as a GEMM in bf16 takes it
+NVFP4_PARTS = (True, False, False)    # as quartet.py has it
 
 
 class Operand(NamedTuple):
@@ -1021,6 +1061,7 @@ def rotate_quantize(
     1 / n of its rotation, is a factor of the second. codes, decoded, swizzled: the parts wanted of both.
     """
     M, N, first, second = tile_buffers(x, row, col, codes, decoded, swizzled)
+    # An Operand has three parts; a bf16 tensor is one, and the kernel takes None for the others.
     packed = x[0].dtype == torch.uint8
     if not packed:
         x = x[:1]
@@ -1048,7 +1089,7 @@ def _(x, row, row_R, row_seed, col, col_R, col_seed, inverse_n, *parts):
 
 
 def quantizers_of(row):
-    """The names of quantizers in a row of RECIPES; of x and w without block shapes, which no backward mode has."""
+    """Names of quantizers in a row of RECIPES; of x and w without _16x16, which no backward operand has."""
     forward = {str(q).removesuffix("_16x16") for q in (row.x, row.w)}
     return forward | {row.dx.dy, row.dx.other, row.dw.dy, row.dw.other}
 
@@ -1064,18 +1105,20 @@ def permuted(R):
 
 
 # ---- 8. The functions of quartet.py ------------------------------------------------------------------------
+#
+# For who wants NVFP4 tensors, and for the tests: the linear layer below calls the ops directly.
 
 def quantized_as(quantizer, x, seed=0, block=(1, BLOCK), R=None):
-    """x (..., K) on a GPU -> NVFP4 of x, or x R, by a mode. ValueError for what quartet.check_blocks refuses."""
+    """x (..., K) on a GPU -> NVFP4 of x, or x R, by a mode. ValueError where quartet.check_blocks has one."""
     quartet.check_blocks(x, block)
     seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
     flat = x.reshape(-1, x.shape[-1])
     if R is not None:
-        found = rotate_quantize([flat], quantizer, permuted(R), seed, "", None, None, 1.0, *PLAIN)
+        found = rotate_quantize([flat], quantizer, permuted(R), seed, "", None, None, 1.0, *NVFP4_PARTS)
     else:
         if x.dtype != torch.bfloat16:
             flat = flat.float()
-        found = quantize(flat, quantizer, block[0], seed, *PLAIN)
+        found = quantize(flat, quantizer, block[0], seed, *NVFP4_PARTS)
     t = Operand(*found).nvfp4()
     *lead, k = x.shape
     return NVFP4(t.codes.view(*lead, k // 2), t.block_scale.view(*lead, k // BLOCK), t.tensor_scale)
@@ -1118,7 +1161,7 @@ def ms_eden(x, R, seed, four_six=False):
 # the GPU's GEMM takes.
 
 def fp4_operand(t):
-    """codes, scales, tensor scale of t, scales in rows or `swizzled` -> the same as an FP4 GEMM takes them."""
+    """t: codes, scales (in rows or `swizzled`), tensor scale -> the same as an FP4 GEMM takes them."""
     codes, scale, tensor_scale = t
     return codes.contiguous(), swizzled(scale).view(torch.float8_e4m3fn), tensor_scale
 
@@ -1135,8 +1178,9 @@ def scaled_mm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     order = [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE]
     a_codes, *a_scales = fp4_operand(a)
     b_codes, *b_scales = fp4_operand(b)
-    pairs = torch.float4_e2m1fn_x2
-    return F.scaled_mm(a_codes.view(pairs), b_codes.view(pairs).t(), a_scales, kinds, b_scales, kinds, order, order)
+    a_codes = a_codes.view(torch.float4_e2m1fn_x2)
+    b_codes = b_codes.view(torch.float4_e2m1fn_x2)
+    return F.scaled_mm(a_codes, b_codes.t(), a_scales, kinds, b_scales, kinds, order, order)
 
 
 scaled_mm.register_fake(lambda a, b: a[0].new_empty(len(a[0]), len(b[0]), dtype=torch.bfloat16))
@@ -1150,12 +1194,15 @@ def gemm(a, b):
     options = GEMM_OPTIONS.get(major(y.device), GEMM_OPTIONS[10])
     tiles = cdiv(M, options["BM"]) * cdiv(N, options["BN"])
     with torch.cuda.device_of(y):
-        gemm_kernel[(tiles,)](*fp4_operand(a), *fp4_operand(b), y, M, N, 2 * a[0].shape[1], **options, **LAUNCH)
+        gemm_kernel[(tiles,)](
+            *fp4_operand(a), *fp4_operand(b),
+            y, M, N, 2 * a[0].shape[1],
+            **options, **LAUNCH)
     return y
 
 
 def matmul(a, b):
-    """Operands a (M, K), b (N, K or more) -> a b^T (M, N) bf16: of decoded values if there are any, else FP4."""
+    """Operands a (M, K), b (N, K or more) -> a b^T (M, N) bf16: of decoded values if there, else FP4."""
     if a.decoded.dim() == 2:
         return quartet.gemm(a.decoded, b.decoded[:, :a.decoded.shape[1]])
     return scaled_mm(list(a[:3]), list(b[:3]))
@@ -1168,7 +1215,7 @@ def native(w, row):
 
 
 def operand(quantizer, t, seed, parts):
-    """t (M, K) bf16 -> Operand. quantizer: of MODES, also with _16x16; or "bf16", whose codes are t itself."""
+    """t (M, K) bf16 -> Operand. quantizer: of MODES, also with _16x16, or "bf16": then t is its codes."""
     if quantizer == "bf16":
         return Operand(t, t.new_empty(0), t.new_ones(()), t)
     rows = BLOCK if quantizer.endswith("_16x16") else 1
@@ -1190,7 +1237,7 @@ def quantized(w, recipe):
 
 def on_grid(w, recipe):
     """quartet.on_grid."""
-    return operand(quartet.RECIPES[recipe].w, w, None, BF16).decoded
+    return operand(quartet.RECIPES[recipe].w, w, None, BF16_PARTS).decoded
 
 
 def rotation(name, signs):
@@ -1208,7 +1255,7 @@ def decoded(w_q):
 
 def transposed(w_q, parts):
     """Operand w_q (N, K) of 16x16 blocks, scales in rows -> its transpose (K, N), codes or decoded values."""
-    if parts == FP4:
+    if parts == FP4_PARTS:
         return Operand(*quartet.transpose(w_q.nvfp4()), w_q.codes.new_empty(0))
     w_q = decoded(w_q)
     return w_q._replace(decoded=w_q.decoded.T)
@@ -1220,20 +1267,23 @@ class QuantizedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, recipe, *w_q):
         row = ctx.row = quartet.RECIPES[recipe]
-        ctx.parts = FP4 if native(w, row) else BF16
+        ctx.parts = FP4_PARTS if native(w, row) else BF16_PARTS
 
         # --- y = x w^T, summed over K ---
+        # Codes of x are kept for the backward pass, whatever this GEMM takes.
         x_q = operand(row.x, x, None, (True, *ctx.parts[1:]))                          # (M, K)
         if w_q[0] is None:
             w_q = operand(row.w, w, None, weight_parts(w, row))                        # (N, K)
         else:
+            # w was quantized once for several passes: the codes are there, the decoded values are not.
             w_q = Operand(*w_q, w_q[0].new_empty(0))
-            if ctx.parts == BF16:
+            if ctx.parts == BF16_PARTS:
                 w_q = decoded(w_q)
         y = matmul(x_q, w_q)                                                           # (M, N)
 
-        w_kept = operand("bf16", w, None, BF16) if row.original and row.dx.other else w_q
-        x_kept = operand("bf16", x, None, BF16) if row.original else x_q
+        # Kept for the backward pass: NVFP4 as it was multiplied, or, where the recipe says so, bf16.
+        w_kept = operand("bf16", w, None, BF16_PARTS) if row.original and row.dx.other else w_q
+        x_kept = operand("bf16", x, None, BF16_PARTS) if row.original else x_q
         ctx.save_for_backward(*w_kept[:3], *x_kept[:3])
         return y
 
@@ -1256,10 +1306,12 @@ class QuantizedMatmul(torch.autograd.Function):
 
             # --- dx = dy w, summed over N ---
             if need_dx:
+                # Without a rotation there is no tile to share: dy is quantized alone.
                 if row.dx.rotation:
                     dy_dx = Operand(*dy_q[:4])                                         # (M, N)
                 else:
                     dy_dx = operand(row.dx.dy, dy, noise_dx.dy, parts)
+                # w is requantized along N, or, in 16x16 blocks, transposed as it is.
                 if row.dx.other:
                     w_q = Operand(*rotate_quantize(                                    # (K, N)
                         saved[:3], "", None, None, row.dx.other, R_dx, noise_dx.other, inverse_dx, *parts))
