@@ -68,7 +68,7 @@ def test_a_run_goes_on_with_its_own_knobs_and_those_that_change_no_number(train)
     Path("runs/a/previous.pt").replace("runs/a/checkpoint.pt")
     for words in "--recipe=bf16,rtn", "--name=b", "--steps=5", "--shard=true", "--batch=1", "--eval_every=1", "--compile=on":
         refused(f"a run keeps .*--init_from\\): {words} \\(saved: ", "resume", "a", words)
-    refused("resume takes a run, runs/a", "resume", "runs/a/checkpoint.pt")
+    refused("no checkpoint of runs/a/checkpoint.pt: in runs/: there are a", "resume", "runs/a/checkpoint.pt")
     train_gpt.main(["resume", "a", "--steps=4", "--log_every=1", "--save_every=1", "--device=auto", "--prompt=x",
                     "--sample_tokens=1", "--temperature=0", "--top_k=1"])
     assert torch.load("runs/a/checkpoint.pt", weights_only=True)["step"] == 4

@@ -1,5 +1,5 @@
 """Tests of train_gpt.py: what it computes. How runs are stopped, resumed and damaged: test_runs.py."""
-import ast, dataclasses, json, math, os, pickle, resource, shutil, signal
+import ast, dataclasses, json, math, os, pickle, resource, runpy, shutil, signal, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
@@ -302,3 +302,28 @@ def test_a_failed_start_leaves_the_name_free(tiny, monkeypatch):
                 tiny("--steps=1", f"--recipe={recipe}")
             assert not Path("runs/a").exists()
     tiny("--steps=1")
+
+def test_packages_of_the_same_names_elsewhere_are_not_imported(place):
+    for name in ("launch", "files", "data", "prepare", "perplexity", "demonstrate", "train_gpt", "quartet", "kernels"):
+        (place / "other" / name).mkdir(parents=True)
+        (place / "other" / name / "__init__.py").write_text("raise SystemExit(f'the other {__name__}')")
+    environment = os.environ | dict(PYTHONPATH=str(place / "other"), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    def run(*words): return subprocess.run([sys.executable, *map(str, words)], cwd=place, env=environment,
+                                           capture_output=True, text=True)
+    done = run(ROOT / "train_gpt.py", "cpu", *TINY, f"--corpus={place}/tiny", "--steps=1")
+    assert done.returncode == 0 and "step 1/1" in done.stdout, done.stderr
+    assert "no row 'nosuch'" in run(ROOT / "data/evidence/figures.py", "--base=nosuch").stderr
+    assert run(ROOT / "data/evidence/experiments.py", "--help").returncode == 0
+    code = f"import sys; sys.path[0] = {str(ROOT / 'data')!r}; import perplexity, quartet; print(quartet.load_kernels())"
+    assert run("-c", code).stdout == "None\n"
+
+@pytest.mark.parametrize("error", [ValueError("too many values to unpack"), RuntimeError("integer overflow, cannot allocate")])
+def test_a_forks_own_bug_keeps_its_traceback(tiny, monkeypatch, error):
+    def broken(*args, **knobs): raise error
+    for name in "Linear", "quantized_weights":
+        with monkeypatch.context() as m:
+            m.setattr(quartet, name, broken)
+            m.setattr(sys, "argv", ["train_gpt.py", "cpu", *TINY, f"--corpus={Path.cwd()}/tiny", "--steps=1"])
+            with pytest.raises(type(error)) as shown: runpy.run_path(train_gpt.__file__, run_name="__main__")
+            assert shown.value is error
+        shutil.rmtree("runs/a", ignore_errors=True)
