@@ -370,13 +370,11 @@ def ramp(t):
 
 def train(c, data, directory, stop, checkpoint=None):
     """Train as c says on data, Shards (train, val), or on from a checkpoint. A signal fills the list stop."""
-    # Everything of the run: data, model, optimizer, log.
     train_data, val_data = data
     device, compiled = pick_device(c)
     start = checkpoint["step"] if checkpoint else 0
     model, net, optimizer = build(c, device, compiled, checkpoint)
     log = Log(c, directory, start, model, data, device)
-
     # A step's tokens are more than a forward pass can take: gradients of several micro-batches add up.
     accumulate = c.tokens_per_step // (c.batch * c.sequence * WORLD)
     total = torch.zeros((), device=device)      # the loss of a step
@@ -693,6 +691,7 @@ def save(directory, c, step, **state):
     """Write a checkpoint, if this is rank 0, and keep the one before."""
     if RANK:
         return
+    # Other processes have given rank 0 their part of the state.
     path, previous = [directory / name for name in CHECKPOINTS]
     with replacing(path, previous) as f:
         try:
@@ -1260,6 +1259,7 @@ def new_directory(c, preset):
     if path.exists():
         raise UserError(f"{path} exists: resume it, remove it, or take another --name")
     with writing(path):
+        # Of two processes that come here at once, one fails.
         path.mkdir(parents=True)
     return path
 
@@ -1360,6 +1360,7 @@ def main(argv):
         print(__doc__, source[source.index("@dataclasses"):source.index("# ---- 2.")], sep="\n", end="")
         print("RECIPES:", ", ".join(quartet.RECIPES))
         return
+    # All else is a mode, a preset or a run, and knobs.
     keep_freed_memory()
     mode, word, knobs = parse(argv)
     c, directory, saved = load(mode, word, knobs)
@@ -1370,7 +1371,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")      # a terminal may lack letters of the sample
+    # A terminal may lack letters of the sample.
+    sys.stdout.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
     except UserError as e:
