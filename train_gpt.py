@@ -144,6 +144,8 @@ class Block(nn.Module):
         linear = partial(nn.Linear, bias=False)
         if quantized:
             linear = partial(quartet.Linear, recipe="bf16")      # until GPT.use_recipe names another
+
+        # Attention, then the SwiGLU.
         self.heads = c.heads
         self.norm1 = nn.RMSNorm(c.width, eps=1e-5)
         self.norm2 = nn.RMSNorm(c.width, eps=1e-5)
@@ -184,7 +186,7 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(c.width, eps=1e-5)
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
 
-        # Cosines and sines of the angles t * 10^(-8 i / D) by which `rotary` turns pair i of a head at place t.
+        # Cosines and sines of the angles t * 10^(-8 i / D) by which `rotary` turns pair i at place t.
         # They are no parameters, and are not saved: the context may differ when weights are used again.
         D = c.width // c.heads
         angle = torch.outer(torch.arange(c.sequence), 1e4 ** (-torch.arange(0, D, 2) / D))
@@ -373,6 +375,7 @@ def train(c, data, directory, stop, checkpoint=None):
     start = checkpoint["step"] if checkpoint else 0
     model, net, optimizer = build(c, device, compiled, checkpoint)
     log = Log(c, directory, start, model, data, device)
+    # A step's tokens are more than a forward pass can take: gradients of several micro-batches add up.
     accumulate = c.tokens_per_step // (c.batch * c.sequence * WORLD)
     total = torch.zeros((), device=device)      # the loss of a step
     recipe = None
@@ -393,7 +396,7 @@ def train(c, data, directory, stop, checkpoint=None):
             if compiled and device == "cuda" and WORLD == 1:
                 with quartet.quantized_weights(model):
                     run = as_graph(micro_step, *train_data.random(c, step, 0, device))
-                optimizer.zero_grad(set_to_none=False)
+                model.zero_grad(set_to_none=False)
 
         # Set the learning rate of each group of parameters.
         lr = learning_rate(c, step - 1)
@@ -404,7 +407,8 @@ def train(c, data, directory, stop, checkpoint=None):
         total.zero_()
         with quantized_once(model, c):
             for micro in range(accumulate):
-                net.require_backward_grad_sync = micro == accumulate - 1      # DDP's; of no effect without
+                if WORLD > 1:
+                    net.require_backward_grad_sync = micro == accumulate - 1      # average the sum only
                 run(*train_data.random(c, step, micro, device))
 
         # Clip the gradient, and update the weights. A gradient that is not finite leaves all as it is.
@@ -414,7 +418,7 @@ def train(c, data, directory, stop, checkpoint=None):
         update(optimizer, norm)
         if step % DAMPEN_EVERY == 0:
             quartet.dampen(model, DAMPEN_EVERY * lr * ramp(step / c.steps) * norm.isfinite())
-        optimizer.zero_grad(set_to_none=run is micro_step)      # a graph's gradients stay where they are
+        model.zero_grad(set_to_none=run is micro_step)      # a graph's gradients stay where they are
 
         # Report, validate, save. A signal ends the run after this step.
         last = step == c.steps
@@ -455,8 +459,11 @@ def build(c, device, compiled, checkpoint):
 
     # Compile, then spread over processes. FSDP2 replaces parameters, so the optimizer is made after that.
     if compiled:
-        for block in model.blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True)      # all share one program
+        for block in model.blocks:      # all share one program
+            if c.shard == "true":
+                block.forward = torch.compile(block.forward, fullgraph=True)      # FSDP2's hooks stay outside
+            else:
+                block.compile(fullgraph=True)
         model.predict = torch.compile(model.predict, fullgraph=True)
     net = model
     if WORLD > 1:
@@ -684,6 +691,7 @@ def save(directory, c, step, **state):
     """Write a checkpoint, if this is rank 0, and keep the one before."""
     if RANK:
         return
+    # Other processes have given rank 0 their part of the state.
     path, previous = [directory / name for name in CHECKPOINTS]
     with replacing(path, previous) as f:
         try:
@@ -739,9 +747,11 @@ def weights_of(run, c):
 @contextlib.contextmanager
 def held(directory):
     """Within it no other job trains in a directory: UserError if one does, where the disk knows locks."""
+    # One process of a job is enough; Windows has no such locks.
     if RANK or not fcntl:
         yield
         return
+
     # The lock is on the directory itself, and leaves no file.
     f = os.open(directory, os.O_RDONLY)
     try:
@@ -766,6 +776,7 @@ class Log:
     bad_in_a_row = 0      # the last of these; from 10 on it stays, to end the run
 
     def __init__(self, c, directory, start, model, data, device):
+        # What a run logs, and the records that are there if it goes on.
         self.c = c
         self.start = start
         self.path = directory / "log.jsonl"
@@ -777,7 +788,9 @@ class Log:
             self.skipped = sum(r.get("grad_norm", 0) is None for r in kept)
             write(self.path, "".join(as_json(**r) for r in kept))
 
-        # The header: all that the numbers of a run depend on.
+        # Print and write the header: all that the numbers of a run depend on.
+        # A forward and a backward pass take 6 operations a parameter and token, and attention some more. The
+        # embedding takes none: MFU, the share of the device's peak, counts what the model needs at least.
         name, peak_flops = describe(device)
         size = sum(p.numel() for p in model.parameters())
         ends = 2 * c.vocab_size * c.width      # parameters of embedding and head
@@ -937,6 +950,7 @@ def start_processes(device, shard):
 
 def gather(value):
     """A picklable value of each process -> all of them, a list by rank. Waits for all."""
+    # With gloo or NCCL; alone there is nothing to do.
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -982,6 +996,7 @@ def snapshot(model, optimizer, c):
 
 def restore(model, optimizer, saved, c):
     """The inverse of `snapshot`, which empties it: each process would hold a copy to the end."""
+    # If weights are sharded, each process takes its part of the whole.
     if c.shard == "true":
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
         set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
@@ -1044,6 +1059,7 @@ def pick_device(c):
 
 def describe(device):
     """-> the name of a device, "cuda" or "cpu", and its peak in dense bf16 FLOP/s, 0 if unknown."""
+    # The peak of a CPU depends on too much.
     if device == "cpu":
         return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)", 0
     name = torch.cuda.get_device_name()
@@ -1119,12 +1135,13 @@ def known(word, words, problem):
     """UserError, with the closest of words as a hint, unless word is one of them."""
     if word in words:
         return
+    # The closest word may be what was meant.
     hint = "".join(f"did you mean {close!r}? " for close in difflib.get_close_matches(word, words, 1))
     raise UserError(f"{problem}: {hint}there are {', '.join(words) or 'none'}")
 
 
 def unchanged(knobs, saved, names, problem):
-    """UserError if knobs differ from saved ones in one of names."""
+    """UserError if knobs differ from saved ones in one of names. It lists them."""
     others = [f"--{name}={value} (saved: {saved[name]})" for name, value in knobs.items()
               if name in names and value != saved[name]]
     if others:
@@ -1221,7 +1238,8 @@ def load(mode, word, knobs):
         saved = read_json(path)
     else:
         path, saved = load_checkpoint(word, names)
-    unchanged(knobs, saved["config"], fixed, "this is the run's for good (see --init_from)")
+    unchanged(knobs, saved["config"], fixed, "a run keeps what it began with (a new one may start from its "
+              "weights, --init_from)")
     return Config(**saved["config"] | knobs), path.parent, saved
 
 
@@ -1241,6 +1259,7 @@ def new_directory(c, preset):
     if path.exists():
         raise UserError(f"{path} exists: resume it, remove it, or take another --name")
     with writing(path):
+        # Of two processes that come here at once, one fails.
         path.mkdir(parents=True)
     return path
 
@@ -1262,6 +1281,8 @@ def read_out(mode, c, step, knobs, weights):
     if mode == "eval":
         eval_recipes(model, c, device)
         return
+
+    # A sample is by one recipe, and is printed as it comes.
     known(c.recipe, quartet.RECIPES, f"--recipe={c.recipe}: one recipe samples")
     model.use_recipe(c.recipe, c.backend)
     for piece in sample_text(model, c, device):
@@ -1273,8 +1294,10 @@ def listen(stop):
     """Let SIGINT and SIGTERM append to stop, which the loop looks at; a second SIGINT ends at once."""
     def on_signal(signum, frame):
         stop.append(signum)
-        print(f"\n{signal.Signals(signum).name}: this step, then saving", flush=True)
-        if signum == signal.SIGINT:      # not SIGTERM, which a cluster may send twice
+        # Not print, in which the signal may have come.
+        os.write(2, b"\nstopping: this step, then saving\n")
+        # A cluster may send SIGTERM twice, and means the same.
+        if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, on_signal)
@@ -1283,6 +1306,7 @@ def listen(stop):
 
 def run_training(c, preset, directory, saved):
     """Train a run or a comparison, from its start or from what it has saved."""
+    # A step is a whole number of micro-batches in each process.
     check(c)
     micro = WORLD * c.batch * c.sequence
     if c.tokens_per_step % micro:
@@ -1336,6 +1360,7 @@ def main(argv):
         print(__doc__, source[source.index("@dataclasses"):source.index("# ---- 2.")], sep="\n", end="")
         print("RECIPES:", ", ".join(quartet.RECIPES))
         return
+    # All else is a mode, a preset or a run, and knobs.
     keep_freed_memory()
     mode, word, knobs = parse(argv)
     c, directory, saved = load(mode, word, knobs)
@@ -1346,7 +1371,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")      # a terminal may lack letters of the sample
+    # A terminal may lack letters of the sample.
+    sys.stdout.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
     except UserError as e:

@@ -12,7 +12,7 @@ import json, math, os, re, statistics, sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import quartet, train_gpt
 

@@ -1,5 +1,5 @@
 """Tests of train_gpt.py: what it computes. How runs are stopped, resumed and damaged: test_runs.py."""
-import ast, dataclasses, json, math, os, pickle, resource, shutil, signal
+import ast, dataclasses, json, math, os, pickle, resource, runpy, shutil, signal, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_leaves_a_good_checkpoint_and_bad_ones_are_nev
             (pickle.dumps(Evil(), protocol=2), "sample a", "not a whole checkpoint"),
             (Path("other.pt").read_bytes(), "sample a", "not written by"),
             (Path("list.pt").read_bytes(), "sample a", "not written by"),
-            (whole, "eval a --layers=2", r"for good .*: --layers=2 \(saved: 1\)")):
+            (whole, "eval a --layers=2", r"a run keeps what .*: --layers=2 \(saved: 1\)")):
         path.write_bytes(content)
         with pytest.raises(train_gpt.UserError, match=message): train_gpt.main(args.split())
     assert not (tmp_path / "hacked").exists()
@@ -287,10 +287,10 @@ def test_a_new_run_starts_from_the_weights_of_another_with_its_own_schedule_and_
             tiny("--name=b", "--init_from=a", *knobs)
         assert not Path("runs/b").exists()
 
-@pytest.mark.parametrize("data", [b"", np.zeros(256, "<i4").tobytes(), np.array([20240520, 2, 0] + [0] * 253, "<i4").tobytes(),
-                                  np.array([20240520, 1, 3] + [0] * 253, "<i4").tobytes() + b"12345"])
-def test_a_damaged_shard_is_named(tiny, data):
-    Path("tiny_val_000000.bin").write_bytes(data)
+@pytest.mark.parametrize("header, rest", [((), b""), ((0, 0, 0), b""), ((20240520, 2, 0), b""), ((20240520, 1, 3), b"12345")])
+def test_a_damaged_shard_is_named(tiny, header, rest):
+    whole = np.array([*header, *[0] * 253] * bool(header), "<i4")
+    Path("tiny_val_000000.bin").write_bytes(whole.tobytes() + rest)
     with pytest.raises(train_gpt.UserError, match="tiny_val_000000.bin is no whole shard.*delete it"): tiny("--steps=1")
 
 def test_a_failed_start_leaves_the_name_free(tiny, monkeypatch):
@@ -302,3 +302,28 @@ def test_a_failed_start_leaves_the_name_free(tiny, monkeypatch):
                 tiny("--steps=1", f"--recipe={recipe}")
             assert not Path("runs/a").exists()
     tiny("--steps=1")
+
+def test_packages_of_the_same_names_elsewhere_are_not_imported(place):
+    for name in ("launch", "files", "data", "prepare", "perplexity", "demonstrate", "train_gpt", "quartet", "kernels"):
+        (place / "other" / name).mkdir(parents=True)
+        (place / "other" / name / "__init__.py").write_text("raise SystemExit(f'the other {__name__}')")
+    environment = os.environ | dict(PYTHONPATH=str(place / "other"), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    def run(*words): return subprocess.run([sys.executable, *map(str, words)], cwd=place, env=environment,
+                                           capture_output=True, text=True)
+    done = run(ROOT / "train_gpt.py", "cpu", *TINY, f"--corpus={place}/tiny", "--steps=1")
+    assert done.returncode == 0 and "step 1/1" in done.stdout, done.stderr
+    assert "no row 'nosuch'" in run(ROOT / "data/evidence/figures.py", "--base=nosuch").stderr
+    assert run(ROOT / "data/evidence/experiments.py", "--help").returncode == 0
+    code = f"import sys; sys.path[0] = {str(ROOT / 'data')!r}; import perplexity, quartet; print(quartet.load_kernels())"
+    assert run("-c", code).stdout == "None\n"
+
+@pytest.mark.parametrize("error", [ValueError("too many values to unpack"), RuntimeError("integer overflow, cannot allocate")])
+def test_a_forks_own_bug_keeps_its_traceback(tiny, monkeypatch, error):
+    def broken(*args, **knobs): raise error
+    for name in "Linear", "quantized_weights":
+        with monkeypatch.context() as m:
+            m.setattr(quartet, name, broken)
+            m.setattr(sys, "argv", ["train_gpt.py", "cpu", *TINY, f"--corpus={Path.cwd()}/tiny", "--steps=1"])
+            with pytest.raises(type(error)) as shown: runpy.run_path(train_gpt.__file__, run_name="__main__")
+            assert shown.value is error
+        shutil.rmtree("runs/a", ignore_errors=True)
