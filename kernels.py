@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 from triton import cdiv, jit
 
 import quartet
@@ -1009,7 +1008,7 @@ def encode(buffers, quantizer, seed, inverse_n=1.0):
     return buffers.operand()
 
 
-@custom_op("quartet::quantize", mutates_args=())
+@library.custom_op("quartet::quantize", mutates_args=())
 def quantize(x: Tensor, quantizer: str, rows: int, seed: Tensor | None, codes: bool, decoded: bool,
              swizzled: bool = False) -> list[Tensor]:
     """x (M, K), bf16 or float32, by a quantizer in blocks of rows x 16 -> Operand (M, K), as a list.
@@ -1049,7 +1048,7 @@ def tile_buffers(x, row, col, codes, decoded, swizzled=False):
     return M, N, first, second
 
 
-@custom_op("quartet::rotate_quantize", mutates_args=())
+@library.custom_op("quartet::rotate_quantize", mutates_args=())
 def rotate_quantize(
         x: list[Tensor], row: str, row_R: Tensor | None, row_seed: Tensor | None,
         col: str, col_R: Tensor | None, col_seed: Tensor | None, inverse_n: float,
@@ -1166,7 +1165,7 @@ def fp4_operand(t):
     return codes.contiguous(), swizzled(scale).view(torch.float8_e4m3fn), tensor_scale
 
 
-@custom_op("quartet::scaled_mm", mutates_args=())
+@library.custom_op("quartet::scaled_mm", mutates_args=())
 def scaled_mm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """codes, scales, tensor scale of a (M, K) and of b (N, K) -> a b^T (M, N) bf16, by cuBLASLt.
 

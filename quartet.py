@@ -34,8 +34,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.library import custom_op
+from torch import Tensor, library, nn
 
 BLOCK = 16             # values that share a block scale: fixed by the format NVFP4
 GROUP = 128            # values that a rotation mixes
@@ -700,7 +699,7 @@ def whole_groups(t):
 
 
 def forward_gemm(row, x, w, w_q):
-    """x (M, K), w (N, K) bf16, w_q NVFP4 (N, K) -> y (M, N) bf16, and w, x as the backward pass needs them."""
+    """x (M, K), w (N, K) bf16, w_q NVFP4 (N, K) -> y (M, N) bf16; w and x as the backward pass takes them."""
     # --- y = x w^T, summed over K ---
     x_q = quantize(row.x, x)                                               # (M, K)
     y = matmul(x_q, w_q)                                                   # (M, N)
@@ -845,7 +844,7 @@ def dampen(model, share):
 # random bits, which are to be eager's; a GEMM with float32 sums; and a cast to bf16, after which the compiler
 # would go on with the float32 value.
 
-@custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@library.custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def draw(like: Tensor, words: int) -> Tensor:
     """(words,) int64 of random bits from the default generator of like's device, the same compiled or not."""
     return torch.randint(-2**63, 2**63 - 1, (words,), device=like.device)
@@ -854,7 +853,7 @@ def draw(like: Tensor, words: int) -> Tensor:
 draw.register_fake(lambda like, words: like.new_empty(words, dtype=torch.int64))
 
 
-@custom_op("quartet::stored", mutates_args=())
+@library.custom_op("quartet::stored", mutates_args=())
 def stored(t: Tensor) -> Tensor:
     """A copy of t, (...) bf16: what is computed from it sees bf16 values, compiled or not."""
     return t.clone()
@@ -863,7 +862,7 @@ def stored(t: Tensor) -> Tensor:
 stored.register_fake(torch.empty_like)
 
 
-@custom_op("quartet::gemm", mutates_args=())
+@library.custom_op("quartet::gemm", mutates_args=())
 def gemm(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K), b (N, K) of bf16 values -> a b^T (M, N) bf16, from sums in float32 throughout."""
     cublas = torch.backends.cuda.matmul
@@ -968,7 +967,7 @@ def check_blocks(x, block):
         raise ValueError(f"quantizers take floating-point tensors, not {x.dtype}: use .float() first")
     if block not in ((1, BLOCK), (BLOCK, BLOCK)):
         raise ValueError(f"block={block}: NVFP4 blocks are (1, {BLOCK}) or, for weights, ({BLOCK}, {BLOCK})")
-    if x.dim() == 0 or x.shape[-1] % BLOCK or math.prod(x.shape[:-1]) % block[0]:
+    if not x.dim() or x.shape[-1] % BLOCK or math.prod(x.shape[:-1]) % block[0]:
         raise ValueError(f"shape {tuple(x.shape)}: pad with zeros to "
                          f"rows % {block[0]} == columns % {BLOCK} == 0")
 
@@ -1062,7 +1061,7 @@ def quantized_weights(model):
         for m in layers:
             new = backend_of(m).quantized(m.weight.detach().bfloat16(), m.recipe)
             if form(m.weight_place) != form(new):
-                m.weight_place = [torch.empty_like(t) for t in new]    # no alias of what the op returned
+                m.weight_place = [*map(torch.empty_like, new)]    # no alias of what the op returned
             for place, t in zip(m.weight_place, new):
                 place.copy_(t)
             m.weight_nvfp4 = m.weight_place
