@@ -1,18 +1,20 @@
-"""quartet.py in Triton: the same quantizers, to the bit, with one look at each value.
+"""quartet.py in Triton: the same quantizers, to the bit, with one look at each value. (The sums of a rotation
+come from tensor cores, and their last bits may differ.)
 
     python kernels.py                                   check against quartet.py, and time, on this GPU
     python kernels.py --target=sm_100a [--dump=DIR]     compile for a GPU that need not be here; count
 
-Read quartet.py first: names and order are the same here, and what a function computes is explained there.
+Read quartet.py first: what a function computes is explained there. Where names are the same, so is what they
+name, and sections 1 to 5 keep the order.
 
 A block of 16 values is final after one look at it, scale included, because the tensor scale is a power of
-two. So one kernel reads bf16 values and writes codes, block scales of 4 significant bits (as bf16, which
-holds them), and the largest scale of all. A second one, over a sixteenth of the data, chooses the tensor
-scale and encodes the block scales as E4M3.
+two. So one kernel reads values and writes codes, block scales of 4 significant bits (as bf16, which holds
+them), and the largest scale of all. A second one, over a sixteenth of the data, chooses the tensor scale and
+encodes the block scales as E4M3.
 
 What a GEMM takes depends on the GPU. FP4 tensor cores (compute capability 10 and up) take codes and encoded
-scales. Elsewhere the first kernel also writes the decoded values, which bf16 holds exactly, and cuBLAS
-multiplies those.
+scales. (The head of quartet.py says how they add.) Elsewhere the first kernel also writes the decoded values,
+which bf16 holds exactly, and cuBLAS multiplies those.
 """
 import os
 import runpy
@@ -105,28 +107,30 @@ def inverse(p):
 
 @jit
 def e2m1(v):
-    """quartet.e2m1 to nearest, of v (...) with |v| < 7."""
-    # The spacing is half the power of two below v, but at least 0.5. MAGIC times half a power adds 23 to its
-    # exponent, less 1, and the mantissa of 1.5: all that is one integer. It is at least that of 0.5.
+    """quartet.e2m1 to nearest, of v (...) with |v| < 7. Beyond, the result may exceed 6."""
+    # The spacing is half the power of two below v, but at least 0.5. magic = 1.5 * 2^23 * spacing is put
+    # together as an integer: the bits of the power, plus 22 in the exponent (23, less 1 for the half), plus
+    # the mantissa of 1.5. The least spacing, 0.5, gives the least magic.
     magic = from_bits(tl.maximum((bits(v) & EXPONENT) + 0x0B400000, 0x4AC00000))
     return v + magic - magic
 
 
 @jit
 def round_to_grid(v, u, SPACING, LEAST):
-    """quartet.round_to_grid, stochastic, of v (...) within range. The grid is SPACING apart from 1 on.
+    """quartet.round_to_grid, stochastic, of v (...) within range.
 
-    LEAST: the bits of the smallest normal number, below which the spacing does not shrink.
+    SPACING: between neighbours from 1 to 2. LEAST: the bits of the smallest normal number, below which the
+    spacing does not shrink.
     """
     spacing = SPACING * from_bits(tl.maximum(bits(v) & EXPONENT, LEAST))
     n = v * inverse(spacing)
-    down = tl.floor(n)
-    return (down + (u < n - down).to(tl.float32)) * spacing
+    floor = tl.floor(n)
+    return (floor + (u < n - floor).to(tl.float32)) * spacing
 
 
 @jit
 def round_scale(s):
-    """quartet.round_scale to nearest, of s (B, 1) >= 2^-40."""
+    """quartet.round_scale to nearest, of s (B, 1): 0, a normal number, or NaN."""
     magic = power_of_two_below(s) * (MAGIC / 8)        # the spacing is an eighth of the power below
     return s + magic - magic
 
@@ -135,8 +139,8 @@ def round_scale(s):
 def round_scale_by(s, word):
     """quartet.round_scale, stochastic, of finite s (B, 1) >= 0; word (B, 1) uint32, random.
 
-    The first 24 bits of word are u. u is less than the fraction, the last 20 bits of s, if and only if this
-    sum carries into bit 20.
+    u is the top 24 bits of word, of which the first 20 decide: u is less than the fraction, which is the last
+    20 bits of s, if and only if this sum carries into bit 20.
     """
     return from_bits(bits(s) + (0xFFFFF - (word >> 12).to(tl.int32)) & -0x100000)
 
@@ -146,7 +150,8 @@ def round_scale_by(s, word):
 # From here on, b is (B, 16) float32: B blocks, one a row. One thread owns a row, so that what concerns a
 # block needs no other thread. The layout of loads and tensor-core products is arranged for that (section 6).
 
-# PTX: eight values, $1 to $8, become eight codes in the word $0. An instruction makes a byte of two values.
+# PTX: eight values, $1 to $8, become eight codes in the word $0. An instruction makes a byte of two values,
+# the second of which goes into the low half.
 E2M1_PAIRS = tl.constexpr(
     "{ .reg .b8 a, b, c, d; "
     "cvt.rn.satfinite.e2m1x2.f32 a, $2, $1; "
@@ -158,7 +163,7 @@ E2M1_PAIRS = tl.constexpr(
 
 @jit
 def append(word, code):
-    """word (...) uint32 with the code in the first 4 bits of code (...) put behind it: one funnel shift."""
+    """word (...) uint32 with the code in the top 4 bits of code (...) put behind it: one funnel shift."""
     return word << 4 | code >> 28
 
 
@@ -213,7 +218,7 @@ def tree(t, MAX):
 @jit
 def over_rows(t, ROWS, MAX):
     """t (B, 1) -> (B, 1): each row gets the sum or the maximum over the ROWS rows, 1 or 16, of its block."""
-    # One value a row is a sixteenth of a row of blocks: the same tree serves again.
+    # The 16 rows of a 16x16 block give 16 values, which make a row of their own: the same tree serves again.
     if ROWS > 1:
         rows = t.reshape(t.shape[0] // ROWS, ROWS)
         t = tl.broadcast_to(tree(rows, MAX), rows.shape).reshape(t.shape)
@@ -233,8 +238,8 @@ def divide_by(a, C):
     return v
 
 
-# b / s three times. s comes from round_scale: 4 significant bits, or 0, or NaN; then the result is 0, as in
-# quartet.ratio. A division instruction would cost more than the rest of a quantizer.
+# b / s in three forms. s comes from round_scale: 4 significant bits, or 0, or NaN. For 0 and NaN the result
+# is 0, as in quartet.ratio. A division instruction would cost more than the rest of a quantizer.
 
 @jit
 def ratio_interpreted(b, s):
@@ -244,9 +249,9 @@ def ratio_interpreted(b, s):
 
 @jit
 def reciprocal(s):
-    """1 / s of s (B, 1), or 0 where s is 0 or NaN, but for a unit in the last place: a step of Newton's."""
-    # rsqrt is one fast instruction; its square is off by some units in the last place. The step needs no
-    # more.
+    """1 / s, correctly rounded, of s (B, 1) of 4 significant bits; 0 where s is 0 or NaN."""
+    # rsqrt is one fast instruction. Its square is off by a few units in the last place, and for such s one
+    # step of Newton's mends that.
     root = tl.rsqrt(s)
     r = root * root
     return tl.where(s > 0, tl.fma(tl.fma(-s, r, 1.0), r, r), 0.0)
@@ -270,12 +275,13 @@ def ratio_of_bf16(b, s):
     r = reciprocal(s)
     t = (1.0 - s) * r
     t = tl.fma(tl.fma(-t, s, 1.0 - s), r, t)           # (1 - s) / s, correctly rounded, for each block
-    return tl.fma(b, tl.where(s > 0, t, -1.0), b)      # one operation for each value
+    # One operation for each value. A t of -1 makes the result 0, where s is 0 or NaN.
+    return tl.fma(b, tl.where(s > 0, t, -1.0), b)
 
 
 @jit
 def ratio(b, s, BF16):
-    """b (B, 16) / s (B, 1), for e2m1 as good as quartet.ratio; equal to it unless BF16, that b holds bf16."""
+    """b (B, 16) / s (B, 1): quartet.ratio; if BF16, that b holds bf16, only as good as that for e2m1."""
     if INTERPRET:
         v = ratio_interpreted(b, s)
     elif BF16:
@@ -293,8 +299,7 @@ def ratio(b, s, BF16):
 @jit
 def philox(seed, counter):
     """quartet.philox: counter (...) int64 -> four words of its shape, uint32."""
-    zero = (counter * 0).to(tl.uint32)
-    return tl.philox(seed, counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero, PHILOX_ROUNDS)
+    return tl.philox(seed, counter.to(tl.uint32), (counter >> 32).to(tl.uint32), 0, 0, PHILOX_ROUNDS)
 
 
 @jit
@@ -327,7 +332,10 @@ def uniform_blocks(seed, first, i):
 
 @jit
 def try_scale(b, s, CLIP, ROWS, BF16):
-    """Blocks b by scales s (B, 1), to nearest -> q (B, 16), s, squared errors (B, 1). CLIP: beyond 6."""
+    """Blocks b by scales s (B, 1), to nearest -> q (B, 16), s, squared errors (B, 1).
+
+    CLIP: some b / s may exceed 7.
+    """
     q = e2m1(ratio(b, s, BF16))
     if CLIP:
         q = tl.clamp(q, -6.0, 6.0)
@@ -340,8 +348,9 @@ def try_scale(b, s, CLIP, ROWS, BF16):
 def better(new, old):
     """Of two results of try_scale, for each block the one of less error; ties: old."""
     q, s, error = new
-    less = error < old[2]
-    return tl.where(less, q, old[0]), tl.where(less, s, old[1]), tl.where(less, error, old[2])
+    old_q, old_s, old_error = old
+    less = error < old_error
+    return tl.where(less, q, old_q), tl.where(less, s, old_s), tl.where(less, error, old_error)
 
 
 @jit
@@ -388,15 +397,14 @@ def ms_eden_blocks(b, amax, unit, first, i, seed, FOUR_SIX):
     q = e2m1(v)
 
     # The EDEN factor <v, v> / <v, q>, quartet.eden_factor.
-    vv = tree(v * v, False)
     vq = tree(v * q, False)
     if FOUR_SIX:
         q, vq = larger_cosine(v, q, vq)
-    eden_factor = tl.div_rn(vv, vq)
+    eden_factor = tl.div_rn(tree(v * v, False), vq)
     s = s * tl.where(vq > 0, eden_factor, 1.0)
 
-    # It goes into the scale, and the scale is rounded stochastically. That takes integers, which lose NaN:
-    # amax - amax brings it back.
+    # The EDEN factor goes into the scale, and the scale is rounded stochastically. That works on integers,
+    # which lose NaN: amax - amax brings it back.
     s = round_scale_by(s, random_word(seed, first, i))
     return q, s + (amax - amax)
 
@@ -410,12 +418,12 @@ def quantize_blocks(b, first, i, seed, QUANTIZER, ROWS, BF16):
     # The unit of a block is a quarter of the power of two below its amax: scales then lie in [1/2, 2].
     amax = over_rows(tree(tl.abs(b), True), ROWS, True)
     amax = tl.where(amax < TINY, 0.0, amax)
-    unit = tl.maximum(0.25 * power_of_two_below(amax), 0.25 * TINY)
-    unit = tl.minimum(unit, 2.0**125)
+    unit = tl.clamp(0.25 * power_of_two_below(amax), 0.25 * TINY, 2.0**125)
     amax = amax * inverse(unit)
 
     # Which quantizer: decided when this is compiled.
     if QUANTIZER == "bf16":
+        # No quantizer: this scale takes the unit out again, so that s * unit is 1.
         q = b
         s = inverse(unit)
     elif QUANTIZER.startswith("ms_eden"):
@@ -431,6 +439,7 @@ def quantize_blocks(b, first, i, seed, QUANTIZER, ROWS, BF16):
             q, s = scale_search_blocks(v, amax, ROWS, BF16)
         elif QUANTIZER == "sr":
             s = round_scale(divide_by(amax, SR_MAX))
+            # From 1 to 2, E2M1's neighbours are 0.5 apart. 0x3F800000 is 1.0.
             q = round_to_grid(ratio(v, s, False), uniform_blocks(seed, first, i), 0.5, 0x3F800000)
     return q, s * unit
 
@@ -471,7 +480,7 @@ def store_blocks(
     FP4
 ):
     """Write blocks number first + i: scales as bf16, codes and decoded values / n where there is a place."""
-    # first is int64, i is small: so most of the addresses are computed in 32 bits.
+    # From tile_kernel first is int64 and i is small: most of the addresses are computed in 32 bits.
     tl.store(scale_ptr + first + i, s.to(tl.bfloat16), mask)
     if codes_ptr is not None:
         words = (codes_ptr + 8 * first).to(tl.pointer_type(tl.uint32))
@@ -506,7 +515,7 @@ def quantize_kernel(
     FP4: tl.constexpr,
     B: tl.constexpr
 ):
-    """Quantize B blocks of x, contiguous, bf16 or float32, of count blocks in all, columns in a row."""
+    """Quantize B of the count blocks of x, contiguous, bf16 or float32. columns: blocks in a row."""
     # Which blocks: the 16 rows of a 16x16 block come one after another.
     i = tl.program_id(0).to(tl.int64) * B + down(B)
     if ROWS > 1:
@@ -516,6 +525,8 @@ def quantize_kernel(
     mask = i < count
 
     # Load. A word of 32 bits holds two bf16 neighbours; by two loads of 4 words a thread gets a whole block.
+    # A bf16 is the upper half of a float32, whose lower half is 0. The even value is in the low half of a
+    # word.
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     if BF16:
         word = x_ptr.to(tl.pointer_type(tl.uint32)) + (8 * i + across(4))
@@ -530,7 +541,7 @@ def quantize_kernel(
         seed = tl.load(seed_ptr)
     q, s = quantize_blocks(b.reshape(B, 16), 0, i, seed, QUANTIZER, ROWS, BF16)
 
-    # Store.
+    # Store. Bits of numbers that are not negative order like the numbers, so an integer maximum will do.
     store_blocks(q, s, 0, i, mask, codes_ptr, scale_ptr, decoded_ptr, 1.0, FP4)
     tl.atomic_max(largest_ptr, tl.max(magnitude_bits(s)), sem="relaxed")
 
@@ -553,6 +564,7 @@ def load_tile(
     SWIZZLED
 ):
     """H rows from m0, WIDTH columns from n0 of x (M, N) -> (H, WIDTH) bf16, 0 outside; WHOLE: N % 128 = 0."""
+    # WHOLE spares the loads a mask for columns.
     m = down(H)
     inside = m < M - m0
     if x_scale_ptr is None:
@@ -587,6 +599,8 @@ def load_tile(
 @jit
 def rotate_tile(x, R):
     """x (H, 128) bf16 -> the blocks of x R, (8 H, 16) float32. R (128, 128) bf16, `permuted`."""
+    # The products are exact. These float32 sums have the order of the tensor cores: here, and only here,
+    # codes and scales may differ from quartet.py's.
     if INTERPRET:                                      # Triton's interpreter multiplies bf16 as integers
         x = x.to(tl.float32)
         R = R.to(tl.float32)
@@ -618,13 +632,13 @@ def quantize_tile(
     inverse_n,
     # known when it is compiled
     QUANTIZER,
-    TURN,
+    TRANSPOSE,
     WHOLE,
     SWIZZLED,
     FP4,
     H
 ):
-    """Rotate and quantize a tile along N, or its transpose (TURN) along M, H rows of the result at a time."""
+    """Rotate and quantize a tile along N, or, TRANSPOSE, along M, H rows of the result at a time."""
     r = tl.arange(0, 128)
     # Eight blocks a row of 128: the row and the place in it of each of 8 H blocks.
     row = down(8 * H) >> 3
@@ -633,12 +647,14 @@ def quantize_tile(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     R = tl.load(R_ptr + r[:, None] * 128 + r[None, :])
+    # Blocks in a row of the result: that of a transpose is padded to whole tiles.
     columns = N // 16
-    if TURN:
+    if TRANSPOSE:
         columns = tl.num_programs(0) * 8
+    # A whole tile would take more registers than there are.
     for h in tl.static_range(0, 128, H):
         # Load: rows of x, or columns as rows.
-        if TURN:
+        if TRANSPOSE:
             x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0 + h, M, N, 128, H, WHOLE, SWIZZLED).T
             first = (n0 + h).to(tl.int64) * columns + m0 // 16
             mask = row < N - n0 - h
@@ -687,23 +703,22 @@ def tile_kernel(
     FP4: tl.constexpr,
     H: tl.constexpr
 ):
-    """Rotate and quantize a 128 x 128 tile of x (M, N) along N by ROW and along M by COL, each of MODES or
-    "".
+    """Rotate and quantize a 128 x 128 tile of x (M, N) along N by ROW and along M by COL.
 
-    x is bf16, or NVFP4, its scales SWIZZLED or not. Rows of the second result are columns of x; it is as long
-    as whole tiles, and what x lacks is 0. inverse_n goes into the second's values. Both passes load the tile:
-    memory is read once, then a cache.
+    ROW and COL are of MODES, or "bf16", or "" for none. x is bf16, or NVFP4, its scales SWIZZLED or not. The
+    second result's rows are columns of x, padded with zeros to whole tiles. inverse_n goes into the second's
+    values. Both passes load the tile: memory is read once, then a cache.
     """
     m0 = tl.program_id(0) * 128
     n0 = tl.program_id(1) * 128
-    # Rows: blocks lie along N, as x is stored.
+    # Rows: blocks lie along N, as x is stored. N % 128 == 0, as every rotation along N needs.
     if ROW != "":
         quantize_tile(
             x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N,
             row_R, row_seed,
             row_codes, row_scale, row_largest, row_decoded, 1.0,
             ROW, False, True, SWIZZLED, FP4, H)
-    # Columns: blocks lie along M.
+    # Columns: blocks lie along M. N % 128 == 0 is known only if rows were rotated, too.
     if COL != "":
         quantize_tile(
             x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N,
@@ -716,7 +731,7 @@ def tile_kernel(
 def block_at(i, columns, SWIZZLED):
     """Place i (...) int64 of an encoded scale -> the number of its block, and whether there is one."""
     there = i >= 0
-    if SWIZZLED:                                       # in the order of `swizzled`
+    if SWIZZLED:                                       # in the order of `swizzle`
         tile = i // 512
         j = (i % 512).to(tl.int32)
         width = (columns + 3) // 4
@@ -753,13 +768,12 @@ def encode_again(
     # known when it is compiled
     NOISE
 ):
-    """The rare blocks i, where mask: scale = s / tensor_scale (B, 1) is sub-normal in E4M3, or nothing is
-    finite.
+    """The rare blocks i, where mask: scale = s / tensor_scale (B, 1) is sub-normal in E4M3, or x not finite.
 
-    Rounds scale once more, by noise numbered NOISE a block further on (0: to nearest), and decodes the values
-    again. If not finite: scales and codes 0, values NaN.
+    Rounds such scales once more, to nearest if NOISE is 0, else by element NOISE * count + i of the noise,
+    and then decodes their values again. If x is not finite, scales and codes become 0, and values NaN.
     """
-    # E4M3's sub-normals are 2^-9 apart.
+    # E4M3's sub-normals are 2^-9 apart, and 0x3C800000 is 2^-6, its smallest normal number.
     if NOISE == 0:
         again = scale + MAGIC * 2.0**-9 - MAGIC * 2.0**-9
     else:
@@ -773,8 +787,8 @@ def encode_again(
     if decoded_ptr is not None:
         value = decoded_ptr + (16 * i + across(16))
         q = tl.div_rn(tl.load(value, mask, 0.0).to(tl.float32), tl.where(s > 0, s * inverse_n, 1.0))
-        by = tl.where(finite, scale * tensor_scale * inverse_n, float("nan"))
-        tl.store(value, (q * by).to(tl.bfloat16), mask)
+        factor = tl.where(finite, scale * tensor_scale * inverse_n, float("nan"))
+        tl.store(value, (q * factor).to(tl.bfloat16), mask)
     return scale
 
 
@@ -803,10 +817,11 @@ def encode_kernel(
     """quartet.assemble's end: choose the tensor scale, and encode B scales of 4 significant bits as E4M3
     bytes.
 
-    count blocks, columns a row -> size bytes. SWIZZLED: in the order of `swizzled`, 0 where there is no
+    count blocks, columns a row -> size bytes. SWIZZLED: in the order of `swizzle`, 0 where there is no
     block.
     """
-    place = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    start = tl.program_id(0).to(tl.int64) * B
+    place = start + tl.arange(0, B)
     i, there = block_at(place, columns, SWIZZLED)
     there = (i < count) & there
 
@@ -819,13 +834,14 @@ def encode_kernel(
     if tl.program_id(0) == 0:
         tl.store(tensor_scale_ptr, tl.where(finite, tensor_scale * inverse_n, float("nan")))
 
+    # The usual path: no scale is sub-normal.
     scale = tl.load(scale_ptr + i, there, 0.0).to(tl.float32) * inverse(tensor_scale)
     if tl.max(((scale > 0) & (scale < 2.0**-6)).to(tl.int32)) == 0 and finite:
         tl.store(block_scale_ptr + place, e4m3_byte(scale), place < size)
     else:
-        # Hardly ever: some of these scales are sub-normal in E4M3, or nothing is finite. 128 at a time.
+        # Hardly ever: some of these scales are sub-normal in E4M3, or x is not finite. 128 at a time.
         for j in tl.range(0, B, 128):
-            place_j = tl.program_id(0).to(tl.int64) * B + j + down(128)
+            place_j = start + j + down(128)
             i_j, there_j = block_at(place_j, columns, SWIZZLED)
             there_j = (i_j < count) & there_j
             s = tl.load(scale_ptr + i_j, there_j, 0.0).to(tl.float32)
@@ -841,10 +857,12 @@ def encode_kernel(
 @jit
 def load_scales(ptr, row, k, rows, K, ROWS, BK):
     """Swizzled scales of ROWS rows from row on, BK values from k on -> (ROWS, BK/16) E4M3, 0 outside."""
+    # A tile of 128 rows and 4 blocks, 64 values, has 512 bytes: 8 for each value of k.
     tile = row // 128 + down(ROWS // 128)
     byte = across(BK * 8) + k * 8
     width = tl.cdiv(K, 64) * 512
     scale = tl.load(ptr + tile * width + byte, (tile * 128 < rows) & (byte < width), 0.0)
+    # The order of `swizzle`, undone.
     return scale.reshape(ROWS // 128, BK // 64, 32, 4, 4).trans(0, 3, 2, 1, 4).reshape(ROWS, BK // 16)
 
 
@@ -910,7 +928,7 @@ SCALES = 1024
 
 
 def major(device):
-    """Of the device's compute capability; 9 for a CPU, which interprets."""
+    """The first number of a device's compute capability; 9 for a CPU, which interprets."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0]
     return 9
@@ -918,12 +936,13 @@ def major(device):
 
 def tile_options(major):
     """FP4, H and launch options of tile_kernel for `major`: the fewest instructions that spill nothing."""
-    if major == 9:
-        # wgmma. Within 128 registers two programs fit on a multiprocessor.
-        return {"FP4": False, "H": 64, "num_warps": 8, "num_stages": 1, "maxnreg": 128}
     # On capability 10 (tcgen05), half as many rows and warps take 5% fewer instructions; but Triton 3.8
     # spills there.
-    return {"FP4": major > 9, "H": 128, "num_warps": 8, "num_stages": 1}
+    options = {"FP4": major > 9, "H": 128, "num_warps": 8, "num_stages": 1}
+    if major == 9:
+        # wgmma. Within 128 registers two programs fit on a multiprocessor.
+        options |= {"H": 64, "maxnreg": 128}
+    return options
 
 
 GEMM_OPTIONS = {
@@ -932,7 +951,8 @@ GEMM_OPTIONS = {
 }
 
 
-# The parts an operand comes with: codes; decoded values; block scales in the order of `swizzled`.
+# The parts an operand comes with: codes; decoded values; block scales in the order of `swizzle`. The ops take
+# these three as their last arguments.
 FP4_PARTS = (True, False, True)       # as FP4 tensor cores take it
 BF16_PARTS = (False, True, False)     # as a GEMM in bf16 takes it
 NVFP4_PARTS = (True, False, False)    # as quartet.py has it
@@ -985,8 +1005,8 @@ def allocate(rows, columns, device, codes, decoded, swizzled):
         empty(torch.float32))
 
 
-def swizzled(scale):
-    """Block scales (R, C), a byte each, in the order that FP4 tensor cores take; those in it, (n,): as is.
+def swizzle(scale):
+    """Block scales (R, C), a byte each, in the order that FP4 tensor cores take; (n,) are in it already.
 
     Tiles of 128 rows and 4 blocks, 512 bytes each, one after another, 0 where there is no block: (r, c) is at
     (r // 128 * ceil(C / 4) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4.
@@ -999,6 +1019,7 @@ def swizzled(scale):
 
 def encode(buffers, quantizer, seed, inverse_n=1.0):
     """Run encode_kernel on Buffers, the tensor scale times inverse_n -> their `operand`."""
+    # One program at least: it stores the tensor scale, also that of an empty tensor. "bf16" is no mode.
     size = buffers.block_scale.numel()
     encode_kernel[(max(1, cdiv(size, SCALES)),)](
         buffers.scale, buffers.largest, seed,
@@ -1095,6 +1116,7 @@ def quantizers_of(row):
 
 def supports(row):
     """Whether the kernels have a mode for every quantizer of a row of RECIPES (None: bf16)."""
+    # quartet.check_row refuses what is no quantizer at all, such as None for x.
     return row is None or quantizers_of(row) <= {*MODES, "bf16", "None", None}
 
 
@@ -1105,7 +1127,7 @@ def permuted(R):
 
 # ---- 8. The functions of quartet.py ------------------------------------------------------------------------
 #
-# For who wants NVFP4 tensors, and for the tests: the linear layer below calls the ops directly.
+# For callers who want NVFP4 tensors, and for the tests: the linear layer below calls the ops directly.
 
 def quantized_as(quantizer, x, seed=0, block=(1, BLOCK), R=None):
     """x (..., K) on a GPU -> NVFP4 of x, or x R, by a mode. ValueError where quartet.check_blocks has one."""
@@ -1162,7 +1184,7 @@ def ms_eden(x, R, seed, four_six=False):
 def fp4_operand(t):
     """t: codes, scales (in rows or `swizzled`), tensor scale -> the same as an FP4 GEMM takes them."""
     codes, scale, tensor_scale = t
-    return codes.contiguous(), swizzled(scale).view(torch.float8_e4m3fn), tensor_scale
+    return codes.contiguous(), swizzle(scale).view(torch.float8_e4m3fn), tensor_scale
 
 
 @library.custom_op("quartet::scaled_mm", mutates_args=())
@@ -1177,9 +1199,9 @@ def scaled_mm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     order = [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE]
     a_codes, *a_scales = fp4_operand(a)
     b_codes, *b_scales = fp4_operand(b)
-    a_codes = a_codes.view(torch.float4_e2m1fn_x2)
-    b_codes = b_codes.view(torch.float4_e2m1fn_x2)
-    return F.scaled_mm(a_codes, b_codes.t(), a_scales, kinds, b_scales, kinds, order, order)
+    e2m1x2 = torch.float4_e2m1fn_x2
+    return F.scaled_mm(
+        a_codes.view(e2m1x2), b_codes.view(e2m1x2).t(), a_scales, kinds, b_scales, kinds, order, order)
 
 
 scaled_mm.register_fake(lambda a, b: a[0].new_empty(len(a[0]), len(b[0]), dtype=torch.bfloat16))
@@ -1214,7 +1236,7 @@ def native(w, row):
 
 
 def operand(quantizer, t, seed, parts):
-    """t (M, K) bf16 -> Operand. quantizer: of MODES, also with _16x16, or "bf16": then t is its codes."""
+    """t (M, K) bf16 -> Operand. quantizer: of MODES, also with _16x16; "bf16": t is codes and values."""
     if quantizer == "bf16":
         return Operand(t, t.new_empty(0), t.new_ones(()), t)
     rows = BLOCK if quantizer.endswith("_16x16") else 1
@@ -1247,7 +1269,7 @@ def rotation(name, signs):
     return permuted(R), 1.0 / n
 
 
-def decoded(w_q):
+def with_values(w_q):
     """Operand w_q (N, K), scales in rows -> the same with decoded values."""
     return w_q._replace(decoded=quartet.decode(w_q.nvfp4(), torch.bfloat16))
 
@@ -1256,7 +1278,7 @@ def transposed(w_q, parts):
     """Operand w_q (N, K) of 16x16 blocks, scales in rows -> its transpose (K, N), codes or decoded values."""
     if parts == FP4_PARTS:
         return Operand(*quartet.transpose(w_q.nvfp4()), w_q.codes.new_empty(0))
-    w_q = decoded(w_q)
+    w_q = with_values(w_q)
     return w_q._replace(decoded=w_q.decoded.T)
 
 
@@ -1277,7 +1299,7 @@ class QuantizedMatmul(torch.autograd.Function):
             # w was quantized once for several passes: the codes are there, the decoded values are not.
             w_q = Operand(*w_q, w_q[0].new_empty(0))
             if ctx.parts == BF16_PARTS:
-                w_q = decoded(w_q)
+                w_q = with_values(w_q)
         y = matmul(x_q, w_q)                                                           # (M, N)
 
         # Kept for the backward pass: NVFP4 as it was multiplied, or, where the recipe says so, bf16.
@@ -1305,7 +1327,7 @@ class QuantizedMatmul(torch.autograd.Function):
 
             # --- dx = dy w, summed over N ---
             if need_dx:
-                # Without a rotation there is no tile to share: dy is quantized alone.
+                # Without a rotation N need not be whole tiles, and dy is quantized alone.
                 if row.dx.rotation:
                     dy_dx = Operand(*dy_q[:4])                                         # (M, N)
                 else:

@@ -16,11 +16,11 @@ of 16 is then final after one look at it. And a decoded value has at most 2 + 4 
 and its scale, where bfloat16 holds 8: a bf16 GEMM of decoded values multiplies exactly what an FP4 GEMM
 multiplies, on any device.
 
-What still rounds: inputs and weights are cast to bf16 first, sums are float32, the result is bf16. FP4 tensor
-cores add in a way of their own. By the published probe (arXiv:2609.02846) they round the sum of 64 products
-once, and then add these totals, rounding toward zero. What decides something here (which scale errs less,
-which way a value goes) is specified to the bit: float32, true division, sums in a fixed order. So kernels.py
-can compute the same bits, but for the sums of a rotation.
+What still rounds: x, w and dy are cast to bf16 first, sums are float32, the result is bf16. FP4 tensor cores
+add in a way of their own. By the published probe (arXiv:2609.02846) they round the sum of 64 products once,
+and then add these totals, rounding toward zero. What decides something here (which scale errs less, which way
+a value goes) is specified to the bit: float32, true division, sums in a fixed order. So kernels.py gives the
+same codes and scales, but for the last bits of a rotation's sums.
 """
 import contextlib
 import math
@@ -53,7 +53,10 @@ EXPONENT = 0x7F800000  # the 8 bits of a float32 that hold its exponent
 
 
 def power_of_two_below(v):
-    """The largest power of two that is at most |v|. Example: -6.5 -> 4.0. v (...) float32; 0 -> 0."""
+    """The largest power of two that is at most |v|, v (...) float32. Example: -6.5 -> 4.0.
+
+    0 and sub-normal numbers -> 0; NaN and infinity -> infinity.
+    """
     return (v.view(torch.int32) & EXPONENT).view(torch.float32)
 
 
@@ -94,7 +97,8 @@ round_scale = partial(round_to_grid, mantissa_bits=3, min_exp=-126)      # for v
 # ---- 2. NVFP4 tensors --------------------------------------------------------------------------------------
 #
 # Sixteen neighbours share a block scale, and the whole tensor shares one tensor scale, which makes up for the
-# short range of E4M3. A value costs 4 bits and a sixteenth of 8. Decoding is two products that do not round.
+# short range of E4M3. A value costs 4 bits and its share of a scale, 8/16: 4.5 bits. Decoding is two products
+# that do not round.
 
 class NVFP4(NamedTuple):
     """A tensor x (..., K) of values q * block_scale * tensor_scale, K % 16 == 0."""
@@ -115,8 +119,8 @@ def unpack(codes, dtype=torch.float32):
     """codes (..., K/2) uint8 -> (..., K) in dtype, E2M1 values: pack undone, by a table of all bytes."""
     byte = torch.arange(256, device=codes.device)
     code = torch.stack([byte & 15, byte >> 4], -1)
-    # E4M3 has two exponent bits more above the code's three bits, and two mantissa bits more below them. Put
-    # in their place, they are q * 2^-6, sub-normal numbers too.
+    # E4M3 has two more exponent bits above and two more mantissa bits below. Shifted between them, the three
+    # bits of a code read as q * 2^-6, sub-normal numbers included.
     bits = (code & 7) << 2 | (code & 8) << 4
     table = bits.to(torch.uint8).view(torch.float8_e4m3fn).to(dtype) * 2.0**6
     return F.embedding(codes.int(), table).flatten(-2)
@@ -125,7 +129,7 @@ def unpack(codes, dtype=torch.float32):
 def decode(t, dtype=torch.float32):
     """t NVFP4 of (..., K) -> (..., K), its values: exact in float32 and in bfloat16.
 
-    Also takes what `unquantized` (section 9) makes. Values beyond 3.3e38, near float32's end, may become
+    Also takes what `unquantized` (section 9) makes. Inputs above 3e38, near float32's end, may decode to
     infinity.
     """
     if t.codes.dtype == torch.bfloat16:
@@ -154,8 +158,8 @@ def transpose(t):
 # significant bits whatever the tensor scale will be. Then a block is final after one look at its 16 values,
 # and the tensor scale is chosen at the end, from the largest block scale that came up. Example: block scales
 # of 3.5, 1.25 and 0.40625 have 4 significant bits. The tensor scale becomes 2^-7, and E4M3 stores 448, 160
-# and 52. Only scales 2^14 below the largest, where E4M3 has fewer bits, are rounded once more when they are
-# stored.
+# and 52. Only scales at least 2^14 times smaller than the largest, where E4M3 has fewer bits, are rounded a
+# second time when they are stored, stochastically if the quantizer is stochastic.
 
 TINY = 2.0**-120       # blocks of a smaller amax become zeros: scales stay clear of bf16's sub-normals
 
@@ -165,8 +169,8 @@ def blocks(x, block=(1, BLOCK)):
 
     x (..., M, K) -> b (M/rows, rows, K/16, 16) float32, the values, rows being block[0];
                      amax (M/rows, 1, K/16, 1), the largest magnitude in units: 0 below TINY, else in [1, 2),
-                     or in [2, 4) near infinity; unit (M/rows, 1, K/16, 1): squares in units do not overflow,
-                     and large ones do not vanish.
+                     or in [2, 4) near infinity; unit (M/rows, 1, K/16, 1): squares of values in units neither
+                     overflow nor vanish.
     ValueError for other dtypes and shapes.
     """
     check_blocks(x, block)
@@ -185,7 +189,7 @@ def divide_by(a, constant):
 
 
 def ratio(b, s):
-    """b / s, and 0 where s is 0 or NaN. There a b that is NaN or infinite gives NaN."""
+    """b / s; where s is 0 or NaN, 0, but NaN if b is NaN or infinite."""
     return b / torch.where(s > 0, s, math.inf)
 
 
@@ -202,11 +206,11 @@ def block_sum(t):
 def choose_tensor_scale(largest):
     """The power of two that puts the largest block scale between 240 and 448, E4M3's upper end.
 
-    largest () float32 of 4 significant bits -> () float32. Example: 3.5 = 1.75 * 2^1 -> 2^-7, as 3.5 / 2^-7 =
-    448.
+    largest () float32 of 4 significant bits -> () float32, never below 2^-123. 0 -> 1; NaN and infinity ->
+    NaN. Example: 3.5 = 1.75 * 2^1 -> 2^-7, as 3.5 / 2^-7 = 448.
     """
-    # A mantissa of 1.875 would land on 480, beyond 448. So it counts as 2 here, takes the next power of two,
-    # and lands on 240; 16/15 of 1.75, the next mantissa below, is still less than 2.
+    # Times 16/15, a mantissa of 1.875 becomes 2, so that such a scale lands on 240 and not on 480. The next
+    # mantissa below, 1.75, stays below 2.
     scale = (power_of_two_below(largest * (16 / 15)) * 2.0**-8).clamp(min=2.0**-123)
     scale = torch.where(largest > 0, scale, 1.0)
     return torch.where(largest.isfinite(), scale, math.nan)
@@ -237,15 +241,15 @@ def assemble(shape, q, s, u=None):
 # ---- 4. Round to nearest (RTN) -----------------------------------------------------------------------------
 #
 # The simplest quantizer: stretch each block until its amax meets 6, the end of the E2M1 line, and round. Here
-# and below, an error is told as NMSE, the squared error over the squared values, on numbers drawn from N(0,
-# 1).
+# and below, errors are given as NMSE, the squared error over the squared values, on numbers drawn from
+# N(0, 1).
 
 def rtn(x, block=(1, BLOCK)):
     """RTN: a block's amax maps to 6; the scale and the values go to nearest, ties to even.
 
-    x (..., K) of any float dtype, K % 16 == 0 -> NVFP4. Deterministic, hence biased. NMSE 9.0e-3. block=(16,
+    x (..., K) of any float dtype, K % 16 == 0 -> NVFP4. Deterministic, hence biased. NMSE 9.1e-3. block=(16,
     16): 16 rows share their scales too, so that the transpose has the same codes; NMSE 12.4e-3. The number of
-    rows must then be a multiple of 16. Source: arXiv:2509.25149, up to the tensor scale.
+    rows must then be a multiple of 16. Source: arXiv:2509.25149; the power-of-two tensor scale is ours.
     """
     b, amax, unit = blocks(x, block)
     s = round_scale(divide_by(amax, E2M1_MAX)) * unit
@@ -263,7 +267,7 @@ def rtn(x, block=(1, BLOCK)):
 #
 # E2M1 has nothing between 4 and 6. A block that maps its amax to 4 leaves the 6 unused, but its grid is finer
 # around its large values, and coarser around its small ones. Which of the two is better depends on the block,
-# so both are tried. Nothing stops at two: the search tries five scales near the first.
+# so both are tried. Why only two? The search tries five scales.
 
 def best_scale(b, scales):
     """Round blocks b to nearest by each of scales, and keep for each block what has the least squared error.
@@ -278,6 +282,7 @@ def best_scale(b, scales):
         if best is None:
             best = q, s, error
         else:
+            # Where this scale errs less, take its q, s and error.
             *_, least_error = best
             best = [torch.where(error < least_error, new, old) for new, old in zip((q, s, error), best)]
     return best[:2]
@@ -296,12 +301,13 @@ def four_six(x, block=(1, BLOCK)):
     return assemble(x.shape, q, s * unit)
 
 
-# What scale_search tries: so many steps of E4M3 above the scale of amax / 6. All from -1 to 5 gain 0.6% more.
+# The scales that scale_search tries, in steps of E4M3 from that of amax / 6. All of -1 to 5 would lower the
+# error by 0.6% more.
 SEARCH = 0, -1, 1, 4, 5
 
 
 def scale_search(x, block=(1, BLOCK)):
-    """4/6 taken further: of five scales, amax / 6 and its neighbours in E4M3, the one of least squared error.
+    """A search like 4/6: of five scales, amax / 6 and neighbours in E4M3, the one of least squared error.
 
     x (..., K) of any float dtype, K % 16 == 0 -> NVFP4; block as in rtn. Deterministic, hence biased. NMSE
     6.7e-3; with 16x16 blocks 11.6e-3. amax / 4 is 4 to 6 steps up, and 6 is not tried: so plain 4/6 errs less
@@ -335,8 +341,8 @@ def scale_search(x, block=(1, BLOCK)):
 
 PHILOX_ROUNDS = 7      # the fewest that pass BigCrush: Salmon et al. 2011
 WORD = 0xFFFFFFFF      # 32 bits
-# A scale of 4 significant bits may be rounded to 16/17 of itself (1.0625 to 1). If amax maps to 16/17 of 6,
-# then amax / s is at most 6, and nothing clips.
+# Rounding to 4 significant bits can shrink a scale to 16/17 of itself (1.0625 to 1). If amax maps to 16/17 of
+# 6, then amax / s is at most 6, and nothing clips.
 SR_MAX = E2M1_MAX * 16 / 17
 
 
@@ -346,6 +352,7 @@ def philox(seed, counter):
     c1 = counter >> 32
     c2 = c3 = 0
     for i in range(PHILOX_ROUNDS):
+        # Python's + binds before >>, & and ^.
         a = c0 * 0xD2511F53                            # 64-bit products, modulo 2^64
         b = c2 * 0xCD9E8D57
         c0 = (b >> 32 ^ c1 ^ (seed & WORD) + i * 0x9E3779B9) & WORD
@@ -356,7 +363,7 @@ def philox(seed, counter):
 
 
 def uniform(seed, a, b):
-    """u of the shape of a, and of b: float32 in [0, 1), multiples of 2^-24.
+    """u of the shape of a, and of b: float32 in [0, 1), multiples of 2^-24. Only shapes of a and b matter.
 
     Elements are numbered through a, then b; element i takes word i % 4 of counter i // 4.
     """
@@ -396,11 +403,11 @@ def sr(x, seed):
 #
 # If R R^T = n I, then x w^T = (x R)(w R)^T / n: both operands of a GEMM may be rotated along the axis it sums
 # over, and nothing changes but the rounding. The randomized Hadamard transform (RHT) flips signs at random
-# and then makes of 128 values 128 sums. Outliers are spread over the group, and errors change with the signs
-# from draw to draw. Signs must come first. Rounding commutes with a change of sign, so signs after the sums
-# would leave the same error in every draw. All of this can be repeated in rounds; section 8 says why one
-# should. R is a matrix of integers that bf16 holds (after three rounds, but once in 10^9 draws), and n is a
-# power of two.
+# and then replaces 128 values by 128 signed sums of them. Outliers are spread over the group, and errors
+# change with the signs from draw to draw. Signs must come first. Rounding commutes with a change of sign, so
+# signs after the sums would leave the same error in every draw. All of this can be repeated in rounds;
+# section 8 says why one should. R is a matrix of integers that bf16 holds (after three rounds in all but one
+# of 10^9 draws), and n is a power of two.
 
 ROTATIONS = {    # name: size of the Hadamard matrix, repeated along the diagonal of R; rounds
     "rht16": (16, 1),
@@ -478,20 +485,21 @@ def rotate(x, R):
 # ---- 8. MS-EDEN --------------------------------------------------------------------------------------------
 #
 # SR pays for its right mean with 2.6 times the error of RTN. EDEN gets the mean for less. Rotate the vector
-# to v, and round it to nearest: q. On average this shrinks, <q, v> < <v, v>. Multiply by the EDEN factor S =
-# <v, v> / <v, q>, and the part of S q along v is v exactly. The rest of the error has no direction of its
+# to v, and round it to nearest: q. This shrinks v on average: <q, v> < <v, v>. Multiply by the EDEN factor S
+# = <v, v> / <v, q>, and the part of S q along v is v exactly. The rest of the error has no direction of its
 # own, because the rotation is random, and averages out. MS-EDEN does so for each block: S goes into the block
 # scale, and the rounding of that scale to E4M3 is the only stochastic one.
 #
 # The argument holds as far as the rotated error has no direction, and one round of RHT is not always enough.
-# A group that one large value dominates becomes +-constant: all 128 values sit on one grid point, RTN erases
-# the rest in every draw, and no averaging brings it back. (The paper's corollary, that the mean is always
-# right, overlooks that.) Two rounds leave next to nothing of this. But two near-equal values, such as (1,
-# 0.88) and 126 zeros, leave half of the sums between the rounds near zero, and 1.3% of the norm stays as a
-# bias. After three rounds none was seen in any input that was tried.
+# A group that one large value dominates becomes +-constant: all 128 values lie close to one grid point or its
+# negative, RTN erases the rest in every draw, and no averaging brings it back. (The paper's corollary, that
+# the mean is always right, overlooks that.) Two rounds leave next to nothing of this. But two near-equal
+# values, such as (1, 0.88) and 126 zeros, make half of the sums after the first round nearly zero, and a bias
+# of 1.3% of the norm stays. After three rounds none was seen in any input that was tried.
 
 # amax maps to the paper's 6.07 = 6 * 16/17 / 0.93: to clip the largest value a little costs less than a
-# coarser grid for the others. (0.90 instead of 0.93 makes NMSE 1.6% larger.)
+# coarser grid for the others. (0.90 instead of 0.93 makes NMSE 1.6% larger. The 16/17 is the paper's; here,
+# where the first scale is not rounded, nothing needs it.)
 EDEN_MAX = SR_MAX / 0.93
 
 
@@ -513,8 +521,9 @@ def ms_eden(x, R, seed, four_six=False):
     """MS-EDEN: rotate, round values to nearest, and the scale times the block's EDEN factor stochastically.
 
     x (..., K) of any float dtype, K % 128 == 0; R of `rotation`, or None if x is rotated already; seed as in
-    sr -> NVFP4 of x R, not normalised. Its mean is x R where the rotated error has no direction: see above.
-    NMSE 9.4e-3.
+    sr -> NVFP4 of x R, not normalised. NMSE 9.4e-3. Rotated back, its mean over draws of R and seed is x
+    where the rotated error has no direction. One round of RHT leaves a bias for groups that one large value
+    dominates, two rounds 1.3% of the norm for groups of two near-equal values, three none that was seen.
     four_six: amax may map to 4 too. The angle to v decides, so the part along v stays exact, and EDEN's
     argument holds. (A choice among draws of SR is biased: nothing makes up for it.) NMSE 8.1e-3.
     Source: arXiv:2601.22813, Algorithm 1.
@@ -551,9 +560,10 @@ def ms_eden(x, R, seed, four_six=False):
 #
 # A recipe says how each operand of the three GEMMs becomes NVFP4. The backward pass sums over N and over M,
 # so it needs w and x rounded along those, not along K as the forward pass rounded them. Most recipes
-# therefore requantize: decode what the forward pass stored, transpose, rotate, quantize again. NVIDIA's
-# avoids it by 16x16 blocks of w, whose transpose has the same codes, and by keeping x in bf16. To add a
-# recipe, add a row; to add a quantizer, write a function and name it here.
+# therefore requantize: decode what the forward pass stored, transpose, rotate, quantize again. NVIDIA's never
+# quantizes twice: w comes in 16x16 blocks, whose transpose has the same codes, and x is kept in bf16 and
+# quantized from that for dw. To add a recipe, add a row; to add a quantizer, write a function and name it
+# here.
 
 def unquantized(x, R, seed):
     """x R in bf16, in an NVFP4's place: for what a recipe leaves in bf16. `decode` takes it."""
@@ -584,7 +594,7 @@ class Gemm(NamedTuple):
     """How one backward GEMM gets its operands, dy and the other one, which is w in dx and x in dw."""
     rotation: str | None    # of both operands along the axis that is summed over; it cancels in the product
     dy: str                 # quantizer of dy
-    other: str | None       # quantizer of the other; None, for w only: as stored, which takes 16x16 blocks
+    other: str | None       # quantizer of the other; None, for w only: as stored, which needs 16x16 blocks
 
 
 class Recipe(NamedTuple):
@@ -632,7 +642,7 @@ RECIPES = {
         dx=Gemm("rht128", dy="ms_eden", other="ms_eden"),
         dw=Gemm("rht128", dy="ms_eden", other="ms_eden")
     ),
-    # Ours: scales searched forward, three rounds of rotation backward, weights that come to rest (section
+    # Ours: scales searched forward, three rounds of rotation backward, CAGE's pull on the weights (section
     # 12).
     "quintet": Recipe(
         x="scale_search",
@@ -669,13 +679,14 @@ class Noise(NamedTuple):
 
 def draw_noise(dy, row):
     """Fresh Noise for dx and for dw of a row of RECIPES, from the default generator of dy's device."""
-    # Signs of two rounds are drawn at least, so that recipes of one and of two rounds see the same seeds.
+    # Two rounds of signs at least, so that recipes of one round and of two get the same seeds from the same
+    # generator. The seeds are that of the other operand and that of dy.
     rounds = max([2] + [rounds for name, (size, rounds) in ROTATIONS.items()
                         if name in (row.dx.rotation, row.dw.rotation)])
     words = draw(dy, 4 * rounds + 4).view(2, -1)      # for each GEMM 64 signs a word, then two seeds
     bits = words[:, :-2, None] >> torch.arange(64, device=dy.device) & 1
     signs = bits.view(2, rounds, GROUP) * 2.0 - 1.0
-    return [Noise(d, seeds[-2], seeds[-1]) for d, seeds in zip(signs, words)]
+    return [Noise(gemm_signs, gemm_words[-2], gemm_words[-1]) for gemm_signs, gemm_words in zip(signs, words)]
 
 
 def quantize(quantizer, x, R=None, seed=None):
@@ -704,7 +715,8 @@ def forward_gemm(row, x, w, w_q):
     x_q = quantize(row.x, x)                                               # (M, K)
     y = matmul(x_q, w_q)                                                   # (M, N)
 
-    # Kept for the backward pass: NVFP4 as it was multiplied, or, where the recipe says so, bf16.
+    # Kept for the backward pass: NVFP4 as it was multiplied, or, where the recipe says so, bf16. A w that is
+    # only transposed needs no bf16.
     w_kept = quantize("bf16", w) if row.original and row.dx.other else w_q
     x_kept = quantize("bf16", x) if row.original else x_q
     return y, w_kept, x_kept
@@ -791,7 +803,7 @@ class Linear(nn.Linear):
 
     def __setstate__(self, state):
         super().__setstate__(state | {"weight_nvfp4": NOTHING})
-        # Where this is unpickled, kernels.py may not be loaded yet: check loads it. It is never demanded.
+        # Where this is unpickled, kernels.py may not be loaded yet: check loads it. Without it torch serves.
         check(self.recipe, "torch" if self.backend == "torch" else "auto")
 
 
@@ -808,13 +820,13 @@ class Linear(nn.Linear):
 # The pull must come late, when weights have found their place.
 #
 # This is CAGE (Tabesh et al. 2025, arXiv:2510.18784) in the form that moves the weights and leaves the
-# gradient as it is. CAGE's pull waits, and then grows along a line; here it grows as (t/T)^4 in step t of T.
-# To dampen oscillations, by a term of the loss, is the idea of Nagel et al. 2022, arXiv:2203.11086.
+# gradient as it is. Only the ramp is our own: CAGE's pull waits, and then grows along a line; here it grows
+# as (t/T)^4. After step t of T, quintet does w += min(1, 10 lr (t/T)^4) (Q(w) - w), lr being the learning
+# rate. To dampen oscillations, by a term of the loss, is the idea of Nagel et al. 2022, arXiv:2203.11086.
 
 @torch.no_grad()
 def dampen(model, share):
-    """w += min(1, share * strength) * (Q(w) - w) for each weight w of a Linear whose recipe dampens by a
-    strength.
+    """w += min(1, share * strength) * (Q(w) - w), w a Linear's weight, strength its recipe's dampen.
 
     share: float, or () tensor on the weights' device. After step t of T, the learning rate times (t/T)^4; or,
     every few steps, the sum of these, which is cheaper.
@@ -825,8 +837,8 @@ def dampen(model, share):
             # FSDP2 shards weights: take the rows that this process has, as a tensor of their own.
             w = getattr(m.weight, "to_local", lambda: m.weight)()
             values = backend_of(m).on_grid(w.bfloat16(), m.recipe)
-            way = w.new_zeros(()) + share * strength
-            w.lerp_(values.to(w.dtype), way.clamp(max=1))
+            fraction = w.new_zeros(()) + share * strength      # a tensor, also of a float
+            w.lerp_(values.to(w.dtype), fraction.clamp(max=1))
 
 
 # Printed:
@@ -841,8 +853,8 @@ def dampen(model, share):
 # ---- A. Custom ops, and what torch.compile needs -----------------------------------------------------------
 #
 # torch.compile may replace an operation by another that is equal on paper. Three must stay as they are:
-# random bits, which are to be eager's; a GEMM with float32 sums; and a cast to bf16, after which the compiler
-# would go on with the float32 value.
+# random bits, which are to be eager's; a GEMM with float32 sums; and a cast to bf16, which the compiler may
+# skip, computing on with the float32 value.
 
 @library.custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def draw(like: Tensor, words: int) -> Tensor:
@@ -918,7 +930,7 @@ class QuantizedMatmul(torch.autograd.Function):
             dx = dgrad_gemm(ctx.row, dy, NVFP4(*saved[:3]), noise_dx)
         if ctx.needs_input_grad[1]:
             dw = wgrad_gemm(ctx.row, dy, NVFP4(*saved[3:]), noise_dw)
-        return dx, dw, None, None, None, None
+        return dx, dw, None, None, None, None          # none for recipe and the three parts of w_q
 
 
 # ---- B. Backends -------------------------------------------------------------------------------------------
@@ -944,7 +956,7 @@ def load_kernels():
 
 
 def resolve(backend, device, recipe):
-    """The backend, "torch" or "triton", that one of Linear's means on a device type, "cuda" or "cpu"."""
+    """What a Linear's backend means for a recipe on a device type, "cuda" or "cpu": "torch" or "triton"."""
     if backend != "auto":
         return backend
     if kernels and device == "cuda" and kernels.supports(RECIPES[recipe]):
@@ -993,6 +1005,7 @@ def check(recipe, backend, in_features=0, out_features=0, name=""):
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r} is not one of auto, torch, triton")
     row = RECIPES[recipe]
+    # False: the kernels are not asked for; None: nothing is lacking; else what is.
     lacks = (backend == "triton" or backend == "auto" and torch.cuda.is_available()) and load_kernels()
     if lacks is None and not kernels.supports(row):
         lacks = f"a mode in kernels.py for each quantizer of {recipe!r}"
@@ -1015,9 +1028,9 @@ def quantize_model(model, recipe, skip=(), backend="auto"):
     """Switch every nn.Linear (and Linear; no subclasses) to a recipe, in place -> list of their names.
 
     skip: names, or parts between dots, of modules to leave alone ("lm_head", "layers.0"). They stay the same
-    objects, hooks included. ValueError, and nothing changed, if one does not fit. What multiplies by weights
-    itself, as nn.MultiheadAttention, stays as it is. nn.TransformerEncoderLayer would, in evaluation, too, by
-    PyTorch's fast path: that is switched off (torch.backends.mha, for other models as well).
+    objects, hooks included. ValueError, and nothing changed, if one does not fit. Modules that use weights
+    without calling their layers, such as nn.MultiheadAttention, stay as they are. PyTorch's fast path for
+    nn.TransformerEncoderLayer would do so in evaluation; it is switched off, for the whole process.
     """
     check(recipe, backend)
     if isinstance(skip, str):
@@ -1052,7 +1065,7 @@ def quantized_weights(model):
     """To accumulate gradients, or evaluate: within it each Linear takes its weight as quantized at the start.
 
     The quantized weight has a fixed place in memory, as a CUDA graph wants it. RuntimeError at the end if a
-    weight has changed (but through .data).
+    weight has changed (a change through .data goes unnoticed).
     """
     layers = quantized_layers(model)
     form = lambda parts: [(t.shape, t.dtype, t.device) for t in parts]
@@ -1061,7 +1074,8 @@ def quantized_weights(model):
         for m in layers:
             new = backend_of(m).quantized(m.weight.detach().bfloat16(), m.recipe)
             if form(m.weight_place) != form(new):
-                m.weight_place = [*map(torch.empty_like, new)]    # no alias of what the op returned
+                # Memory of its own: what an op has returned must not be written to.
+                m.weight_place = [*map(torch.empty_like, new)]
             for place, t in zip(m.weight_place, new):
                 place.copy_(t)
             m.weight_nvfp4 = m.weight_place
