@@ -180,8 +180,8 @@ def cell(differences):
 
 # ---- 3. What pictures share --------------------------------------------------------------------------------
 
-# What rows are called in pictures. A row that is not here keeps its name. To dampen w, as quintet does too, is
-# CAGE's idea, arXiv:2510.18784; the ramp that is called ours is 10 (t/T)^4.
+# What rows are called in pictures. A row that is not here keeps its name. To dampen w, as quintet does too,
+# is CAGE's idea, arXiv:2510.18784; the ramp that is called ours is 10 (t/T)^4.
 NAMES = {
     "rtn": "round to nearest",
     "nvidia": "NVIDIA's recipe",
