@@ -1,264 +1,537 @@
 """The runs behind the README's results: recipes and their parts, on equal data, seeds and steps.
 
-    python data/evidence/experiments.py SIZE GROUP ... [--seeds=1,2,3] [--corpus=novels] [--steps=N] [--jobs=1]
+    python data/evidence/experiments.py SIZE GROUP ... [--seeds=1,2] [--corpus=novels] [--jobs=1] [--steps=N]
 
 SIZE is one of SIZES below, a GROUP one of GROUPS or names of rows by commas. Each GPU trains --jobs runs at a
-time. A finished run leaves its log, data/evidence/results/SIZE-CORPUS-ROW-SEED.jsonl, and is not repeated; one
-stopped by Ctrl-C or SIGTERM goes on from there. With other knobs, either is an error. data/evidence/figures.py draws them all.
+time. Other knobs, such as --steps, are train_gpt.py's. A finished run leaves its log,
+data/evidence/results/SIZE-CORPUS-ROW-SEED.jsonl, and is not repeated. One that was stopped, by Ctrl-C or
+SIGTERM, goes on from there. With other knobs, either is an error. data/evidence/figures.py draws them all.
 
-The comparison that settles, from step 0, written down before its runs. Corpus `installed` (data/prepare.py): all
-runs of a seed have one corpus hash in their headers, and it is read less than once, in validation documents that no
-training has. Rows of a seed share data, init and order. One H200 a run.
+The comparison that settles, from step 0, written down before its runs. Corpus `installed` (data/prepare.py):
+all runs of a seed have one corpus hash in their headers, and it is read less than once, in validation
+documents that no training has. Rows of a seed share data, init and order. One H200 a run.
 
     10m bf16,quartet2,quintet --corpus=installed --seeds=31,...,54          262M bytes, 24 seeds
-    30m bf16,quartet2,quintet --corpus=installed --steps=1526 --seeds=31,...,35        400M bytes, 5 seeds
-    30m quartet2@152+bf16,quintet --corpus=installed --steps=1526 --seeds=41,...,46    branches at 10%, 6 seeds
+    30m bf16,quartet2,quintet --corpus=installed --steps=1526 --seeds=31,...,35     400M bytes, 5 seeds
+    30m quartet2@152+bf16,quintet --corpus=installed --steps=1526 --seeds=41,...,46
+                                                                            branches at 10%, 6 seeds
     10m rivals --corpus=installed --seeds=31,...,38                         8 of those seeds
 
-Primary: the mean over the 24 seeds of quintet's minus quartet2's last validation loss, at 10m: quintet is better if
-the 95% interval (Student's t) lies below 0. Secondary, by paired t-tests with Holm's correction over the family: the
-same at 30m, from scratch and from the branch; quintet minus quartet2_dampen; quintet minus quartet2_cage. Beside
-them, without a test: the share of quartet2's gap to bf16 that is closed, at both sizes, with Fieller's interval; the
-gap of every rival. What has run is reported whichever way it went; seeds are taken in order and none is left out.
+Primary: the mean over the 24 seeds of quintet's minus quartet2's last validation loss, at 10m: quintet is
+better if the 95% interval (Student's t) lies below 0. Secondary, by paired t-tests with Holm's correction
+over the family: the same at 30m, from scratch and from the branch; quintet minus quartet2_dampen; quintet
+minus quartet2_cage. Beside them, without a test: the share of quartet2's gap to bf16 that is closed, at both
+sizes, with Fieller's interval; the gap of every rival. What has run is reported whichever way it went; seeds
+are taken in order and none is left out.
 
-An earlier test of quintet, of two rounds of rotation then, written down before its runs: `10m quartet2@1000+bf16,quintet --seeds=21,...,28`. It is
-better than quartet2 if the 95% interval (Student's t) of the mean paired difference of the last losses lies
-below 0; the goal is that this mean is 15% of quartet2's mean gap to bf16 or more.
+An earlier test of quintet, of two rounds of rotation then, written down before its runs:
+`10m quartet2@1000+bf16,quintet --seeds=21,...,28`. It is better than quartet2 if the 95% interval (Student's
+t) of the mean paired difference of the last losses lies below 0; the goal is that this mean is 15% of
+quartet2's mean gap to bf16 or more.
 
 Two seeds differ by what happens early, and by more than two 4-bit recipes do. So a GROUP may be START+GROUP,
-START being ROW@STEP, as in quartet2@3400+forward: then all rows of a seed go on from that step of that row,
-and leave SIZE-CORPUS-STARTROW-from-STEP-ROW-SEED.jsonl.
-
-Logs of corpus novels called quintet_x2 were written when the recipe quintet had two rounds of rotation; their
-records say quintet.
-
-Results of rows v_* are of code that is gone, of commit 0b41500. There, v_search is fwd_search, v_quintet_46
-quintet_unturned, v_quintet_turned quintet, v_quintet_pull_10 quintet_unturned_dampen10, v_quartet2_pull_10
-quartet2_dampen10, v_search_turned_pull_10 fwd_search_turned_dampen10, v_search_pull_5 and _20
-fwd_search_dampen5 and 20, v_plain plain; the others have the same name.
+where START is ROW@STEP, as in quartet2@3400+forward. Then all rows of a seed go on from that step of that
+row, and leave SIZE-CORPUS-STARTROW-from-STEP-ROW-SEED.jsonl.
 """
-import json, math, os, re, shutil, signal, subprocess, sys, threading, time
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import torch
-import demonstrate, quartet, train_gpt
-from quartet import Gemm, Recipe
 
-RESULTS, RUNS, CHILDREN = HERE / "results", HERE.parents[1] / "runs" / "experiments", []    # processes of runs
-SIZES = {   # arguments of train_gpt.py
+import torch
+
+import demonstrate
+import quartet
+import train_gpt
+from quartet import Gemm, Recipe
+from train_gpt import UserError
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"                           # logs of runs that have finished
+RUNS = HERE.parents[1] / "runs" / "experiments"      # runs that have not, and steps that others start from
+CHILDREN = []                                        # the processes that train
+
+
+# ---- 1. What is compared -----------------------------------------------------------------------------------
+#
+# A row is a recipe of quartet.py, or one of these: recipes with one part changed, or with one part alone in
+# 4 bits. A row of KNOBS is a recipe that is trained with a knob of train_gpt.py.
+
+SIZES = {    # arguments of train_gpt.py
     "10m": "30m --layers=6 --width=384 --heads=3 --hidden=1024 --batch=128 --tokens_per_step=65536"
            " --steps=4000 --lr=1.5e-3",
-    "30m": "30m --batch=128", "100m": "100m --batch=64",
+    "30m": "30m --batch=128",
+    "100m": "100m --batch=64",
     "tiny": "30m --layers=1 --width=128 --heads=1 --hidden=128 --sequence=64 --batch=2 --tokens_per_step=128"
-            " --steps=20 --lr=1e-3 --compile=off --device=cpu"}
+            " --steps=20 --lr=1e-3 --compile=off --device=cpu",
+}
 COMMON = "--eval_tokens=4194304 --eval_every=500 --save_every=1000000 --sample_tokens=64 --log_every=20"
 
+# What runs must share to be compared.
 DECIDES = ("layers", "width", "heads", "hidden", "vocab_size", "sequence", "tokens_per_step", "steps", "lr",
-           "weight_decay", "clip", "eval_tokens")       # what runs must share to be compared
+           "weight_decay", "clip", "eval_tokens")
 
-exact = Gemm(None, "bf16", "bf16")                # a backward GEMM of unquantized operands
-forward = lambda x, w: Recipe(x, w, exact, exact)
-backward = lambda *gemm: Recipe("bf16", "bf16", Gemm(*gemm), Gemm(*gemm))
-both = lambda q, *gemm: Recipe(q, q, Gemm(*gemm), Gemm(*gemm))
-eden = "rht128", "ms_eden", "ms_eden"
+EXACT = Gemm(None, dy="bf16", other="bf16")          # a backward GEMM of unquantized operands
+EDEN = Gemm("rht128", dy="ms_eden", other="ms_eden")
+EDEN_X2 = Gemm("rht128x2", dy="ms_eden", other="ms_eden")
+EDEN_46 = Gemm("rht128x2", dy="ms_eden_46", other="ms_eden_46")
+QUARTET2 = quartet.RECIPES["quartet2"]
+QUINTET = quartet.RECIPES["quintet"]
+
+
+def forward(x, w):
+    """A recipe whose forward pass alone is quantized."""
+    return Recipe(x, w, dx=EXACT, dw=EXACT)
+
+
+def backward(gemm):
+    """A recipe whose backward pass alone is quantized, dx and dw alike."""
+    return Recipe("bf16", "bf16", dx=gemm, dw=gemm)
+
+
+def both(quantizer, gemm):
+    """A recipe with one quantizer for x and w, and dx and dw alike."""
+    return Recipe(quantizer, quantizer, dx=gemm, dw=gemm)
+
+
 ROWS = {
-    "fwd_rtn": forward("rtn", "rtn"), "fwd_four_six": forward("four_six", "four_six"),
-    "fwd_rtn_16x16": forward("rtn", "rtn_16x16"), "fwd_four_six_16x16": forward("four_six", "four_six_16x16"),
+    # Forward alone. 16x16: blocks of w.
+    "fwd_rtn": forward("rtn", "rtn"),
+    "fwd_four_six": forward("four_six", "four_six"),
+    "fwd_rtn_16x16": forward("rtn", "rtn_16x16"),
+    "fwd_four_six_16x16": forward("four_six", "four_six_16x16"),
     "fwd_search": forward("scale_search", "scale_search"),
     "fwd_search_dampen": forward("scale_search", "scale_search")._replace(dampen=10.0),
-    "x_four_six": forward("four_six", "bf16"), "w_four_six": forward("bf16", "four_six"),
-    "x_search": forward("scale_search", "bf16"), "w_search": forward("bf16", "scale_search"),
-    "bwd_sr": backward("rht128", "sr", "sr"), "bwd_sr_46": backward("rht128", "sr_46", "sr_46"),
-    "bwd_eden": backward(*eden), "bwd_eden_x2": backward("rht128x2", "ms_eden", "ms_eden"),
-    "bwd_eden_46": backward("rht128x2", "ms_eden_46", "ms_eden_46"),
-    "bwd_four_six": backward("rht128x2", "four_six", "four_six"),
-    "quartet2_rtn": both("rtn", *eden), "quartet2_search": both("scale_search", *eden),
-    "quartet2_x2": both("four_six", "rht128x2", "ms_eden", "ms_eden"),
-    "quartet2_46": both("four_six", "rht128x2", "ms_eden_46", "ms_eden_46"),
-    "quartet2_dy": both("four_six", "rht128x2", "ms_eden", "four_six"),
-    "quartet2_dampen": quartet.RECIPES["quartet2"]._replace(dampen=10.0),
-    "quartet2_cage": quartet.RECIPES["quartet2"]._replace(dampen=10.0),
-    "quartet2_original": quartet.RECIPES["quartet2"]._replace(original=True),   # backward: of bf16 x and w
-    "quintet_x2": quartet.RECIPES["quintet"]._replace(dx=Gemm("rht128x2", "ms_eden", "ms_eden"),
-                                                      dw=Gemm("rht128x2", "ms_eden", "ms_eden")),
+    # One operand of the forward pass alone.
+    "x_four_six": forward("four_six", "bf16"),
+    "w_four_six": forward("bf16", "four_six"),
+    "x_search": forward("scale_search", "bf16"),
+    "w_search": forward("bf16", "scale_search"),
+    # Backward alone.
+    "bwd_sr": backward(Gemm("rht128", dy="sr", other="sr")),
+    "bwd_sr_46": backward(Gemm("rht128", dy="sr_46", other="sr_46")),
+    "bwd_eden": backward(EDEN),
+    "bwd_eden_x2": backward(EDEN_X2),
+    "bwd_eden_46": backward(EDEN_46),
+    "bwd_four_six": backward(Gemm("rht128x2", dy="four_six", other="four_six")),
+    # Quartet II with one part changed.
+    "quartet2_rtn": both("rtn", EDEN),
+    "quartet2_search": both("scale_search", EDEN),
+    "quartet2_x2": both("four_six", EDEN_X2),
+    "quartet2_46": both("four_six", EDEN_46),
+    "quartet2_dy": both("four_six", Gemm("rht128x2", dy="ms_eden", other="four_six")),
+    # To pull w towards its quantized value is CAGE's idea, arXiv:2510.18784. The first grows by a ramp of
+    # this project's own, 10 (t/T)^4, the second by CAGE's (RAMPS).
+    "quartet2_dampen": QUARTET2._replace(dampen=10.0),
+    "quartet2_cage": QUARTET2._replace(dampen=10.0),
+    # Backward from x and w in bf16, not from what the forward pass stored.
+    "quartet2_original": QUARTET2._replace(original=True),
+    # quintet with two rounds of rotation.
+    "quintet_x2": QUINTET._replace(dx=EDEN_X2, dw=EDEN_X2),
 }
-KNOBS = {   # rows with knobs: recipe, knobs; quartet2_last: 15% of the blocks or a little more
-    "quartet2_end": ("quartet2", "--bf16_end=0.1"), "quartet2_last": ("quartet2", "--bf16_blocks=1")}
-# How dampening grows with the share t of steps done, where not by train_gpt.ramp, t^4. CAGE's form, arXiv:2510.18784:
-# silence, then a line. The length of its silence is chosen so that end and integral over t are those of t^4.
-RAMPS = {"quartet2_cage": lambda t: max(0.0, (t - 0.6) / 0.4)}
+KNOBS = {    # row: its recipe, its knobs
+    "quartet2_end": ("quartet2", "--bf16_end=0.1"),
+    "quartet2_last": ("quartet2", "--bf16_blocks=1"),     # 15% of the blocks or a little more
+}
+
+
+def cage_ramp(t):
+    """How dampening grows with the share t of steps done in CAGE: silence, then a line.
+
+    The length of its silence is chosen so that end and integral over t are those of train_gpt.ramp, t^4.
+    """
+    return max(0.0, (t - 0.6) / 0.4)
+
+
+RAMPS = {"quartet2_cage": cage_ramp}                 # of all other rows: train_gpt.ramp
+
 GROUPS = {
-    "rivals": "nvidia four_six tetrajet2 quartet2_dampen quartet2_cage quartet2_end quartet2_last quartet2_original",
-    "recipes": "bf16 nvidia four_six tetrajet2 quartet2 quintet", "close": "bf16 quartet2 quintet",
+    "rivals": "nvidia four_six tetrajet2 quartet2_dampen quartet2_cage quartet2_end quartet2_last"
+              " quartet2_original",
+    "recipes": "bf16 nvidia four_six tetrajet2 quartet2 quintet",
+    "close": "bf16 quartet2 quintet",
     "forward": "bf16 fwd_rtn_16x16 fwd_four_six_16x16 fwd_rtn fwd_four_six fwd_search fwd_search_dampen",
     "operands": "bf16 x_four_six w_four_six x_search w_search",
     "backward": "bf16 bwd_sr bwd_sr_46 bwd_eden bwd_eden_x2 bwd_eden_46 bwd_four_six",
     "parts": "bf16 quartet2_rtn quartet2 quartet2_search quartet2_x2 quartet2_46 quartet2_dampen quintet",
 }
 
+
+def sr_46(x, R, seed):
+    """SR with 4/6, which is biased, as a quantizer of quartet.QUANTIZERS."""
+    return demonstrate.sr_four_six(quartet.rotate(x, R), seed)
+
+
 def register():
     """Make ROWS recipes, and SR with 4/6 a quantizer."""
-    quartet.QUANTIZERS["sr_46"] = lambda x, R, seed: demonstrate.sr_four_six(quartet.rotate(x, R), seed)
+    quartet.QUANTIZERS["sr_46"] = sr_46
     quartet.RECIPES.update(ROWS)
 
-def plain(row):
-    """ROW, ROW@STEP or ROW@STEP+ROW as part of a file's name: quartet2@1000+bf16 -> quartet2-from-1000-bf16."""
-    return row.replace("@", "-from-").replace("+", "-")
-def log_of(size, corpus, row, seed): return RESULTS / f"{size}-{corpus}-{plain(row)}-{seed}.jsonl"
-def start_of(size, corpus, start, seed): return RUNS / f"{size}-{corpus}-{plain(start)}-{seed}.pt"
 
-def branch(start, run, recipe, knobs):
-    """Make a run, a directory, that goes on from a kept checkpoint by another recipe, or with other knobs."""
-    saved = torch.load(start, weights_only=True)
-    saved["config"] |= dict(recipe=recipe, name="run", save_every=1000000) | train_gpt.parse(knobs)[2]
-    torch.save(saved, run / "checkpoint.pt")
+# ---- 2. Where runs are, and whether they are of one kind ---------------------------------------------------
+
+def plain(row):
+    """A row as part of a file's name. Example: quartet2@1000+bf16 -> quartet2-from-1000-bf16."""
+    return row.replace("@", "-from-").replace("+", "-")
+
+
+def log_of(size, corpus, row, seed):
+    """Where the log of a finished run is."""
+    return RESULTS / f"{size}-{corpus}-{plain(row)}-{seed}.jsonl"
+
+
+def start_of(size, corpus, start, seed):
+    """Where the checkpoint is that rows of ROW@STEP+GROUP go on from; start: ROW@STEP."""
+    return RUNS / f"{size}-{corpus}-{plain(start)}-{seed}.pt"
+
 
 def config(size):
     """All knobs of a size, {name: value}."""
     _, preset, knobs = train_gpt.parse([*SIZES[size].split(), *COMMON.split()])
     return vars(train_gpt.Config(**train_gpt.PRESETS[preset] | knobs))
 
+
 def check(path, size, knobs):
-    """Raise UserError where a log or checkpoint has other knobs, or, of DECIDES, other than SIZES has."""
-    plain = config(size)
-    if path.suffix == ".pt": own = vars(train_gpt.load("eval", path, {})[0])
-    else: own = json.loads(path.read_text().partition("\n")[0]).get("config", {})       # old logs have none
-    for k, v in ({k: plain[k] for k in DECIDES} | knobs).items():
-        if k != "save_every" and own.get(k, v) != v:
-            raise train_gpt.UserError(f"{path} has --{k}={own[k]}, not {v}: move it away, or take {own[k]}")
+    """UserError where a log or checkpoint has other knobs, or, of DECIDES, other than the size has."""
+    if path.suffix == ".pt":
+        saved, _, _ = train_gpt.load("eval", path, {})
+        own = vars(saved)
+    else:
+        header, _, _ = path.read_text().partition("\n")
+        own = json.loads(header).get("config", {})     # a log that does not tell its knobs is taken as it is
+
+    of_size = config(size)
+    wanted = {name: of_size[name] for name in DECIDES} | knobs
+    for name, value in wanted.items():
+        if name != "save_every" and own.get(name, value) != value:
+            raise UserError(f"{path} has --{name}={own[name]}, not {value}: move it away, or take "
+                            f"{own[name]}")
+
+
+# ---- 3. One run --------------------------------------------------------------------------------------------
+#
+# A run is train_gpt.py in a process of its own, in a directory of its own, which is removed when its log has
+# been copied to RESULTS. The process is this file again, `experiments.py train ROW ...`, so that it knows the
+# rows.
+
+def branch(start, run, recipe, knobs):
+    """Make a run, a directory, that goes on from a kept checkpoint by another recipe, or with other knobs."""
+    saved = torch.load(start, weights_only=True)
+    _, _, changed = train_gpt.parse(knobs)
+    saved["config"] |= dict(recipe=recipe, name="run", save_every=1000000) | changed
+    torch.save(saved, run / "checkpoint.pt")
+
 
 def train(size, corpus, row, seed, gpu, jobs, knobs, keep=()):
     """One run, in a process of its own on one GPU: leaves its log in RESULTS, or prints why there is none.
 
-    keep: steps from which others go on, as soon as they are there. A run that has its log ends at the last.
+    row: ROW or ROW@STEP+ROW. keep: steps from which others go on, as soon as they are there. A run that has
+    its log already ends at the last of them.
     """
-    target, (start, _, row) = log_of(size, corpus, row, seed), row.rpartition("+")
-    if (finished := target.exists()) and not keep: return   # of another such command, meanwhile
+    # Another such command may have finished it meanwhile.
+    target = log_of(size, corpus, row, seed)
+    finished = target.exists()
+    if finished and not keep:
+        return
+
+    # One that was stopped goes on. A new one that starts from a step of another goes on from that.
+    start, _, row = row.rpartition("+")
+    recipe, *more = KNOBS.get(row, (row,))
     directory = RUNS / target.stem
-    run, (recipe, *more) = directory / "runs" / "run", KNOBS.get(row, (row,))
+    run = directory / "runs" / "run"
     begun = any((run / name).exists() for name in train_gpt.CHECKPOINTS)
-    if not begun: shutil.rmtree(directory, ignore_errors=True)
-    (run if start else directory).mkdir(parents=True, exist_ok=True)
-    if start and not begun: branch(start_of(size, corpus, start, seed), run, recipe, more)
-    if start or begun: arguments = ["resume", "run", "--save_every=1000000"]
-    else: arguments = [*SIZES[size].split(), *COMMON.split(), f"--recipe={recipe}", f"--seed={seed}",
-                       f"--corpus={corpus}", "--name=run", *more, *(f"--{k}={v}" for k, v in knobs.items())]
-    if keep: arguments += [f"--save_every={math.gcd(*keep)}"]
-    keep = {step: start_of(size, corpus, f"{row}@{step}", seed) for step in keep}
-    arguments += [f"--end={target}"] * finished + [f"--keep={step}={path}" for step, path in keep.items()]
-    child = subprocess.Popen([sys.executable, __file__, "train", row, *arguments], cwd=directory, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
+    if not begun:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        if start:
+            run.mkdir(parents=True)
+            branch(start_of(size, corpus, start, seed), run, recipe, more)
+
+    # The command line
+    if begun or start:
+        arguments = ["resume", "run", "--save_every=1000000"]
+    else:
+        arguments = [*SIZES[size].split(), *COMMON.split(), "--name=run"]
+        arguments += [f"--recipe={recipe}", f"--seed={seed}", f"--corpus={corpus}", *more]
+        arguments += [f"--{name}={value}" for name, value in knobs.items()]
+    kept = {step: start_of(size, corpus, f"{row}@{step}", seed) for step in keep}
+    if keep:
+        arguments.append(f"--save_every={math.gcd(*keep)}")
+        arguments += [f"--keep={step}={path}" for step, path in kept.items()]
+    if finished:
+        arguments.append(f"--end={target}")
+
+    # Train, and wait.
+    child = subprocess.Popen(
+        [sys.executable, __file__, "train", row, *arguments],
+        cwd=directory,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     CHILDREN.append(child)
-    printed, left = child.communicate()[0], keep.values() if finished else [run / "result.json"]
+    printed, _ = child.communicate()
+
+    # What it must leave
+    left = kept.values() if finished else [run / "result.json"]
     if child.returncode or not all(path.exists() for path in left):
-        return print(f"{target.stem} has not finished:\n{printed[-3000:]}", flush=True)
+        print(f"{target.stem} has not finished:\n{printed[-3000:]}", flush=True)
+        return
     if not finished:
-        records = [json.loads(line) for line in open(run / "log.jsonl")]
-        kept = [r for r in records if "loss" not in r or r["step"] % 20 == 0]   # training losses: each 20th
-        kept.append(json.loads((run / "result.json").read_text()) | {"jobs": jobs})
-        part = target.with_suffix(".part")
-        part.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(part, target)
-        print(f"{target.stem}: {kept[-1]}", flush=True)
+        keep_log(run, target, jobs)
     shutil.rmtree(directory)
 
-def queue(size, rows, seeds, corpus, knobs, jobs):
-    """Train what has no log yet, seed by seed, on all GPUs -> None, or what to say if some has none then."""
-    RESULTS.mkdir(exist_ok=True)
-    for log in (log_of(size, corpus, row, seed) for row in rows for seed in seeds):
-        for path in log, *(RUNS / log.stem / "runs" / "run").glob("*.pt"):
-            if path.exists(): check(path, size, knobs)
-    runs = [(row, seed) for seed in seeds for row in rows if not log_of(size, corpus, row, seed).exists()]
-    if not runs: print(f"all of these runs are there, in {RESULTS}: move logs away to train them again")
-    starts = {}                                             # what must be trained, up to which steps, before
-    for start, seed in dict.fromkeys((row.rpartition("+")[0], seed) for row, seed in runs):
-        path, (row, _, step) = start_of(size, corpus, start, seed), start.partition("@")
-        if start and path.exists(): check(path, size, knobs)
-        elif start: starts.setdefault((row, seed), []).append(int(step))
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    todo = [(*run, knobs, starts.get(run, ())) for run in dict.fromkeys([*starts, *runs])]
-    training, lock = [], threading.RLock()                  # what others may wait for
-    def ready(run):
-        start = run[0].rpartition("+")[0]
-        return not start or start_of(size, corpus, start, run[1]).exists()
-    def work(gpu):
-        while True:
-            with lock:
-                run = next(filter(ready, todo), None)
-                if run: todo.remove(run), training.append(run)
-                elif not training: return
-            if not run: time.sleep(0.2); continue
-            try: train(size, corpus, *run[:2], gpu, jobs, *run[2:])
-            finally:
-                with lock: training.remove(run) # or others might find neither its step there nor it training
-    def stop(signum, frame):
-        with lock: todo.clear()
-        for child in CHILDREN: child.send_signal(signal.SIGTERM)    # saves, also after a Ctrl-C of its own
-    for signum in (signal.SIGINT, signal.SIGTERM): signal.signal(signum, stop)
-    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus.split(",") * jobs]    # "": a CPU
-    for w in workers: w.start()
-    for w in workers: w.join()
-    left = sum(not log_of(size, corpus, *run).exists() for run in {*runs})
-    if left: return f"experiments.py: not finished: {left} of the runs; the same command goes on with them"
+
+def keep_log(run, target, jobs):
+    """Copy the log of a run, a directory, to target, but of training losses each 20th; print the result."""
+    records = [json.loads(line) for line in open(run / "log.jsonl")]
+    records = [r for r in records if "loss" not in r or r["step"] % 20 == 0]
+    result = json.loads((run / "result.json").read_text()) | {"jobs": jobs}
+    part = target.with_suffix(".part")
+    part.write_text("".join(json.dumps(r) + "\n" for r in [*records, result]))
+    os.replace(part, target)
+    print(f"{target.stem}: {result}", flush=True)
+
+
+def losses_by_step(log):
+    """The losses in a log -> {(step, "loss" or "val_loss"): loss}."""
+    found = {}
+    for line in open(log):
+        record = json.loads(line)
+        for kind in ("loss", "val_loss"):
+            if kind in record and "step" in record:
+                found[record["step"], kind] = record[kind]
+    return found
+
 
 def keep_checkpoints(keep, end):
     """Let train_gpt.py copy checkpoints to keep, {step: path}, and stop at the last of these if `end`.
 
-    end: the log that the run has already. Its losses must be those, or rows of a seed had not one start.
+    end: the log that the run has already, or None. Its losses must be those of now, or the rows of a seed
+    would not have one start.
     """
     save = train_gpt.save
-    def losses(log):
-        records = (json.loads(line) for line in open(log))
-        return {(r["step"], k): r[k] for r in records for k in ("loss", "val_loss") if k in r and "step" in r}
+
     def keeping(directory, c, step, **state):
         save(directory, c, step, **state)
         if step in keep:
-            before, now = (losses(log) for log in (end, directory / "log.jsonl")) if end else ({}, {})
-            if wrong := [k for k in before.keys() & now.keys() if before[k] != now[k]]:
-                raise train_gpt.UserError(f"step {min(wrong)[0]}: not the losses of {end}, of another GPU or "
-                                          "code: take another seed, or move the logs of this one away")
-            shutil.copy(directory / "checkpoint.pt", f"{keep[step]}.part")
-            os.replace(f"{keep[step]}.part", keep[step])
-        if end and step == max(keep): sys.exit()
+            if end:
+                refuse_other_losses(directory / "log.jsonl", end)
+            part = f"{keep[step]}.part"
+            shutil.copy(directory / "checkpoint.pt", part)
+            os.replace(part, keep[step])
+        if end and step == max(keep):
+            sys.exit()
+
     train_gpt.save = keeping
 
+
+def refuse_other_losses(log, end):
+    """UserError where two logs of one run, the second of an earlier time, have different losses."""
+    now = losses_by_step(log)
+    before = losses_by_step(end)
+    wrong = [key for key in before.keys() & now.keys() if before[key] != now[key]]
+    if wrong:
+        step, _ = min(wrong)
+        raise UserError(f"step {step}: not the losses of {end}, of another GPU or code: take another seed, "
+                        "or move the logs of this one away")
+
+
+def train_row(arguments):
+    """`train ROW [--keep=STEP=PATH ...] [--end=LOG] ...`: train_gpt.py with ROWS, in this process."""
+    parser = argparse.ArgumentParser(prog="experiments.py train", allow_abbrev=False)
+    parser.add_argument("row")
+    parser.add_argument("--keep", action="append", default=[])
+    parser.add_argument("--end")
+    own, arguments = parser.parse_known_args(arguments)
+
+    # {step: path}
+    keep = {}
+    for word in own.keep:
+        step, _, path = word.partition("=")
+        keep[int(step)] = path
+    train_gpt.ramp = RAMPS.get(own.row, train_gpt.ramp)
+    keep_checkpoints(keep, own.end)
+    train_gpt.main(arguments)
+
+
+# ---- 4. All runs -------------------------------------------------------------------------------------------
+
+def queue(size, rows, seeds, corpus, knobs, jobs):
+    """Train what has no log yet, seed by seed, on all GPUs -> None, or what to say if some has none then."""
+    # What is there, done or half done, must be of this kind.
+    RESULTS.mkdir(exist_ok=True)
+    for row in rows:
+        for seed in seeds:
+            log = log_of(size, corpus, row, seed)
+            for path in [log, *(RUNS / log.stem / "runs" / "run").glob("*.pt")]:
+                if path.exists():
+                    check(path, size, knobs)
+
+    # What is missing
+    runs = [(row, seed) for seed in seeds for row in rows if not log_of(size, corpus, row, seed).exists()]
+    if not runs:
+        print(f"all of these runs are there, in {RESULTS}: move logs away to train them again")
+
+    # What must be trained before, up to which steps: {(row, seed): [step, ...]}
+    starts = {}
+    for start, seed in dict.fromkeys((row.rpartition("+")[0], seed) for row, seed in runs):
+        path = start_of(size, corpus, start, seed)
+        row, _, step = start.partition("@")
+        if start and path.exists():
+            check(path, size, knobs)
+        elif start:
+            starts.setdefault((row, seed), []).append(int(step))
+
+    def ready(run):
+        """Whether the step is there that a run goes on from."""
+        row, seed = run
+        start, _, _ = row.rpartition("+")
+        return not start or start_of(size, corpus, start, seed).exists()
+
+    def train_it(run, keep, gpu):
+        train(size, corpus, *run, gpu, jobs, knobs, keep)
+
+    # On a machine without a GPU, one named "": a CPU.
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    todo = {run: starts.get(run, ()) for run in [*starts, *runs]}
+    train_all(todo, ready, train_it, gpus.split(",") * jobs)
+
+    left = sum(not log_of(size, corpus, *run).exists() for run in set(runs))
+    if left:
+        return f"experiments.py: not finished: {left} of the runs; the same command goes on with them"
+
+
+def train_all(todo, ready, train_it, gpus):
+    """Call train_it(run, keep, gpu) for all of todo, {run: keep}, at most one at a time for each of gpus.
+
+    A run starts when ready(run), which others that train may bring about; what never gets ready is left out.
+    After SIGINT or SIGTERM no other starts, and those that train save and end.
+    """
+    training = []
+    lock = threading.RLock()
+
+    def work(gpu):
+        while True:
+            # Take the first that is ready. If others train, one may get ready.
+            with lock:
+                run = next(filter(ready, todo), None)
+                if run:
+                    keep = todo.pop(run)
+                    training.append(run)
+                elif not training:
+                    return
+            if not run:
+                time.sleep(0.2)
+                continue
+            try:
+                train_it(run, keep, gpu)
+            finally:
+                # Under the lock, or others might find neither its step there nor it training.
+                with lock:
+                    training.remove(run)
+
+    def stop(signum, frame):
+        with lock:
+            todo.clear()
+        for child in CHILDREN:
+            child.send_signal(signal.SIGTERM)        # saves, also after a Ctrl-C of its own
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+# ---- 5. The command line -----------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors, of one line."""
+
+    def error(self, message):
+        raise UserError(f"{message}: see --help")
+
+
+def rows_of(word, steps):
+    """GROUP, START+GROUP, or rows by commas in a GROUP's place -> [row, ...]. UserError for what is unknown.
+
+    Of START, ROW@STEP, that ROW itself comes last. steps: of a run.
+    """
+    start, plus, group = word.rpartition("+")
+    first, _, step = start.partition("@")
+    if start and not (step.isdigit() and 0 < int(step) < steps):
+        raise UserError(f"{word}: not ROW@STEP+GROUP with a step from 1 to {steps - 1}")
+    names = GROUPS[group].split() if group in GROUPS else group.split(",")
+    rows = [start + plus + name for name in names if not start or name != first]
+    if start:
+        rows.append(first)
+        names = [*names, first]
+    for name in names:
+        train_gpt.known(name, quartet.RECIPES | KNOBS, f"unknown row {name!r}")
+    return rows
+
+
 def main(arguments):
+    """Do what the command line says -> None, or what has not finished."""
     register()
     if arguments[:1] == ["train"]:
-        keep = dict(a[7:].split("=", 1) for a in arguments if a.startswith("--keep="))
-        end = [a[6:] for a in arguments if a.startswith("--end=")]
-        _, row, *arguments = arguments
-        train_gpt.ramp = RAMPS.get(row, train_gpt.ramp)
-        keep_checkpoints({int(step): path for step, path in keep.items()}, end and end[0])
-        return train_gpt.main([a for a in arguments if not a.startswith(("--end=", "--keep="))])
-    if {"-h", "--help"} & {*arguments}: return print(__doc__)
-    words = [a for a in arguments if not a.startswith("--")]
-    knobs = dict(a[2:].partition("=")[::2] for a in arguments if a.startswith("--"))
-    if len(words) < 2: raise train_gpt.UserError("it takes a SIZE and a GROUP, or more: see --help")
-    train_gpt.known(words[0], SIZES, f"unknown size {words[0]!r}")
-    seeds, jobs, corpus = knobs.pop("seeds", "1"), knobs.pop("jobs", "1"), knobs.pop("corpus", "novels")
-    if not re.fullmatch(r"\d+(,\d+)*", seeds):
-        raise train_gpt.UserError(f"--seeds={seeds}: it takes whole numbers by commas, as in --seeds=1,2,3")
-    if not re.fullmatch(r"[1-9]\d*", jobs): raise train_gpt.UserError(f"--jobs={jobs}: take --jobs=1 or more")
-    if "-" in corpus: raise train_gpt.UserError(f"--corpus={corpus}: a name without - can be read in a log's name")
-    if own := {"recipe", "seed", "name"} & {*knobs}:
-        raise train_gpt.UserError(f"--{own.pop()} is a run's own here: rows name recipes, --seeds=1,2 seeds")
-    knobs = train_gpt.parse([f"--{k}={v}" for k, v in knobs.items()])[2]
-    size, *groups, wanted = *words, []
-    steps = (config(size) | knobs)["steps"]
+        return train_row(arguments[1:])
+
+    parser = Parser(
+        prog="experiments.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("size", metavar="SIZE", help=", ".join(SIZES))
+    parser.add_argument("groups", metavar="GROUP", nargs="+", help=", ".join(GROUPS))
+    parser.add_argument("--seeds", default="1", help="whole numbers by commas (1)")
+    parser.add_argument("--corpus", default="novels", help="of data/prepare.py (novels)")
+    parser.add_argument("--jobs", default="1", help="runs at a time on one GPU (1)")
+    own, others = parser.parse_known_args(arguments)
+
+    # Others are groups that stand behind a knob, and knobs of train_gpt.py.
+    words = own.groups + others
+    groups = [word for word in words if not word.startswith("--")]
+    _, _, knobs = train_gpt.parse([word for word in words if word.startswith("--")])
+
+    # Mistakes
+    train_gpt.known(own.size, SIZES, f"unknown size {own.size!r}")
+    if not re.fullmatch(r"\d+(,\d+)*", own.seeds):
+        raise UserError(f"--seeds={own.seeds}: it takes whole numbers by commas, as in --seeds=1,2,3")
+    if not re.fullmatch(r"[1-9]\d*", own.jobs):
+        raise UserError(f"--jobs={own.jobs}: take --jobs=1 or more")
+    if "-" in own.corpus:
+        raise UserError(f"--corpus={own.corpus}: a name without - can be read in a log's name")
+    for name in ("recipe", "seed", "name"):
+        if name in knobs:
+            raise UserError(f"--{name} is a run's own here: rows name recipes, --seeds=1,2 seeds")
+
+    # What to train
+    steps = (config(own.size) | knobs)["steps"]
+    rows = []
     for word in groups:
-        start, plus, group = word.rpartition("+")
-        first, at, step = start.partition("@")
-        if start and not (step.isdigit() and 0 < int(step) < steps):
-            raise train_gpt.UserError(f"{word}: not ROW@STEP+GROUP with a step from 1 to {steps - 1}")
-        rows = GROUPS[group].split() if group in GROUPS else group.split(",")
-        wanted += [start + plus + row for row in rows if not start or row != first] + [first] * bool(start)
-    for row in wanted: train_gpt.known(row.split("+")[-1], quartet.RECIPES | KNOBS, f"unknown row {row!r}")
-    return queue(size, wanted, [*map(int, seeds.split(","))], corpus, knobs, int(jobs))
+        rows += rows_of(word, steps)
+    seeds = [int(seed) for seed in own.seeds.split(",")]
+    return queue(own.size, rows, seeds, own.corpus, knobs, int(own.jobs))
+
 
 if __name__ == "__main__":
-    try: sys.exit(main(sys.argv[1:]))
-    except (train_gpt.UserError, ValueError, OSError) as e: sys.exit(f"experiments.py: {e}")
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (UserError, ValueError, OSError) as e:
+        sys.exit(f"experiments.py: {e}")

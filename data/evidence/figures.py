@@ -1,201 +1,783 @@
-"""Tables and pictures of the runs that data/evidence/experiments.py keeps in data/evidence/results/, and of quantizers.
+"""Tables and pictures: of the runs that experiments.py keeps, of runs of your own, and of how it works.
 
-    python data/evidence/figures.py [--base=ROW]   tables; pictures too, into data/evidence/figures/, if matplotlib is there
-    python data/evidence/figures.py runs/*         your own runs, going on or done: a table, curves as runs/curves.png
+    python data/evidence/figures.py [--base=ROW]     tables; and all pictures, into data/evidence/figures/
+    python data/evidence/figures.py runs/*           your own runs, going on or done: a table, runs/curves.png
 
-Losses are in nats: of validation, at the end; in training, the mean over the last tenth of the steps (each
-20th is kept, of old runs none). A gap is to bf16 of the same seed, batches and last step, in 1e-3 nats, with
-the 95% interval of its mean over seeds (Student's t). Speed and memory: of runs with a GPU alone (--jobs=1).
+Pictures take matplotlib. Losses are in nats: of validation, at the end; in training, the mean over the last
+tenth of the steps (each 20th is kept). A gap is to bf16 of the same seed, batches and last step, in 1e-3
+nats, with the 95% interval of its mean over seeds (Student's t). Speed and memory: of runs with a GPU alone
+(--jobs=1). Tables have every log in data/evidence/results/; pictures have the rows that can be trained today.
 data/evidence/results/bias-*.jsonl, of data/evidence/bias.py --out, become a picture too.
 """
-import json, math, os, re, statistics, sys
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import sys
 from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+import experiments
+import quartet
+import train_gpt
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import torch
-import quartet, train_gpt
+RESULTS = HERE / "results"
+FIGURES = HERE / "figures"
 
-RESULTS, FIGURES = HERE / "results", HERE / "figures"
-# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the normal's is close
-T = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131
 
-def interval(values):
-    """values, one a seed -> their mean, and half its 95% interval: NaN of one value."""
-    n, mean = len(values), sum(values) / len(values)
-    if n == 1: return mean, math.nan
-    return mean, (T[n - 2] if n - 2 < len(T) else 1.96) * statistics.stdev(values) / math.sqrt(n)
+# ---- 1. Runs and their differences -------------------------------------------------------------------------
+
+# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the normal's is close.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+class Run(NamedTuple):
+    """One run."""
+    validated: dict      # {step: validation loss}
+    trained: dict        # {step: training loss}
+    result: dict         # what it ended with: val_loss, tokens_per_s, ...
+    header: dict = {}    # what it began with: config, parameters, ...
+
 
 def read():
-    """The logs of RESULTS -> {(size, corpus, start): {row: {seed: (validated, trained, result)}}}.
+    """The logs of RESULTS -> {(size, corpus, start): {row: {seed: Run}}}.
 
-    validated, trained: losses by step. start: ROW-from-STEP, from which runs went on, or "". That ROW, which
-    went on as it was, is among them.
+    start: ROW-from-STEP, from which runs went on, or "". That ROW, which went on as it was, is among them.
     """
     runs = {}
     for path in sorted(RESULTS.glob("*.jsonl")):
         name = re.fullmatch(r"([^-]+)-([^-]+)-(?:([^-]+-from-\d+)-)?([^-]+)-(\d+)", path.stem)
-        if not name: continue       # of data/evidence/bias.py
+        if not name:
+            continue                                  # of bias.py
         size, corpus, start, row, seed = name.groups(default="")
-        *records, result = map(json.loads, path.read_text().splitlines())
-        result = {key: math.nan if value is None else value for key, value in result.items()}
-        run = *({r["step"]: r[key] for r in records if key in r} for key in ("val_loss", "loss")), result
-        runs.setdefault((size, corpus, start), {}).setdefault(row, {})[int(seed)] = run
+        rows = runs.setdefault((size, corpus, start), {})
+        rows.setdefault(row, {})[int(seed)] = read_run(path)
+
     for (size, corpus, start), rows in runs.items():
         row, _, step = start.partition("-from-")
-        for seed, (*losses, result) in runs.get((size, corpus, ""), {}).get(row, {}).items():
-            late = ({s: loss for s, loss in by_step.items() if s > int(step)} for by_step in losses)
-            if any(seed in v for v in rows.values()): rows.setdefault(row, {})[seed] = *late, result
+        seeds = {seed for found in rows.values() for seed in found}
+        for seed, run in runs.get((size, corpus, ""), {}).get(row, {}).items():
+            if seed in seeds:
+                rows.setdefault(row, {})[seed] = after(run, int(step))
     return runs
 
-def training(validated, trained, result):
-    """The mean loss of the last tenth of the steps; NaN without any."""
-    last = [loss for step, loss in trained.items() if step > 0.9 * max(trained)]
+
+def read_run(path):
+    """The Run in a log. What a log tells as null is NaN."""
+    *records, result = map(json.loads, path.read_text().splitlines())
+    result = {name: math.nan if value is None else value for name, value in result.items()}
+    validated = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
+    trained = {r["step"]: r["loss"] for r in records if "loss" in r}
+    header = records[0] if records else {}
+    return Run(validated, trained, result, header)
+
+
+def after(run, first):
+    """A Run without its steps up to `first`."""
+    validated = {step: loss for step, loss in run.validated.items() if step > first}
+    trained = {step: loss for step, loss in run.trained.items() if step > first}
+    return run._replace(validated=validated, trained=trained)
+
+
+def final(run):
+    """The validation loss at the end."""
+    return run.result["val_loss"]
+
+
+def training(run):
+    """The mean training loss of the last tenth of the steps; NaN without any."""
+    last = [loss for step, loss in run.trained.items() if step > 0.9 * max(run.trained)]
     return statistics.mean(last or [math.nan])
+
 
 def pairs(rows, row, base):
     """Runs of row and base, a pair a seed, if last validated at one step; training losses of common steps."""
-    both = [(rows[row][seed], rows[base][seed]) for seed in rows.get(base, ()) if seed in rows[row]]
-    both = [pair for pair in both if len({max(validated) for validated, *_ in pair if validated}) < 2]
-    return [[(v, {s: t[s] for s in t if s in a[1] and s in b[1]}, r) for v, t, r in (a, b)] for a, b in both]
+    found = []
+    for seed, other in rows.get(base, {}).items():
+        run = rows[row].get(seed)
+        if run is None:
+            continue
+        if run.validated and other.validated and max(run.validated) != max(other.validated):
+            continue
+        common = run.trained.keys() & other.trained.keys()
+        found.append([r._replace(trained={step: r.trained[step] for step in r.trained if step in common})
+                      for r in (run, other)])
+    return found
 
-def paired(rows, row, base, value=lambda *run: run[-1]["val_loss"]):
+
+def paired(rows, row, base, value=final):
     """Differences row - base in 1e-3 nats, one for each of their pairs that has that value."""
-    found = (value(*run) - value(*other) for run, other in pairs(rows, row, base))
-    return [1e3 * difference for difference in found if math.isfinite(difference)]
+    differences = [value(run) - value(other) for run, other in pairs(rows, row, base)]
+    return [1e3 * difference for difference in differences if math.isfinite(difference)]
 
-def speed(runs):
-    """The result of the fastest of the runs, by seed, that had a GPU alone; {} if none had."""
-    alone = (result for *_, result in runs.values() if result.get("jobs") == 1)
-    return max(alone, key=lambda result: result["tokens_per_s"], default={})
 
-def table(size, corpus, start, rows, base="quartet2"):
-    """Print every row, by gap to bf16: seeds, loss, its deviation, that gap, to `base`; speed, memory."""
-    print(f"\n{size}, {corpus}{', ' * bool(start)}{start.replace('-', ' ')}: differences in 1e-3 nats, by seed, +- 95%")
-    print(f"row                  seeds  val loss deviates      gap to bf16{'to ' + base:>17}"
-          "  bf16 in training  ktok/s   GiB")
-    final = {row: [result["val_loss"] for *_, result in v.values()] for row, v in rows.items()}
-    mean = {row: statistics.mean(losses) for row, losses in final.items()}
-    for row in sorted(rows, key=lambda row: (interval(paired(rows, row, "bf16") or [math.inf]), mean[row])):
-        found = (paired(rows, row, *what) for what in (("bf16",), (base,), ("bf16", training)))
-        cells = ["{:9.2f} +-{:5.2f}".format(*interval(f)) if f else " " * 17 for f in found]
-        if best := speed(rows[row]): cells += [f"{best['tokens_per_s'] / 1e3:8.0f}{best['peak_gib']:6.1f}"]
-        deviation = f"{1e3 * statistics.stdev(final[row]):9.2f}" if len(final[row]) > 1 else " " * 9
-        print(f"{row:20}{len(rows[row]):6}{mean[row]:10.4f}", deviation, *cells, sep="")
+def interval(values):
+    """values, one a seed -> their mean, and half its 95% interval: NaN of one value."""
+    n = len(values)
+    mean = sum(values) / n
+    if n == 1:
+        return mean, math.nan
+    t = T[n - 2] if n - 2 < len(T) else 1.96
+    return mean, t * statistics.stdev(values) / math.sqrt(n)
+
 
 def binned(losses, base, width):
     """Differences losses - base, by step, in 1e-3 nats -> {the last of every `width` steps: their mean}."""
-    bins, steps = {}, sorted(losses.keys() & base.keys())
+    bins = {}
+    steps = sorted(losses.keys() & base.keys())
     for step in steps:
         last = min(-(-step // width) * width, steps[-1])
         bins.setdefault(last, []).append(1e3 * (losses[step] - base[step]))
     return {step: statistics.mean(values) for step, values in bins.items()}
 
+
+def fastest(runs):
+    """The result of the fastest of runs, {seed: Run}, that had a GPU alone; {} if none had."""
+    alone = [run.result for run in runs.values() if run.result.get("jobs") == 1]
+    return max(alone, key=lambda result: result["tokens_per_s"], default={})
+
+
+# ---- 2. Tables ---------------------------------------------------------------------------------------------
+
+def table(size, corpus, start, rows, base="quartet2"):
+    """Print every row, by gap to bf16: seeds, loss, its deviation, that gap, to `base`; speed, memory."""
+    title = ", ".join(filter(None, [size, corpus, start.replace("-", " ")]))
+    print(f"\n{title}: differences in 1e-3 nats, by seed, +- 95%")
+    print(f"row                  seeds  val loss deviates      gap to bf16{'to ' + base:>17}"
+          "  bf16 in training  ktok/s   GiB")
+
+    losses = {row: [final(run) for run in runs.values()] for row, runs in rows.items()}
+    mean = {row: statistics.mean(values) for row, values in losses.items()}
+    gap = {row: interval(paired(rows, row, "bf16") or [math.inf]) for row in rows}
+    for row in sorted(rows, key=lambda row: (gap[row], mean[row])):
+        deviation = " " * 9
+        if len(losses[row]) > 1:
+            deviation = f"{1e3 * statistics.stdev(losses[row]):9.2f}"
+        cells = [
+            cell(paired(rows, row, "bf16")),
+            cell(paired(rows, row, base)),
+            cell(paired(rows, row, "bf16", training)),
+        ]
+        best = fastest(rows[row])
+        if best:
+            cells.append(f"{best['tokens_per_s'] / 1e3:8.0f}{best['peak_gib']:6.1f}")
+        print(f"{row:20}{len(rows[row]):6}{mean[row]:10.4f}", deviation, *cells, sep="")
+
+
+def cell(differences):
+    """Mean and interval of differences, or blanks without any."""
+    if not differences:
+        return " " * 17
+    return "{:9.2f} +-{:5.2f}".format(*interval(differences))
+
+
+# ---- 3. What pictures share --------------------------------------------------------------------------------
+
+# What rows are called in pictures. A row that is not here keeps its name. To dampen w, as quintet does too,
+# is CAGE's idea, arXiv:2510.18784; the ramp that is called ours is 10 (t/T)^4.
+NAMES = {
+    "rtn": "round to nearest",
+    "nvidia": "NVIDIA's recipe",
+    "four_six": "Four Over Six",
+    "tetrajet2": "TetraJet-v2",
+    "quartet2": "Quartet II",
+    "quintet": "quintet (ours)",
+    "quintet_x2": "quintet with two rounds of rotation",
+    "fwd_rtn": "forward only: RTN",
+    "fwd_four_six": "forward only: 4/6",
+    "fwd_rtn_16x16": "forward only: RTN, w in 16x16 blocks",
+    "fwd_four_six_16x16": "forward only: 4/6, w in 16x16 blocks",
+    "fwd_search": "forward only: scale search",
+    "fwd_search_dampen": "forward only: scale search, w dampened",
+    "x_four_six": "forward only, x only: 4/6",
+    "w_four_six": "forward only, w only: 4/6",
+    "x_search": "forward only, x only: scale search",
+    "w_search": "forward only, w only: scale search",
+    "bwd_sr": "backward only: SR",
+    "bwd_sr_46": "backward only: SR with 4/6",
+    "bwd_eden": "backward only: MS-EDEN",
+    "bwd_eden_x2": "backward only: MS-EDEN, two rounds",
+    "bwd_eden_46": "backward only: MS-EDEN with 4/6, two rounds",
+    "bwd_four_six": "backward only: 4/6, two rounds",
+    "quartet2_rtn": "Quartet II, forward by RTN",
+    "quartet2_search": "Quartet II, forward by scale search",
+    "quartet2_x2": "Quartet II, two rounds of rotation",
+    "quartet2_46": "Quartet II, two rounds, MS-EDEN with 4/6",
+    "quartet2_dy": "Quartet II, two rounds, MS-EDEN for dy only",
+    "quartet2_dampen": "Quartet II, w dampened by our ramp",
+    "quartet2_cage": "Quartet II, w dampened by CAGE's ramp",
+    "quartet2_original": "Quartet II, backward from bf16 w and x",
+    "quartet2_end": "Quartet II, last 10% of steps in bf16",
+    "quartet2_last": "Quartet II, last block in bf16",
+}
+
+# Colours that colour-blind readers can tell apart: Okabe and Ito's.
+BLACK = "#000000"
+GREY = "#666666"
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+RED = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
+SKY = "#56B4E9"
+BROWN = "#8C3B00"
+
+# Of whole recipes, in the order of legends.
+COLORS = {"rtn": GREY, "nvidia": GREEN, "four_six": ORANGE, "tetrajet2": PURPLE, "quartet2": BLUE,
+          "quintet": RED, "quintet_x2": BROWN}
+
+
+def pyplot():
+    """matplotlib.pyplot, set up: large letters, no frames, the same file each time."""
+    import matplotlib.pyplot as plt
+    plt.switch_backend("agg")
+    plt.rcParams.update({
+        "svg.hashsalt": "quartet",
+        "font.size": 11,
+        "axes.titlesize": 12,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "figure.dpi": 120,
+        "mathtext.fontset": "cm",
+    })
+    return plt
+
+
+def save(plt, name):
+    """Write the picture to FIGURES / name, which ends in .svg or .png, and close it."""
+    # No date and no version: a picture that has not changed leaves no difference.
+    unwanted = {"Date": None} if name.endswith(".svg") else {"Software": None}
+    FIGURES.mkdir(exist_ok=True)
+    plt.savefig(FIGURES / name, metadata=unwanted)
+    plt.close()
+    print(f"wrote {FIGURES / name}")
+
+
+def row_gaps(rows):
+    """Rows that can be trained today -> {row: (mean gap to bf16, half its interval)}, the smallest first."""
+    today = quartet.RECIPES | experiments.ROWS | experiments.KNOBS
+    gaps = {}
+    for row in rows:
+        found = paired(rows, row, "bf16")
+        if row in today and row != "bf16" and found:
+            gaps[row] = interval(found)
+    return dict(sorted(gaps.items(), key=lambda item: item[1]))
+
+
+# ---- 4. Pictures of runs -----------------------------------------------------------------------------------
+
+def draw_rows(plt, key, rows):
+    """rows-*.svg: the gap of every row at the end."""
+    gaps = row_gaps(rows)
+    plt.figure(figsize=(7.5, 1 + 0.27 * len(gaps)))
+    plt.barh(
+        [NAMES.get(row, row) for row in gaps],
+        [mean for mean, _ in gaps.values()],
+        xerr=[half for _, half in gaps.values()],
+        color=[COLORS.get(row, SKY) for row in gaps],
+        height=0.7,
+        error_kw=dict(elinewidth=1, capsize=2),
+    )
+    plt.margins(y=0.01)
+    plt.gca().invert_yaxis()
+    plt.xlabel("loss gap to bf16 at the end, 1e-3 nats")
+    plt.tight_layout()
+    save(plt, f"rows-{key}.svg")
+
+
+def draw_gaps(plt, key, rows):
+    """gap-*.svg: the gaps of whole recipes by step, in training and in validation."""
+    figure, axes = plt.subplots(1, 2, figsize=(7.5, 3.4))
+    gaps = row_gaps(rows)
+    for ax, title, field, width in (
+        (axes[0], "training", "trained", 100),
+        (axes[1], "validation", "validated", 1),
+    ):
+        for row in COLORS | quartet.RECIPES:
+            if row in gaps:
+                curves = [binned(getattr(run, field), getattr(base, field), width)
+                          for run, base in pairs(rows, row, "bf16")]
+                draw_curve(ax, [curve for curve in curves if curve], row)
+        ax.set_title(title)
+        ax.set_xlabel("step")
+    axes[0].set_ylabel("loss gap to bf16, 1e-3 nats")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="upper center", ncols=3)
+    plt.tight_layout(rect=(0, 0, 1, 1 - 0.08 * math.ceil(len(axes[1].lines) / 3)))
+    save(plt, f"gap-{key}.svg")
+
+
+def draw_curve(ax, curves, row):
+    """The mean of a row's curves, [{step: value}, ...], at their common steps; its interval as a band."""
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    means = []
+    halves = []
+    for step in steps:
+        mean, half = interval([curve[step] for curve in curves])
+        means.append(mean)
+        halves.append(half)
+    low = [mean - half for mean, half in zip(means, halves)]
+    high = [mean + half for mean, half in zip(means, halves)]
+    line, = ax.plot(steps, means, label=NAMES.get(row, row), color=COLORS.get(row))
+    ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def draw_speed(plt, key, rows):
+    """speed-*.svg: speed and memory of recipes; nothing if no run had a GPU alone."""
+    best = {row: fastest(rows.get(row, {})) for row in quartet.RECIPES}
+    best = {NAMES.get(row, row): result for row, result in best.items() if result}
+    if not best:
+        return
+    _, axes = plt.subplots(1, 2, figsize=(7.5, 0.9 + 0.28 * len(best)), sharey=True)
+    speeds = axes[0].barh(list(best), [result["tokens_per_s"] / 1e3 for result in best.values()], color=BLUE)
+    memories = axes[1].barh(list(best), [result["peak_gib"] for result in best.values()], color=SKY)
+    axes[0].bar_label(speeds, fmt=" %.0f")
+    axes[1].bar_label(memories, fmt=" %.1f")
+    axes[0].set_xlabel("thousand tokens/s")
+    axes[1].set_xlabel("peak memory, GiB")
+    for ax in axes:
+        ax.margins(x=0.2)
+    axes[0].invert_yaxis()
+    plt.tight_layout()
+    save(plt, f"speed-{key}.svg")
+
+
+def draw_gap(plt, rows):
+    """gap.png, README's first picture: what each recipe loses against bf16."""
+    gaps = row_gaps(rows)
+    height = 1.6 + 0.4 * len(gaps)
+    figure, ax = plt.subplots(figsize=(7.5, height))
+    means = [mean for mean, _ in gaps.values()]
+    halves = [half for _, half in gaps.values()]
+    ax.barh([NAMES.get(row, row) for row in gaps], means, xerr=halves, height=0.6,
+            color=[COLORS.get(row, SKY) for row in gaps], error_kw=dict(elinewidth=1.5, capsize=4))
+    ax.set_xlim(left=min(0, *means))
+    ax.invert_yaxis()
+    ax.set_xlabel("validation loss above that of bf16, 1e-3 nats a byte")
+
+    # Numbers to the right; how many seeds, if not all rows have as many
+    seeds = [len(paired(rows, row, "bf16")) for row in gaps]
+    several = min(seeds) < max(seeds)
+    for y, row in enumerate(gaps):
+        number = f"{means[y]:.1f}"
+        if seeds[y] > 1:
+            number += f" ± {halves[y]:.1f}"
+        if several:
+            number += f"  ({seeds[y]})"
+        ax.text(1.02, y, number, va="center", transform=ax.get_yaxis_transform(), in_layout=False)
+
+    # What was trained, as the logs tell
+    run = next(iter(rows["bf16"].values()))
+    c = run.header["config"]
+    parameters, _, _ = run.header["parameters"].partition(", ")
+    parameters = int(parameters.replace(",", "")) / 1e6
+    tokens = c["steps"] * c["tokens_per_step"] / 1e6
+    loss = statistics.mean(final(run) for run in rows["bf16"].values())
+    means_of = f"{min(seeds)} to {max(seeds)} seeds (in brackets)" if several else f"{seeds[0]} seeds"
+    figure.text(0.015, 1 - 0.26 / height, "The loss that 4 bits cost", fontsize=15, va="center")
+    figure.text(
+        0.015, 1 - 0.66 / height,
+        f"{parameters:.1f}M parameters, {tokens:.0f}M bytes of Python; bf16 ends at {loss:.3f} nats a byte\n"
+        f"means of {means_of}, paired with bf16; lines: 95% intervals (Student's t)",
+        va="center", color=GREY,
+    )
+    plt.tight_layout(rect=(0, 0, 0.83 if several else 0.87, 1 - 0.9 / height))
+    save(plt, "gap.png")
+
+
+# ---- 5. Pictures of quantizers -----------------------------------------------------------------------------
+
 def nmse(name):
     """NMSE of a quantizer on N(0, 1), rotated if it takes that."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1024, 1024, generator=g)
-    R = quartet.rotation("rht128x2", g)[0] if name.startswith("ms_eden") else None
+    R = None
+    if name.startswith("ms_eden"):
+        R, _ = quartet.rotation("rht128x2", g)
     y = quartet.rotate(x, R)
-    return ((quartet.decode(quartet.QUANTIZERS[name](x, R, 1)) - y).square().sum() / y.square().sum()).item()
+    found = quartet.decode(quartet.QUANTIZERS[name](x, R, 1))
+    return ((found - y).square().sum() / y.square().sum()).item()
+
+
+def draw_nmse(plt):
+    """nmse.svg: the error of every quantizer."""
+    names = {
+        "rtn": "round to nearest (RTN)",
+        "rtn_16x16": "RTN, 16x16 blocks",
+        "four_six": "Four Over Six (4/6)",
+        "four_six_16x16": "4/6, 16x16 blocks",
+        "scale_search": "scale search",
+        "scale_search_16x16": "scale search, 16x16 blocks",
+        "sr": "stochastic rounding (SR)",
+        "ms_eden": "MS-EDEN",
+        "ms_eden_46": "MS-EDEN with 4/6",
+    }
+    values = {name: 1e3 * nmse(name) for name in quartet.QUANTIZERS if name != "bf16"}
+    plt.figure(figsize=(7.5, 3.2))
+    bars = plt.barh(
+        [names.get(name, name) for name in values],
+        list(values.values()),
+        # What draws noise is unbiased; the others are not.
+        color=[ORANGE if name in quartet.NOISY else BLUE for name in values],
+    )
+    plt.bar_label(bars, fmt=" %.1f")
+    plt.gca().invert_yaxis()
+    plt.xlabel("squared error over squared values, N(0, 1), 1e-3 (orange: draws noise)")
+    plt.tight_layout()
+    save(plt, "nmse.svg")
+
+
+METHODS = {    # of bias.py: what they are called, their colour
+    "sr": ("SR", BLUE),
+    "sr rht128": ("SR, rotated", SKY),
+    "sr 4/6": ("SR with 4/6, rotated", ORANGE),
+    "ms_eden": ("MS-EDEN, one round", RED),
+    "ms_eden x2": ("MS-EDEN, two rounds", GREEN),
+    "ms_eden 4/6": ("MS-EDEN with 4/6, two rounds", BLACK),
+}
+
+
+def draw_bias(plt, path):
+    """bias-*.svg: how the mean of B quantized gradients converges, a line a layer."""
+    records = [r for r in map(json.loads, path.read_text().splitlines()) if r["operand"] == "both"]
+    figure, axes = plt.subplots(1, 2, figsize=(7.5, 4.4), sharey=True)
+    lines = {}
+    for ax, gemm in zip(axes, ("dx", "dw")):
+        for r in records:
+            if r["gemm"] == gemm:
+                label, color = METHODS.get(r["method"], (r["method"], GREY))
+                scaled = [B * error / r["error"][0] for B, error in zip(r["B"], r["error"])]
+                lines[label] = ax.loglog(r["B"], scaled, color=color, linewidth=0.8)
+        ax.set_title(f"{gemm}, a line for each layer")
+        ax.set_xlabel("B, draws in the mean")
+    axes[0].set_ylabel("B error(B) / error(1): 1 if unbiased")
+    shown = [line for line, *_ in lines.values()]
+    figure.legend(shown, list(lines), loc="upper center", ncols=3, fontsize=10)
+    plt.tight_layout(rect=(0, 0, 1, 0.87))
+    save(plt, f"{path.stem}.svg")
+
+
+# ---- 6. Pictures of how it works ---------------------------------------------------------------------------
+
+def draw_gemms(plt):
+    """gemms.png: the three GEMMs of a linear layer by quartet2, and which quantizer each operand gets."""
+    _, ax = plt.subplots(figsize=(7.5, 6.4))
+    plt.subplots_adjust(0, 0, 1, 1)
+    ax.set_xlim(0, 150)
+    ax.set_ylim(0, 128)
+    ax.axis("off")
+
+    # Places of columns and rows
+    dy = 51
+    x = 81
+    w = 111
+    result = 138
+    source = 105
+    forward = 78
+    dgrad = 44
+    wgrad = 12
+    pale_blue = "#CFE6F5"
+    pale_orange = "#FBE0B0"
+    line = dict(arrowstyle="-|>", color=BLACK, shrinkA=0, shrinkB=0)
+
+    def text(column, row, words, size=9.5, **how):
+        ax.text(column, row, words, va="center", fontsize=size, linespacing=1.2, **how)
+
+    def box(column, row, name, what, color="white"):
+        frame = plt.matplotlib.patches.FancyBboxPatch(
+            (column - 11, row - 7), 22, 14, "round,pad=0,rounding_size=2", facecolor=color, edgecolor=GREY)
+        ax.add_patch(frame)
+        text(column, row + 2, name, 15, ha="center")
+        text(column, row - 4, what, 9, ha="center")
+
+    def arrow(column, top, bottom, words):
+        """From one box down to another, with what happens on the way."""
+        ax.annotate("", (column, bottom + 7.3), (column, top - 7.3), arrowprops=line)
+        text(column + 2, bottom + 14, words)
+
+    def gemm(row, equation, words, first, times, second, name, shape):
+        """What is left of a row of boxes, between them, and to their right."""
+        text(2, row + 4.5, equation, 17)
+        text(2, row - 4, words, color=GREY)
+        text((first + times) / 2, row, "×", 17, ha="center")
+        text((second + result) / 2, row, "=", 17, ha="center")
+        box(result, row, name, f"bf16 {shape}")
+
+    text(2, 122.5, "A linear layer by Quartet II: three GEMMs in NVFP4", 14)
+    text(2, 117, "Coloured: NVFP4, in blocks of 16 along the axis that its GEMM sums over", color=GREY)
+    text(2, source, "operands", color=GREY)
+    box(dy, source, "$dy$", "bf16 (M, N)")
+    box(x, source, "$x$", "bf16 (M, K)")
+    box(w, source, "$w$", "bf16 (N, K)")
+
+    gemm(forward, r"$y = x\,w^T$", "forward,\nsums over K", x, w, w, "$y$", "(M, N)")
+    arrow(x, source, forward, "Four Over Six")
+    arrow(w, source, forward, "Four Over Six")
+    box(x, forward, "$x$", "blocks along K", pale_blue)
+    box(w, forward, "$w$", "blocks along K", pale_blue)
+
+    gemm(dgrad, r"$dx = dy\,w$", "backward, sums over N;\nthe rotation R cancels", dy, x, w, "$dx$", "(M, K)")
+    arrow(dy, source, dgrad, "rotate,\nMS-EDEN")
+    arrow(w, forward, dgrad, "requantize: decode,\ntranspose, rotate,\nMS-EDEN")
+    box(dy, dgrad, r"$dy\,R$", "blocks along N", pale_orange)
+    box(w, dgrad, "$w^T R$", "blocks along N", pale_orange)
+
+    gemm(wgrad, "$dw = dy^T x$", "backward, sums over M;\nanother R cancels", dy, x, w, "$dw$", "(N, K)")
+    arrow(x, forward, wgrad, "requantize: decode,\ntranspose, rotate,\nMS-EDEN")
+    box(dy, wgrad, "$dy^T R$", "blocks along M", pale_orange)
+    box(x, wgrad, "$x^T R$", "blocks along M", pale_orange)
+
+    # dy goes to dw past dx.
+    ax.plot([dy - 11, dy - 14, dy - 14], [source, source, wgrad], color=BLACK, linewidth=1)
+    ax.annotate("", (dy - 11, wgrad), (dy - 14, wgrad), arrowprops=line)
+    text(dy - 12, wgrad + 13, "transpose, rotate,\nMS-EDEN")
+    save(plt, "gemms.png")
+
+
+def draw_block(plt):
+    """block.png: one block of 16 values, rounded with its amax at 6 and with its amax at 4."""
+    g = torch.Generator().manual_seed(2318)           # a block for which 4 is clearly better
+    b, amax, unit = quartet.blocks(torch.randn(1, 16, generator=g))
+    b = b.abs()                                       # the grid is the same on both sides of zero
+    grid = quartet.unpack(torch.arange(8, dtype=torch.uint8))[::2]
+
+    _, axes = plt.subplots(2, 1, figsize=(7.5, 4.6), sharex=True)
+    for ax, top, color, end in zip(axes, (6.0, 4.0), (BLUE, RED), ("", ": 4/6 takes this one")):
+        # As four_six does it, for one of the two
+        s = quartet.round_scale(quartet.divide_by(amax, top)) * unit
+        q = quartet.e2m1(quartet.ratio(b, s))
+        error = quartet.block_sum((q * s - b).square()).item()
+
+        # The grid, from 0 to 6 times the scale
+        points = (grid * s.item()).tolist()
+        ax.hlines(0, 0, points[-1], color=BLACK, linewidth=1)
+        ax.vlines(points, -0.1, 0.1, color=BLACK, linewidth=1.5)
+        for point, value in zip(points, grid):
+            ax.text(point, -0.17, f"{value:g}", ha="center", va="top")
+
+        # Values, and where they go
+        for value, rounded in zip(b.flatten().tolist(), (q * s).flatten().tolist()):
+            ax.plot([value, rounded], [0.8, 0], color=color, linewidth=1)
+            ax.plot(value, 0.8, "o", color=color, markersize=7, markeredgecolor="white")
+        ax.set_title(f"amax at {top:g}, squared error {error:.3f}{end}", color=color)
+        ax.set_ylim(-0.5, 1)
+        ax.axis("off")
+
+    # Words beside each line
+    *_, four, six = (grid * (amax * unit / 6).item()).tolist()
+    words = dict(color=GREY, fontsize=10, va="center")
+    axes[0].text((four + six) / 2, -0.23, "nothing between", ha="center", **words)
+    axes[0].text(six * 1.05, 0.8, "16 values, without signs", **words)
+    axes[0].text(six * 1.05, 0, "E2M1 times the block scale", **words)
+    axes[1].text(six * 1.05, 0.8, "the same values, on a grid\n1.5 times as wide", **words)
+    axes[1].text(six * 1.5, 0.25, "not used", ha="center", **words)
+    plt.tight_layout()
+    save(plt, "block.png")
+
+
+DRAWS = 4096
+
+
+def distances(rounds, draws, repeats=8):
+    """How far the mean of B draws of MS-EDEN is from the exact value, over its norm -> {B: distance}.
+
+    The value: a group of 128 from N(0, 1), of which one is 100 instead. rounds: of rotation. B: 1, 2, 4, ...,
+    draws, a power of two. A distance is the root mean square over draws * repeats / B means.
+    """
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(quartet.GROUP, generator=g)
+    x[0] = 100.0
+
+    # All draws at once: a row is x after a rotation of its own, signs and sums in turn.
+    H = quartet.hadamard(quartet.GROUP, "cpu")
+    signs = torch.randint(0, 2, (rounds, draws * repeats, quartet.GROUP), generator=g) * 2.0 - 1.0
+    v = x
+    for d in signs:
+        v = quartet.rotate(v * d, H)
+    v = quartet.decode(quartet.ms_eden(v, None, seed=0))
+    for d in signs.flip(0):
+        v = quartet.rotate(v, H.T) * d / quartet.GROUP
+    errors = v - x
+
+    found = {}
+    B = 1
+    while B <= draws:
+        means = errors.unflatten(0, (-1, B)).mean(1)
+        found[B] = (means.square().sum(-1).mean().sqrt() / x.norm()).item()
+        B *= 2
+    return found
+
+
+def draw_rounds(plt):
+    """rounds.png: what averaging leaves of the error of MS-EDEN, after one, two and three rounds."""
+    _, ax = plt.subplots(figsize=(7.5, 4.8))
+    lines = {
+        1: ("one round of rotation: levels off, biased", RED, "o-"),
+        2: ("two rounds", BLUE, "s-"),
+        3: ("three rounds", GREEN, "^--"),
+    }
+    for rounds, (label, color, style) in lines.items():
+        found = distances(rounds, DRAWS)
+        ax.loglog(list(found), list(found.values()), style, color=color, label=label, markersize=6)
+    unbiased = [found[1] / math.sqrt(B) for B in found]
+    label = r"falls as $1/\sqrt{B}$: unbiased"
+    ax.loglog(list(found), unbiased, color=GREY, alpha=0.3, linewidth=7, label=label)
+
+    ax.set_title("MS-EDEN, averaged: a group of one 100 and 127 values of N(0, 1)")
+    ax.set_xlabel("B, draws in the mean")
+    ax.set_ylabel("distance of the mean from the exact\nvalue, over its norm")
+    ticks = [B for B in found if B in (1, 4, 16, 64, 256, 1024, 4096)]
+    ax.set_xticks(ticks, [str(B) for B in ticks])
+    ax.set_yticks([0.1, 0.01, 0.001], ["10%", "1%", "0.1%"])
+    ax.minorticks_off()
+    ax.legend(loc="lower left")
+    plt.tight_layout()
+    save(plt, "rounds.png")
+
 
 def draw(runs):
-    """Pictures into FIGURES: of each table gaps to bf16, at the end and by step; speed; NMSE; gradients."""
-    import matplotlib.pyplot as plt
-    plt.switch_backend("svg"), FIGURES.mkdir(exist_ok=True)
-    plt.rcParams.update({"svg.hashsalt": "q", "axes.spines.top": False, "axes.spines.right": False})
-    def save(name):
-        plt.tight_layout(), plt.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
-        plt.close(), print(f"wrote {FIGURES / name}.svg")
+    """All pictures, into FIGURES."""
+    plt = pyplot()
     for key, rows in runs.items():
-        name = "-".join(filter(None, key))
-        gaps = {row: interval(found) for row in rows if row[:2] != "v_" and row != "bf16"
-                for found in [paired(rows, row, "bf16")] if found}
-        if not (order := sorted(gaps, key=gaps.get)): continue
-        plt.figure(figsize=(6, 1 + 0.2 * len(order)))
-        plt.barh(order, [gaps[row][0] for row in order], xerr=[gaps[row][1] for row in order])
-        plt.gca().invert_yaxis(), plt.xlabel("loss gap to bf16 at the end, 1e-3 nats"), save(f"rows-{name}")
-        _, axes = plt.subplots(1, 2, figsize=(8, 3))
-        for row in [row for row in (*quartet.RECIPES, "quintet_x2") if row in gaps]:
-            for ax, which, width in zip(axes, (1, 0), (100, 1)):
-                found = [binned(run[which], base[which], width) for run, base in pairs(rows, row, "bf16")]
-                found = [*filter(None, found)] or [{}]
-                steps = sorted(set.intersection(*map(set, found)))
-                curve = [interval([f[step] for f in found]) for step in steps]
-                line, = ax.plot(steps, [gap for gap, _ in curve], label=row)
-                ax.fill_between(steps, [g - h for g, h in curve], [g + h for g, h in curve],
-                                color=line.get_color(), alpha=0.15, linewidth=0)
-        for ax, what in zip(axes, ("training", "validation")): ax.set_title(what), ax.set_xlabel("step")
-        axes[0].set_ylabel("loss gap to bf16, 1e-3 nats"), axes[0].legend(fontsize=7)
-        save(f"gap-{name}")
-        best = {row: found for row in quartet.RECIPES if (found := speed(rows.get(row, {})))}
-        if not best: continue
-        _, axes = plt.subplots(1, 2, figsize=(6, 2.2), sharey=True)
-        for ax, field, unit in zip(axes, ("tokens_per_s", "peak_gib"), ("tokens/s", "peak memory, GiB")):
-            ax.barh([*best], [result[field] for result in best.values()]), ax.set_xlabel(unit)
-        axes[0].invert_yaxis(), save(f"speed-{name}")
-    plt.figure(figsize=(6, 2.6))
-    values = {name: 1e3 * nmse(name) for name in quartet.QUANTIZERS if name != "bf16"}
-    plt.bar_label(plt.barh([*values], [*values.values()]), fmt=" %.3g", fontsize=7)
-    plt.gca().invert_yaxis(), plt.xlabel("NMSE on N(0, 1), 1e-3"), save("nmse")
+        if row_gaps(rows):
+            name = "-".join(filter(None, key))
+            draw_rows(plt, name, rows)
+            draw_gaps(plt, name, rows)
+            draw_speed(plt, name, rows)
+    draw_nmse(plt)
     for path in sorted(RESULTS.glob("bias-*.jsonl")):
-        records = [r for r in map(json.loads, path.read_text().splitlines()) if r["operand"] == "both"]
-        _, axes = plt.subplots(1, 2, figsize=(6, 3), sharey=True)
-        for ax, gemm in zip(axes, ("dx", "dw")):
-            for color, method in zip("C0 C1 C2 C3 C9 k".split(), dict.fromkeys(r["method"] for r in records)):
-                for i, r in enumerate(r for r in records if (r["gemm"], r["method"]) == (gemm, method)):
-                    ax.loglog(r["B"], [B * error / r["error"][0] for B, error in zip(r["B"], r["error"])],
-                              color=color, linewidth=0.7, label="" if i else method)
-            ax.set_title(f"{gemm} of each layer"), ax.set_xlabel("B, draws in the mean")
-        axes[0].set_ylabel("B error(B) / error(1): 1 if unbiased"), axes[0].legend(fontsize=6)
-        save(path.stem)
+        draw_bias(plt, path)
+    draw_gemms(plt)
+    draw_block(plt)
+    draw_rounds(plt)
+    rows = runs.get(("10m", "installed", ""), {})
+    if row_gaps(rows):
+        draw_gap(plt, rows)
+
+
+# ---- 7. Your own runs --------------------------------------------------------------------------------------
+
+class Own(NamedTuple):
+    """A run of train_gpt.py, going on or done."""
+    config: dict
+    trained: dict        # {step: training loss}
+    validated: dict      # {step: validation loss}
+    ms: dict             # {step: milliseconds that it took}
+
+
+def read_own(log):
+    """The run that writes a log.jsonl; None before its first record."""
+    records = train_gpt.records(log)
+    configs = [r["config"] for r in records if "config" in r]
+    if not configs:
+        return None
+    values = []
+    for name in ("loss", "val_loss", "ms"):
+        values.append({r["step"]: r[name] for r in records if r.get(name)})
+    return Own(configs[-1], *values)
+
+
+def gaps_of(run, runs):
+    """Gaps, {step: 1e-3 nats}, of an Own to the first of runs that is by bf16 and the same in all else."""
+    free = ("recipe", "backend", "name", "log_every", "save_every")
+
+    def decides(config):
+        return {name: value for name, value in config.items() if name not in free}
+
+    for other in runs:
+        if other.config["recipe"] == "bf16" and decides(other.config) == decides(run.config):
+            return binned(run.validated, other.validated, 1)
+    return {}
+
+
+def last(by_step):
+    """The last value of {step: value}; NaN without any."""
+    return list(by_step.values())[-1] if by_step else math.nan
+
 
 def follow(paths):
     """Print a table of runs of train_gpt.py, directories, also of comparisons; draw their losses and gaps.
 
     A gap, in 1e-3 nats, is to the bf16 run that is the same in all else, at the last validation of both.
     """
-    logs = sorted({log for path in paths for log in Path(path).rglob("log.jsonl")})
-    runs, free = {}, ("recipe", "backend", "name", "log_every", "save_every")
-    for log in logs:
-        records = train_gpt.records(log)
-        config = next((r["config"] for r in records[::-1] if "config" in r), None)
-        if not config: print(f"{log}: nothing yet, skipped"); continue
-        by_step = lambda key: {r["step"]: r[key] for r in records if r.get(key)}
-        runs[str(log.parent)] = config, by_step("loss"), by_step("val_loss"), by_step("ms")
-    if not runs: sys.exit(f"figures.py: no log.jsonl in {', '.join(paths)}: it takes runs, or --base=ROW")
-    same = {name: {k: v for k, v in run[0].items() if k not in free} for name, run in runs.items()}
-    def gaps(name):
-        like = [other for other in runs if same[other] == same[name] and runs[other][0]["recipe"] == "bf16"]
-        return binned(runs[name][2], runs[like[0]][2] if like else {}, 1)
+    runs = {}
+    for log in sorted({log for path in paths for log in Path(path).rglob("log.jsonl")}):
+        run = read_own(log)
+        if run:
+            runs[str(log.parent)] = run
+        else:
+            print(f"{log}: nothing yet, skipped")
+    if not runs:
+        sys.exit(f"figures.py: no log.jsonl in {', '.join(paths)}: it takes runs, or --base=ROW")
+    gaps = {name: gaps_of(run, runs.values()) for name, run in runs.items()}
+
+    # The table
     width = max(map(len, runs))
     print(f"{'run':{width}}  {'recipe':10}{'step':>14}{'loss':>8}{'val loss':>10}{'gap':>7}{'ktok/s':>8}")
-    for name, (c, losses, validated, ms) in runs.items():
-        last = lambda by_step: [*by_step.values(), math.nan][max(0, len(by_step) - 1)]
-        rate = c["tokens_per_step"] / statistics.median_high([*ms.values()] or [math.nan])
-        print(f"{name:{width}}  {c['recipe']:10}{max(losses, default=0):7}/{c['steps']:<6}{last(losses):8.4f}"
-              f"{last(validated):10.4f}{last(gaps(name)):7.1f}{rate:8.1f}")
-    import matplotlib.pyplot as plt
-    plt.switch_backend("agg")
+    for name, run in runs.items():
+        c = run.config
+        rate = c["tokens_per_step"] / statistics.median_high(list(run.ms.values()) or [math.nan])
+        print(f"{name:{width}}  {c['recipe']:10}{max(run.trained, default=0):7}/{c['steps']:<6}"
+              f"{last(run.trained):8.4f}{last(run.validated):10.4f}{last(gaps[name]):7.1f}{rate:8.1f}")
+
+    # The curves
+    plt = pyplot()
     _, axes = plt.subplots(1, 3, figsize=(13, 4))
-    for name, (_, losses, validated, _) in runs.items():
-        for ax, curve in zip(axes, (losses, validated, gaps(name))): ax.plot(*zip(*curve.items()), label=name)
-    for ax, title in zip(axes, ("training loss", "validation loss", "gap to bf16, 1e-3")):
-        ax.set_title(title), ax.set_xlabel("step")
-    axes[0].legend(fontsize=6), plt.tight_layout()
+    for name, run in runs.items():
+        for ax, curve in zip(axes, (run.trained, run.validated, gaps[name])):
+            ax.plot(list(curve), list(curve.values()), label=name)
+    for ax, title in zip(axes, ("training loss", "validation loss", "gap to bf16, 1e-3 nats")):
+        ax.set_title(title)
+        ax.set_xlabel("step")
+    axes[0].legend(fontsize=8)
+    plt.tight_layout()
     target = Path(os.path.commonpath([Path(path).absolute().parent for path in paths])) / "curves.png"
-    plt.savefig(target, dpi=120), print(f"wrote {target}")
+    plt.savefig(target)
+    plt.close()
+    print(f"wrote {target}")
+
+
+# ---- 8. The command line -----------------------------------------------------------------------------------
+
+def tabulate(base):
+    """Print all tables and draw all pictures. base: a row, or None for quartet2."""
+    runs = read()
+    if not runs:
+        sys.exit(f"figures.py: nothing in {RESULTS}: run data/evidence/experiments.py first")
+    names = sorted({row for rows in runs.values() for row in rows})
+    if base and base not in names:
+        sys.exit(f"figures.py: no row {base!r}: {', '.join(names)}")
+    for key, rows in runs.items():
+        table(*key, rows, base or "quartet2")
+    draw(runs)
+
 
 def main(arguments=()):
-    if {"-h", "--help"} & {*arguments}: return print(__doc__)
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(
+        prog="figures.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="*", help="a directory of train_gpt.py, or above such")
+    parser.add_argument("--base", metavar="ROW", help="what the tables pair every row with (quartet2)")
+    own = parser.parse_args(arguments)
     try:
-        if arguments and arguments[0][:7] != "--base=": return follow(arguments)
-        if not (runs := read()): sys.exit(f"figures.py: nothing in {RESULTS}: run data/evidence/experiments.py first")
-        base = arguments[0][7:] if arguments else "quartet2"
-        names = sorted({row for rows in runs.values() for row in rows})
-        if arguments and base not in names: sys.exit(f"figures.py: no row {base!r}: {', '.join(names)}")
-        for name, rows in runs.items(): table(*name, rows, base)
-        draw(runs)
-    except (ImportError, OSError) as e: print(f"no pictures: {e} (they take matplotlib, and room to write)")
+        if own.runs:
+            follow(own.runs)
+        else:
+            tabulate(own.base)
+    except (ImportError, OSError) as e:
+        print(f"no pictures: {e} (they take matplotlib, pip install matplotlib, and room to write)")
 
-if __name__ == "__main__": main(sys.argv[1:])
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,19 +1,52 @@
-"""Tests of figures.py on runs of one's own, and of what train_gpt.py prints as it samples."""
-import json, runpy, sys, types
+"""Tests of figures.py, and of what train_gpt.py prints as it samples."""
+import json
+import runpy
+import sys
+import types
 from pathlib import Path
+
 import pytest
 import torch
-import figures, train_gpt
+
+import experiments
+import figures
+import quartet
+import train_gpt
+from figures import Run
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Directories of their own for logs and pictures."""
+    monkeypatch.setattr(figures, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(figures, "FIGURES", tmp_path / "figures")
+    figures.RESULTS.mkdir()
+    return figures.RESULTS
+
 
 def write(path, recipe, losses, **config):
     """A log as train_gpt.py writes it, whose last lines are damaged and torn."""
-    path.mkdir(parents=True)
     config = dict(recipe=recipe, steps=9, tokens_per_step=4000, name=path.name, **config)
     records = [dict(start=0, config=config)]
-    for step, loss in enumerate(losses, 1): records += [dict(step=step, loss=loss + 1, ms=2.0)]
-    records += [dict(step=step, val_loss=loss) for step, loss in enumerate(losses, 1)]
-    lines = [*map(json.dumps, records), '{"step" 3, "ms": 1}', '\0"ms": 1}', '{"step": 4, "lo']
+    for step, loss in enumerate(losses, 1):
+        records.append(dict(step=step, loss=loss + 1, ms=2.0))
+        records.append(dict(step=step, val_loss=loss))
+    lines = [json.dumps(record) for record in records]
+    lines += ['{"step" 3, "ms": 1}', '\0"ms": 1}', '{"step": 4, "lo']
+    path.mkdir(parents=True)
     (path / "log.jsonl").write_text("\n".join(lines))
+
+
+def keep(results, row, loss, seed=1, **header):
+    """A log as experiments.py keeps it, of the 10m and the corpus installed."""
+    records = [
+        dict(start=0, **header),
+        dict(step=1, loss=loss),
+        dict(step=1, val_loss=loss),
+        dict(val_loss=loss, tokens_per_s=1e6, peak_gib=1.0, jobs=1),
+    ]
+    (results / f"10m-installed-{row}-{seed}.jsonl").write_text("\n".join(map(json.dumps, records)))
+
 
 def test_runs_are_tabled_beside_the_bf16_run_that_is_like_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -26,46 +59,156 @@ def test_runs_are_tabled_beside_the_bf16_run_that_is_like_them(tmp_path, monkeyp
     assert bf16 == ["runs/c/bf16", "bf16", "3/9", "2.5000", "1.5000", "0.0", "2000.0"]
     assert rtn == ["runs/c/rtn", "rtn", "2/9", "3.2500", "2.2500", "250.0", "2000.0"]   # bf16's 2.0
     assert other[-2] == "nan"
-    for name, text in ("empty", ""), ("torn", '{"start": 0, "conf'):        # and one that has no log
+
+
+def test_runs_that_have_not_begun_are_skipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in ("empty", ""), ("torn", '{"start": 0, "conf'):
         (tmp_path / "bad" / name).mkdir(parents=True)
         (tmp_path / "bad" / name / "log.jsonl").write_text(text)
-    (tmp_path / "bad/new").mkdir()
+    (tmp_path / "bad/new").mkdir()                                      # without a log
     (tmp_path / "bad/curves.png").touch()
     write(tmp_path / "bad/begun", "rtn", [], seed=2)
     figures.main([str(path) for path in (tmp_path / "bad").iterdir()])
     printed = capsys.readouterr().out
-    assert printed.count("log.jsonl: nothing yet, skipped") == 2 and "0/9          nan" in printed
-    with pytest.raises(SystemExit, match="no log.jsonl in bad/torn"): figures.main(["bad/torn"])
-    assert figures.main(["--help"]) is None and figures.__doc__ in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no log.jsonl in nothing"): figures.main(["nothing"])
-    monkeypatch.setattr(figures, "follow", lambda paths: open("runs"))          # as a disk that is read only
-    assert figures.main(["runs"]) is None and "no pictures: [Errno" in capsys.readouterr().out
+    assert printed.count("log.jsonl: nothing yet, skipped") == 2
+    assert "0/9          nan" in printed
+    for path in "bad/torn", "nothing":
+        with pytest.raises(SystemExit, match=f"no log.jsonl in {path}"):
+            figures.main([path])
+
+
+def test_help_is_the_docstring_and_a_full_disk_is_told(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        figures.main(["--help"])
+    assert figures.__doc__ in capsys.readouterr().out
+    monkeypatch.setattr(figures, "follow", lambda paths: open("/"))     # as a disk that is read only
+    figures.main(["runs"])
+    assert "no pictures: [Errno" in capsys.readouterr().out
+
 
 def test_a_table_tells_deviation_gaps_of_validation_and_training_and_speed_alone(capsys):
     """Over 3 seeds bf16 ends at 1 to 1.002; rtn 0.01 above, and in training 0.02, of which one has no log."""
     def run(end, trained, jobs):
-        steps = {step: trained + (step < 37) * jobs for step in range(1, 41)}       # the last tenth: 37 to 40
-        return {40: end}, steps if trained else {}, dict(val_loss=end, tokens_per_s=1e3 * jobs, peak_gib=jobs,
-                                                         jobs=jobs)
+        # The last tenth of 40 steps is 37 to 40.
+        steps = {step: trained + (step < 37) * jobs for step in range(1, 41)} if trained else {}
+        return Run({40: end}, steps, dict(val_loss=end, tokens_per_s=1e3 * jobs, peak_gib=jobs, jobs=jobs))
+
     ends = {1: 1.0, 2: 1.002, 3: 1.001}
-    rows = dict(bf16={seed: run(end, 2.0, 1) for seed, end in ends.items()},
-                rtn={seed: run(end + 0.01, 2.02 * (seed < 3), 2) for seed, end in ends.items()})
+    rows = {
+        "bf16": {seed: run(end, 2.0, 1) for seed, end in ends.items()},
+        "rtn": {seed: run(end + 0.01, 2.02 * (seed < 3), 2) for seed, end in ends.items()},
+    }
     figures.table("10m", "a", "", rows)
     *_, bf16, rtn = capsys.readouterr().out.splitlines()
     assert bf16.split() == "bf16 3 1.0010 1.00 0.00 +- 0.00 0.00 +- 0.00 1 1.0".split()
     assert rtn.split() == "rtn 3 1.0110 1.00 10.00 +- 0.00 20.00 +- 0.00".split()
-    rows["sr"] = {1: run(1.0005, 2.0, 2)}               # of a good seed: below bf16's mean, yet worse
-    rows["other"] = {9: run(0.5, 2.0, 2)}               # without a bf16 run: last
-    figures.table("10m", "a", "", rows, "rtn")
-    assert "to rtn" in (printed := capsys.readouterr().out) and "0.00 +- 0.00   -10.00 +- 0.00" in printed
-    assert [line.split()[0] for line in printed.splitlines()[-4:]] == ["bf16", "sr", "rtn", "other"]
     assert figures.paired(rows, "rtn", "bf16", figures.training) == pytest.approx([20, 20])
-    for row, steps in dict(whole=(37, 38, 40), torn=(37, 40)).items():         # one loss was lost
-        rows[row] = {1: ({40: 1.0}, {step: float(step) for step in steps}, dict(val_loss=1.0))}
+
+    # Rows stand in the order of their gaps, not of their losses; without a bf16 run they are last.
+    rows["sr"] = {1: run(1.0005, 2.0, 2)}               # of a good seed: below bf16's mean, yet worse
+    rows["other"] = {9: run(0.5, 2.0, 2)}
+    figures.table("10m", "a", "", rows, "rtn")
+    printed = capsys.readouterr().out
+    assert "to rtn" in printed
+    assert "0.00 +- 0.00   -10.00 +- 0.00" in printed
+    assert [line.split()[0] for line in printed.splitlines()[-4:]] == ["bf16", "sr", "rtn", "other"]
+
+
+def test_pairs_have_the_same_steps():
+    def run(trained):
+        return Run({40: 1.0}, {step: float(step) for step in trained}, dict(val_loss=1.0))
+
+    # One training loss was lost.
+    rows = dict(whole={1: run([37, 38, 40])}, torn={1: run([37, 40])})
     assert figures.paired(rows, "torn", "whole", figures.training) == [0]
-    rows["long"] = {1: ({40: 1.0, 80: 0.9}, {}, dict(val_loss=0.9)), 2: ({}, {}, dict(val_loss=1.0))}
-    assert figures.paired(rows, "long", "bf16") == pytest.approx([-2])      # not with another last step
-    assert figures.binned({1: 1.0, 2: 2.0, 3: 4.0, 5: 9.0}, {1: 0.0, 2: 0.0, 3: 1.0}, 2) == {2: 1500, 3: 3000}
+
+    # Seed 1 has another last step; seed 2 tells none.
+    rows["bf16"] = {1: run([]), 2: run([])._replace(result=dict(val_loss=1.002))}
+    rows["long"] = {1: Run({40: 1.0, 80: 0.9}, {}, dict(val_loss=0.9)), 2: Run({}, {}, dict(val_loss=1.0))}
+    assert figures.paired(rows, "long", "bf16") == pytest.approx([-2])
+
+
+def test_bins_end_at_multiples_of_their_width_and_at_the_last_step():
+    losses = {1: 1.0, 2: 2.0, 3: 4.0, 5: 9.0}
+    assert figures.binned(losses, {1: 0.0, 2: 0.0, 3: 1.0}, 2) == {2: 1500, 3: 3000}
+
+
+def test_the_interval_is_students():
+    mean, half = figures.interval([1.0, 2.0, 3.0, 4.0])                  # deviation 1.291, t 3.182
+    assert mean == 2.5
+    assert abs(half - 3.182 * 1.29099 / 2) < 1e-4
+
+
+def test_pictures_of_runs_quantizers_and_means(results, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot", reason="pictures need matplotlib")
+    header = dict(config=dict(steps=10, tokens_per_step=100000), parameters="1,500,000, 9 without")
+    for row, loss in ("bf16", 1.0), ("quartet2", 1.1), ("gone", 1.2):
+        keep(results, row, loss, **header)
+    keep(results, "bf16", 1.0, seed=2, **header)
+    keep(results, "quartet2", 1.3, seed=2, **header)
+    means = [dict(gemm=gemm, method="sr", operand=operand, B=[1, 4], error=[0.1, 0.02])
+             for gemm in ("dx", "dw") for operand in ("both", "dy")]
+    (results / "bias-10m.jsonl").write_text("\n".join(map(json.dumps, means)))
+
+    # What each picture has in it, when it is saved
+    drawn = {}
+    save = figures.save
+
+    def look(plt, name):
+        figure = plt.gcf()
+        bars = [[bar.get_width() for bar in ax.patches] for ax in figure.axes]
+        curves = [[list(line.get_ydata()) for line in ax.lines] for ax in figure.axes]
+        drawn[name] = bars, curves, figure.findobj(plt.Text)
+        save(plt, name)
+
+    monkeypatch.setattr(figures, "save", look)
+    monkeypatch.setattr(figures, "DRAWS", 16)
+    figures.main()
+    assert {path.name for path in figures.FIGURES.iterdir()} == drawn.keys() == {
+        "rows-10m-installed.svg", "gap-10m-installed.svg", "speed-10m-installed.svg", "nmse.svg",
+        "bias-10m.svg", "gemms.png", "block.png", "rounds.png", "gap.png",
+    }
+
+    # Of "both", dx and dw: B error(B) / error(1)
+    _, curves, _ = drawn["bias-10m.svg"]
+    assert curves == [[pytest.approx([1.0, 0.8])]] * 2
+
+    # Gaps of 100 and 300: their mean, and words of the logs. A row that cannot be trained today is left out.
+    for name in "gap.png", "rows-10m-installed.svg":
+        bars, _, _ = drawn[name]
+        assert bars == [[pytest.approx(200)]]
+    _, _, texts = drawn["gap.png"]
+    words = " ".join(text.get_text() for text in texts)
+    assert "1.5M parameters, 1M bytes of Python; bf16 ends at 1.000" in words
+    assert "means of 2 seeds" in words
+    assert "200.0 ± 1270.6" in words
+
+
+def test_pictures_name_rows_that_can_be_trained_each_in_its_own_words():
+    assert figures.NAMES.keys() <= (quartet.RECIPES | experiments.ROWS | experiments.KNOBS).keys()
+    assert len(set(figures.NAMES.values())) == len(figures.NAMES)
+
+
+def test_one_round_levels_off_and_more_do_not():
+    """As rounds.png has it: R is that of quartet.rotation, and so is the error of one draw."""
+    one = figures.distances(1, 256)
+    three = figures.distances(3, 256)
+    assert list(one) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert one[256] > 0.8 * one[64]
+    assert three[256] == pytest.approx(three[1] / 16, rel=0.1)
+
+    # The same by the functions of the article, draw by draw
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(128, generator=g)
+    x[0] = 100.0
+    errors = []
+    for seed in range(256):
+        R, n = quartet.rotation("rht128x3", g)
+        errors.append(quartet.rotate(quartet.decode(quartet.ms_eden(x, R, seed)), R.T) / n - x)
+    expected = torch.stack(errors).square().sum(-1).mean().sqrt() / x.norm()
+    assert three[1] == pytest.approx(expected.item(), rel=0.05)
+
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
@@ -74,29 +217,43 @@ def trained(tmp_path, monkeypatch):
     train_gpt.main("cpu --layers=1 --width=128 --heads=1 --hidden=128 --sequence=64 --batch=2 --steps=1 "
                    "--name=a --tokens_per_step=128 --eval_tokens=128 --sample_tokens=9 --device=cpu".split())
 
+
 def test_a_sample_streams_in_whole_characters_and_by_any_recipe(trained, monkeypatch, capsys):
     capsys.readouterr()
     train_gpt.main(["sample", "a"])
     own = Path("runs/a/sample.txt").read_text(encoding="utf-8")
-    assert own.startswith("def ") and capsys.readouterr().out == own + "\n"
+    assert own.startswith("def ")
+    assert capsys.readouterr().out == own + "\n"
     train_gpt.main(["sample", "a", "--recipe=rtn", "--seed=2"])
     assert capsys.readouterr().out.startswith("def ")
+
+    # Characters come at once, but bytes of one wait for the last of them.
     c = train_gpt.Config(prompt="x")
     monkeypatch.setattr(train_gpt, "sample", lambda *_: iter([*"\u20ac".encode(), 0xff, 0xe2]))
-    pieces = [*train_gpt.sample_text(None, c, "cpu")]
-    assert pieces == ["x", "", "", "\u20ac", "\ufffd", "", "\ufffd"]     # at once, but bytes of one wait
+    pieces = list(train_gpt.sample_text(None, c, "cpu"))
+    assert pieces == ["x", "", "", "\u20ac", "\ufffd", "", "\ufffd"]
+
 
 def test_a_prompt_of_tokens_that_the_model_has_not_got_is_left_out(monkeypatch):
-    gpt2 = types.SimpleNamespace(encode_ordinary=lambda text: [7, 600, 9], eot_token=700, n_vocab=701,
-                                 decode_single_token_bytes=lambda t: b"%d " % t)
+    gpt2 = types.SimpleNamespace(
+        encode_ordinary=lambda text: [7, 600, 9],
+        eot_token=700,
+        n_vocab=701,
+        decode_single_token_bytes=lambda token: b"%d " % token,
+    )
     monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=lambda name: gpt2))
     monkeypatch.setattr(train_gpt, "sample", lambda model, prompt, c, device: [len(prompt)])
     for vocabulary, text in (512, "7 9 2 "), (50304, "7 600 9 3 "), (5, "0 1 "):
-        assert "".join(train_gpt.sample_text(None, train_gpt.Config(vocab_size=vocabulary), "cpu")) == text
+        c = train_gpt.Config(vocab_size=vocabulary)
+        assert "".join(train_gpt.sample_text(None, c, "cpu")) == text
+
 
 def test_ctrl_c_ends_a_sample_without_a_traceback(trained, monkeypatch):
-    def interrupt(*_, **__): raise KeyboardInterrupt
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(torch, "load", interrupt)
     monkeypatch.setattr(sys, "argv", ["train_gpt.py", "sample", "a"])
-    with pytest.raises(SystemExit) as stop: runpy.run_path(train_gpt.__file__, run_name="__main__")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(train_gpt.__file__, run_name="__main__")
     assert stop.value.code == 130
