@@ -350,46 +350,50 @@ def draw_speed(plt, key, rows):
     save(plt, f"speed-{key}.svg")
 
 
-def draw_gap(plt, rows):
-    """gap.png, README's first picture: what each recipe loses against bf16."""
-    gaps = row_gaps(rows)
-    height = 1.6 + 0.4 * len(gaps)
-    figure, ax = plt.subplots(figsize=(7.5, height))
-    means = [mean for mean, _ in gaps.values()]
-    halves = [half for _, half in gaps.values()]
-    ax.barh([NAMES.get(row, row) for row in gaps], means, xerr=halves, height=0.6,
-            color=[COLORS.get(row, SKY) for row in gaps], error_kw=dict(elinewidth=1.5, capsize=4))
-    ax.set_xlim(left=min(0, *means))
-    ax.invert_yaxis()
-    ax.set_xlabel("validation loss above that of bf16, 1e-3 nats a byte")
+# Panels of README's first picture: of which runs, by which loss, and what is to be said of them.
+PANELS = {
+    ("30m", "novels", "quartet2-from-700"): (training, "novels,\nin training, from 24% of the steps on"),
+    ("10m", "installed", ""): (final, "Python source,\nin validation, from the first step on"),
+}
 
-    # Numbers to the right; how many seeds, if not all rows have as many
-    seeds = [len(paired(rows, row, "bf16")) for row in gaps]
-    several = min(seeds) < max(seeds)
-    for y, row in enumerate(gaps):
-        number = f"{means[y]:.1f}"
-        if seeds[y] > 1:
-            number += f" ± {halves[y]:.1f}"
-        if several:
-            number += f"  ({seeds[y]})"
-        ax.text(1.02, y, number, va="center", transform=ax.get_yaxis_transform(), in_layout=False)
 
-    # What was trained, as the logs tell
-    run = next(iter(rows["bf16"].values()))
-    c = run.header["config"]
-    parameters, _, _ = run.header["parameters"].partition(", ")
-    parameters = int(parameters.replace(",", "")) / 1e6
-    tokens = c["steps"] * c["tokens_per_step"] / 1e6
-    loss = statistics.mean(final(run) for run in rows["bf16"].values())
-    means_of = f"{min(seeds)} to {max(seeds)} seeds (in brackets)" if several else f"{seeds[0]} seeds"
-    figure.text(0.015, 1 - 0.26 / height, "The loss that 4 bits cost", fontsize=15, va="center")
-    figure.text(
-        0.015, 1 - 0.66 / height,
-        f"{parameters:.1f}M parameters, {tokens:.0f}M bytes of Python; bf16 ends at {loss:.3f} nats a byte\n"
-        f"means of {means_of}, paired with bf16; lines: 95% intervals (Student's t)",
-        va="center", color=GREY,
-    )
-    plt.tight_layout(rect=(0, 0, 0.83 if several else 0.87, 1 - 0.9 / height))
+def draw_gap(plt, runs):
+    """gap.png, README's first picture: what each recipe loses against bf16, in each of PANELS that has run."""
+    panels = {key: said for key, said in PANELS.items() if row_gaps(runs.get(key, {}))}
+    if not panels:
+        return
+    recipes = [row for row in quartet.RECIPES if any(row in runs[key] for key in panels) and row != "bf16"]
+    # Two rounds of rotation or three made no difference to the loss that could be measured.
+    stand_in = {"quintet": "quintet_x2"}
+    _, axes = plt.subplots(1, len(panels), figsize=(7.5, 1.5 + 0.38 * len(recipes)), sharey=True, squeeze=False)
+    for ax, (key, (value, said)) in zip(axes[0], panels.items()):
+        rows = runs[key]
+        seeds = set()
+        for y, recipe in enumerate(recipes):
+            row = recipe if recipe in rows else stand_in.get(recipe)
+            gaps = paired(rows, row, "bf16", value) if row in rows else []
+            if not gaps:
+                ax.text(0, y, " not run yet", va="center", color=GREY)
+                continue
+            seeds.add(len(gaps))
+            mean, half = interval(gaps)
+            ax.barh(y, mean, xerr=half, height=0.6, color=COLORS.get(recipe, SKY),
+                    error_kw=dict(elinewidth=1.5, capsize=4))
+            number = f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"
+            end = mean + (0 if math.isnan(half) else half)
+            ax.annotate(number, (end, y), (5, 0), textcoords="offset points", va="center")
+
+        # What was trained, as the logs tell
+        run = next(iter(rows["bf16"].values()))
+        parameters = run.header["parameters"].split(", ")[-1].split()[0]
+        how_many = " to ".join(str(number) for number in sorted({min(seeds), max(seeds)}))
+        ax.set_title(f"{int(parameters.replace(',', '')) / 1e6:.1f}M parameters, {said}\n"
+                     f"{how_many} seeds", fontsize=10.5)
+        ax.set_xlabel("loss above bf16's, 1e-3 nats a byte")
+        ax.margins(x=0.25)
+    axes[0, 0].set_yticks(range(len(recipes)), [NAMES.get(row, row) for row in recipes])
+    axes[0, 0].invert_yaxis()
+    plt.tight_layout()
     save(plt, "gap.png")
 
 
@@ -658,9 +662,7 @@ def draw(runs):
     draw_gemms(plt)
     draw_block(plt)
     draw_rounds(plt)
-    rows = runs.get(("10m", "installed", ""), {})
-    if row_gaps(rows):
-        draw_gap(plt, rows)
+    draw_gap(plt, runs)
 
 
 # ---- 7. Your own runs --------------------------------------------------------------------------------------
