@@ -1,5 +1,7 @@
 """Tests of figures.py, and of what train_gpt.py prints as it samples."""
 import json
+import math
+import re
 import runpy
 import sys
 import types
@@ -257,3 +259,33 @@ def test_ctrl_c_ends_a_sample_without_a_traceback(trained, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(train_gpt.__file__, run_name="__main__")
     assert stop.value.code == 130
+
+
+def test_the_table_of_the_readme_has_the_numbers_of_the_logs():
+    """Gaps and speeds of every recipe, each from the logs that README's text names."""
+    runs = figures.read()
+    scratch = runs["10m", "installed", ""]
+    branch = runs["30m", "novels", "quartet2-from-700"]
+    branch["quintet"] = branch["quintet_x2"]          # README says that it had two rounds
+
+    def gap(rows, recipe, value):
+        found = figures.paired(rows, recipe, "bf16", value) if recipe in rows else []
+        if not found or recipe == "bf16":
+            return ""
+        mean, half = figures.interval(found)
+        return f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"
+
+    def speed(rows, recipe):
+        rates = [figures.fastest(rows.get(row, {})) for row in (recipe, "bf16")]
+        if not all(rates):
+            return ""
+        return f"{rates[0]['tokens_per_s'] / rates[1]['tokens_per_s']:.0%}"
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for recipe in quartet.RECIPES:
+        line, = re.findall(rf"^\| {recipe}(?: \(ours\))? \|.*\|$", readme, re.M)
+        *_, scratch_gap, branch_gap, h200, h100, _ = [cell.strip() for cell in line.split("|")]
+        assert scratch_gap == gap(scratch, recipe, figures.final), recipe
+        assert branch_gap == gap(branch, recipe, figures.training), recipe
+        assert h200 == speed(scratch, recipe), recipe
+        assert h100 == speed(branch, recipe), recipe
