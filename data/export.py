@@ -2,22 +2,34 @@
 
     python data/export.py RUN DIR [--format=hf|compressed-tensors]
 
-RUN is a run of train_gpt.py, by name or path; DIR must not exist. Needs the package safetensors.
-
 hf                  linear layers in bf16, the values that the forward pass multiplied; all else in float32
 compressed-tensors  the same values in 4 bits, `nvfp4-pack-quantized`: codes and scales as trained; all else
                     in bf16, which is what the package of that name decodes the codes to
 
 A recipe like quartet2 trains with weights that are NVFP4, so neither rounds those again. Inputs are not
-quantized: software that loads the files multiplies these weights by inputs of its own precision.
+quantized: software that loads the files multiplies these weights by inputs of its own precision. Needs the
+package safetensors.
 """
-import argparse, dataclasses, json, sys
+import argparse
+import dataclasses
+import json
+import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
-import quartet, train_gpt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import quartet
+import train_gpt
 from train_gpt import UserError
+
+
+# ---- 1. Tensors --------------------------------------------------------------------------------------------
+
+# Names in train_gpt.GPT -> names in Llama: of the model, and of each block but its linear layers
+MODEL_NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+NORM_NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+
 
 def half_split(w, heads):
     """Rows of w (heads * D, K) of q or k, so that RoPE turns row i with i + D/2 of a head, not 2i with 2i+1.
@@ -26,119 +38,234 @@ def half_split(w, heads):
     """
     return w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
+
 def split(layer, w, heads):
     """A tensor with a row for every output of train_gpt.Block's layer -> {name in Llama: its rows}."""
     if layer == "qkv":
         q, k, v = w.chunk(3)
-        return {"self_attn.q_proj": half_split(q, heads), "self_attn.k_proj": half_split(k, heads),
-                "self_attn.v_proj": v}
-    if layer == "up": return dict(zip(("mlp.gate_proj", "mlp.up_proj"), w.chunk(2)))
-    return {dict(out="self_attn.o_proj", down="mlp.down_proj")[layer]: w}
+        return {
+            "self_attn.q_proj": half_split(q, heads),
+            "self_attn.k_proj": half_split(k, heads),
+            "self_attn.v_proj": v,
+        }
+    if layer == "up":
+        gate, up = w.chunk(2)
+        return {"mlp.gate_proj": gate, "mlp.up_proj": up}
+    if layer == "out":
+        return {"self_attn.o_proj": w}
+    return {"mlp.down_proj": w}
+
+
+def packed_split(layer, t, heads):
+    """A layer's weight, NVFP4 -> {name in Llama: tensor}, in 4 bits as `tensors` says."""
+    out = {}
+    scales = split(layer, t.block_scale, heads)
+    for name, codes in split(layer, t.codes, heads).items():
+        out[f"{name}.weight_packed"] = codes
+        out[f"{name}.weight_scale"] = scales[name]
+        out[f"{name}.weight_global_scale"] = 1 / t.tensor_scale.view(1)      # q, k and v share one
+    return out
+
 
 def tensors(c, state, packed):
-    """Config and state dict of a run -> {name: tensor} in Llama's layout, and names of layers left as is.
+    """Config and state dict of a run -> {name: tensor} in Llama's layout, and names of layers not in 4 bits.
 
     packed: of a quantized layer its weight_packed (N, K/2) uint8, weight_scale (N, K/16) E4M3 and
     weight_global_scale (1,), which divides: the inverse of the tensor scale, a power of two; all else is
-    bf16. If not, its weight, bf16, exact; all else in float32.
+    bf16. If not, its weight, bf16, exact; all else in float32. UserError if the run cannot be written so.
     """
+    # Which layers are NVFP4: a model without memory tells.
     train_gpt.known(c.recipe, quartet.RECIPES, f"recipe {c.recipe!r} is unknown, add it to quartet.py")
-    row = quartet.RECIPES[c.recipe]
-    with torch.device("meta"): quantized = train_gpt.GPT(c).quantized_linears()
-    if not row or row.w == "bf16": quantized = {}
+    recipe = quartet.RECIPES[c.recipe]
+    quantized = {}
+    if recipe and recipe.w != "bf16":
+        with torch.device("meta"):
+            quantized = train_gpt.GPT(c).quantized_linears()
+
+    # A fork may have another model.
     if len(state) != 3 + 6 * c.layers or len(state["blocks.0.up.weight"]) != 2 * c.hidden:
         raise UserError("the model is not train_gpt.py's Llama: change `split` and `config` here, too")
-    out, ignore = {}, ["lm_head"]
-    for ours, theirs in (("embedding", "model.embed_tokens"), ("norm", "model.norm"), ("head", "lm_head")):
-        out[f"{theirs}.weight"] = state[f"{ours}.weight"]
-    for i in range(c.layers):
-        for ours, theirs in ("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"):
-            out[f"model.layers.{i}.{theirs}.weight"] = state[f"blocks.{i}.{ours}.weight"]
-        for layer in ("qkv", "out", "up", "down"):
-            w, put = state[f"blocks.{i}.{layer}.weight"], {}
-            if f"blocks.{i}.{layer}" in quantized:
-                t = quartet.NVFP4(*quartet.quantized(w.bfloat16(), c.recipe))
-                put = (dict(weight_packed=t.codes, weight_scale=t.block_scale) if packed else
-                       dict(weight=quartet.decode(t, torch.bfloat16)))
-            for kind, value in (put or dict(weight=w)).items():
-                for name, part in split(layer, value, c.heads).items():
-                    name = f"model.layers.{i}.{name}"
-                    out[f"{name}.{kind}"] = part.contiguous()
-                    if put and packed: out[f"{name}.weight_global_scale"] = 1 / t.tensor_scale.view(1)
-                    if not put: ignore.append(name)
     if packed and not quantized:
         raise UserError(f"recipe {c.recipe} in the end, --bf16_blocks={c.bf16_blocks}: no weights are NVFP4: "
                         "take --format=hf, or train otherwise")
-    if packed: out = {n: t if ".weight_" in n else t.bfloat16() for n, t in out.items()}
+
+    out = {}
+    ignore = ["lm_head"]
+    for ours, theirs in MODEL_NAMES.items():
+        out[f"{theirs}.weight"] = state[f"{ours}.weight"]
+    for i in range(c.layers):
+        block = f"blocks.{i}"
+        at = f"model.layers.{i}"
+        for ours, theirs in NORM_NAMES.items():
+            out[f"{at}.{theirs}.weight"] = state[f"{block}.{ours}.weight"]
+
+        for layer in ("qkv", "out", "up", "down"):
+            w = state[f"{block}.{layer}.weight"]
+            if f"{block}.{layer}" in quantized:
+                t = quartet.NVFP4(*quartet.quantized(w.bfloat16(), c.recipe))
+                if packed:
+                    for name, part in packed_split(layer, t, c.heads).items():
+                        out[f"{at}.{name}"] = part
+                    continue
+                w = quartet.decode(t, torch.bfloat16)
+            for name, rows in split(layer, w, c.heads).items():
+                out[f"{at}.{name}.weight"] = rows
+                ignore.append(f"{at}.{name}")
+
+    if packed:
+        out = {name: t if ".weight_" in name else t.bfloat16() for name, t in out.items()}
     return out, ignore
+
+
+# ---- 2. Files ----------------------------------------------------------------------------------------------
 
 def config(c, ignore):
     """config.json. ignore: the layers that are not NVFP4, or None if none is."""
-    end = 0 if c.vocab_size == 256 else 50256           # what ends a document: data/prepare.py
+    end = 0 if c.vocab_size == 256 else 50256      # what ends a document: data/prepare.py
     dtype = "float32" if ignore is None else "bfloat16"
     made = dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", dtype=dtype, torch_dtype=dtype,
-        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
-        num_attention_heads=c.heads, num_key_value_heads=c.heads, head_dim=c.width // c.heads,
-        max_position_embeddings=c.sequence, rms_norm_eps=1e-5, rope_theta=1e4, hidden_act="silu",
-        attention_bias=False, mlp_bias=False, tie_word_embeddings=False, bos_token_id=end, eos_token_id=end)
-    if ignore is not None:
-        weights = dict(num_bits=4, type="float", strategy="tensor_group", group_size=16, symmetric=True,
-                       dynamic=False, scale_dtype="torch.float8_e4m3fn")
-        group = dict(targets=["Linear"], weights=weights, input_activations=None, output_activations=None,
-                     format="nvfp4-pack-quantized")
-        made["quantization_config"] = dict(
-            quant_method="compressed-tensors", format=group["format"], quantization_status="compressed",
-            config_groups=dict(group_0=group), ignore=ignore)
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        dtype=dtype,
+        torch_dtype=dtype,
+        vocab_size=c.vocab_size,
+        hidden_size=c.width,
+        intermediate_size=c.hidden,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.heads,
+        head_dim=c.width // c.heads,
+        max_position_embeddings=c.sequence,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        hidden_act="silu",
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=False,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    if ignore is None:
+        return made
+
+    # What the package compressed-tensors is to know.
+    weights = dict(
+        num_bits=4,
+        type="float",
+        strategy="tensor_group",
+        group_size=16,
+        symmetric=True,
+        dynamic=False,
+        scale_dtype="torch.float8_e4m3fn",
+    )
+    group = dict(
+        targets=["Linear"],
+        weights=weights,
+        input_activations=None,
+        output_activations=None,
+        format="nvfp4-pack-quantized",
+    )
+    made["quantization_config"] = dict(
+        quant_method="compressed-tensors",
+        format="nvfp4-pack-quantized",
+        quantization_status="compressed",
+        config_groups=dict(group_0=group),
+        ignore=ignore,
+    )
     return made
+
 
 def byte_tokenizer():
     """tokenizer.json and tokenizer_config.json of bytes: token i is byte i, and 0 ends a document."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]   # byte-level BPE writes others
-    others = [b for b in range(256) if b not in printable]                      # as 256, 257, ...
-    letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    # Byte-level BPE writes a byte as a letter: printable ones as themselves, the others as 256, 257, ...
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letter = {byte: chr(byte) for byte in printable}
+    letter |= {byte: chr(256 + i) for i, byte in enumerate(others)}
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
-    return dict(version="1.0", truncation=None, padding=None, added_tokens=[], normalizer=None,
-                pre_tokenizer=level, post_processor=None, decoder=level,
-                model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-                           end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=False,
-                           vocab={letter[b]: b for b in range(256)}, merges=[])), dict(
-                tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
+    model = dict(
+        type="BPE",
+        dropout=None,
+        unk_token=None,
+        continuing_subword_prefix=None,
+        end_of_word_suffix=None,
+        fuse_unk=False,
+        byte_fallback=False,
+        ignore_merges=False,
+        vocab={letter[byte]: byte for byte in range(256)},
+        merges=[],
+    )
+    tokenizer = dict(
+        version="1.0",
+        truncation=None,
+        padding=None,
+        added_tokens=[],
+        normalizer=None,
+        pre_tokenizer=level,
+        post_processor=None,
+        decoder=level,
+        model=model,
+    )
+    return tokenizer, dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
+
 
 def export(run, directory, packed):
     """Write config.json, model.safetensors and, for bytes, a tokenizer into a new directory."""
-    try: from safetensors import SafetensorError; from safetensors.torch import save_file
-    except ImportError as e: raise UserError(f"{e}: pip install safetensors") from None
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError as e:
+        raise UserError(f"{e}: pip install safetensors") from None
+
+    # The weights are those that the forward pass after the last step multiplies.
     c, _, checkpoint = train_gpt.load("eval", run, {})
-    if directory.exists(): raise UserError(f"{directory} exists: take another name, nothing is overwritten")
+    if directory.exists():
+        raise UserError(f"{directory} exists: take another name, nothing is overwritten")
     c = dataclasses.replace(c, recipe=train_gpt.recipe_of(c, checkpoint["step"]))
     found, ignore = tensors(c, checkpoint["model"], packed)
+
+    # Write all of it or nothing.
+    files = {"config.json": config(c, ignore if packed else None)}
+    if c.vocab_size == 256:
+        files["tokenizer.json"], files["tokenizer_config.json"] = byte_tokenizer()
     part = directory.with_name(directory.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
-    files = {"config.json": config(c, ignore if packed else None)}
-    if c.vocab_size == 256: files |= zip(("tokenizer.json", "tokenizer_config.json"), byte_tokenizer())
-    for name, content in files.items(): (part / name).write_text(json.dumps(content, indent=1) + "\n")
-    try: save_file(found, part / "model.safetensors", metadata=dict(format="pt"))
-    except SafetensorError as e: raise UserError(f"cannot write {part}, remove it: {e}") from None
-    part.rename(directory)                              # all of it or nothing
+    for name, content in files.items():
+        (part / name).write_text(json.dumps(content, indent=1) + "\n")
+    try:
+        save_file(found, part / "model.safetensors", metadata=dict(format="pt"))
+    except SafetensorError as e:
+        raise UserError(f"cannot write {part}, remove it: {e}") from None
+    part.rename(directory)
+
+    # Say how large it is.
     size = sum(t.nbytes for t in found.values())
     values = sum(t.numel() for t in checkpoint["model"].values())
     print(f"{directory}: {values:,} parameters, {size:,} bytes, {8 * size / values:.2f} bits each")
     if packed:
         values = 2 * sum(t.numel() for name, t in found.items() if name.endswith("weight_packed"))
-        bits = 8 * sum(t.nbytes for name, t in found.items() if ".weight_" in name)
-        print(f"in NVFP4: {values:,} parameters, {bits / values:.4f} bits each")
-    if c.vocab_size != 256: print("its tokens are GPT-2's: take that tokenizer")
+        size = sum(t.nbytes for name, t in found.items() if ".weight_" in name)
+        print(f"in NVFP4: {values:,} parameters, {8 * size / values:.4f} bits each")
+    if c.vocab_size != 256:
+        print("its tokens are GPT-2's: take that tokenizer")
+
 
 def main(argv):
     """Do what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", help="of train_gpt.py: its path, or its name in runs/")
-    parser.add_argument("directory", type=Path, help="to be made")
-    parser.add_argument("--format", choices=("hf", "compressed-tensors"), default="hf")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="of train_gpt.py: its path, or its name in runs/")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="to be made")
+    parser.add_argument("--format", choices=("hf", "compressed-tensors"), default="hf",
+                        help="hf, unless you say otherwise")
     a = parser.parse_args(argv)
     export(a.run, a.directory, a.format == "compressed-tensors")
 
+
 if __name__ == "__main__":
-    try: main(sys.argv[1:])
-    except (UserError, ValueError, OSError) as e: sys.exit(f"export.py: {e}")
+    try:
+        main(sys.argv[1:])
+    except (UserError, ValueError, OSError) as e:
+        sys.exit(f"export.py: {e}")
