@@ -33,7 +33,10 @@ TOKENS = 16384
 # of dy and makes two results (both), or takes stored NVFP4 and makes its transpose (requantized).
 
 def mode_of(name):
-    """A name of quartet.QUANTIZERS -> its name in kernels.MODES, if there, and the rows that share a scale."""
+    """A name of quartet.QUANTIZERS -> its name in kernels.MODES, if there, and how many rows share a scale.
+
+    Example: "rtn_16x16" -> "rtn", 16.
+    """
     if name.endswith("_16x16"):
         return name.removesuffix("_16x16"), BLOCK
     return name, 1
