@@ -181,7 +181,7 @@ def encode_configurations(native):
         yield Configuration(
             f"encode {name}", kernels.encode_kernel,
             {"NOISE": noise, "SWIZZLED": native, "B": kernels.SCALES, absent: None},
-            {}, 32768, SCALE + 1 / BLOCK)
+            {}, BLOCK * kernels.SCALES, SCALE + 1 / BLOCK)
 
 
 def gemm_configurations(major):
@@ -461,7 +461,7 @@ def time_quantizers(x, native):
     peak = copy_bandwidth(x.device)
     title = f"{len(x)} x {x.shape[1]}; a copy: {peak / 1e12:.2f} TB/s"
     print(f"\n{title:34}{'B/value':>8}{'us':>8}{'TB/s':>6}{'of copy':>8}{'compiled':>10}{'ratio':>6}")
-    # Of blocks of 1x16: those of 16x16 take the same kernel, and as long.
+    # Of blocks of 1x16: the names that are modes.
     flat = [name for name in flat_quantizers() if name in kernels.MODES]
     for case in cases(x, flat, tile_quantizers()):
         for decoded in (False,) if native else (False, True):
@@ -470,8 +470,10 @@ def time_quantizers(x, native):
 
 def time_case(case, decoded, values, peak):
     """Print a row of time_quantizers."""
+    theirs = case.theirs
+
     def rival():
-        found = case.theirs()
+        found = theirs()
         if decoded:
             found = [quartet.decode(t, torch.bfloat16) for t in found]
         return found
