@@ -46,7 +46,7 @@ def toy(x):
 
 
 def blocks_with_toys(b, first, i, seed, QUANTIZER, ROWS, BF16):
-    """kernels.quantize_blocks with branches for the toys, to be compiled. Triton does not compile "refused"."""
+    """kernels.quantize_blocks with branches for the toys, for jit. Triton does not compile "refused"."""
     HALF: tl.constexpr = 0.5
     if QUANTIZER == "refused":
         HALF: tl.constexpr = 0.5

@@ -1,4 +1,4 @@
-"""The tests of data/evidence/bias.py: floors that are known to be there or not, and the command on a tiny run."""
+"""Tests of data/evidence/bias.py: floors that are known to be there or not, and the command on a tiny run."""
 import json
 
 import numpy as np
