@@ -1,6 +1,7 @@
 """How biased are the gradients of a trained model's linear layers, by each way to quantize the backward pass?
 
-    python data/evidence/bias.py RUN [--draws=1024] [--batch=4] [--recipe=quartet2] [--operands=on] [--out=FILE]
+    python data/evidence/bias.py RUN [--draws=1024] [--batch=4] [--recipe=quartet2] [--operands=on]
+                                     [--out=FILE]
 
 Takes x, w and dy of every hidden layer of a checkpoint from one batch of validation text, under the forward
 pass of a recipe, and quantizes the same two backward GEMMs again and again. Per layer, GEMM and method:
@@ -18,94 +19,198 @@ The least floor to be seen is such a bound, or what rounding each draw to bf16 l
 errs, and next to nothing, below 1e-7 on N(0, 1), where draws scatter more widely than bf16 values lie. With
 --operands=on also dy alone and w or x alone are quantized, and the other is in bf16, rotated before.
 """
-import argparse, dataclasses, functools, json, math, statistics, sys
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import statistics
+import sys
 from pathlib import Path
-import torch
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import quartet, train_gpt
-import demonstrate                          # beside this file
+from typing import NamedTuple
 
-METHODS = {                                 # the rotation and quantizer of dx and dw
-    "sr": (None, "sr"), "sr rht128": ("rht128", "sr"), "sr 4/6": ("rht128", "sr_four_six"),
-    "ms_eden": ("rht128", "ms_eden"), "ms_eden x2": ("rht128x2", "ms_eden"),
-    "ms_eden 4/6": ("rht128x2", "ms_eden_46")}
-PARTS, SIGMAS = 16, 3                       # of the draws; standard errors above 0 of a floor that counts
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import quartet
+import train_gpt
+
+import demonstrate    # beside this file
+
+
+class Method(NamedTuple):
+    """How both operands of dx and of dw are quantized."""
+    rotation: str | None
+    quantizer: str
+
+
+METHODS = {
+    "sr": Method(None, "sr"),
+    "sr rht128": Method("rht128", "sr"),
+    "sr 4/6": Method("rht128", "sr_four_six"),
+    "ms_eden": Method("rht128", "ms_eden"),
+    "ms_eden x2": Method("rht128x2", "ms_eden"),
+    "ms_eden 4/6": Method("rht128x2", "ms_eden_46")
+}
+PARTS = 16    # of the draws
+SIGMAS = 3    # so many standard errors above 0, a floor counts
+
+
+# ---- 1. The gradients to quantize, and how -----------------------------------------------------------------
 
 def register(recipe, operands):
-    """Add to quartet.RECIPES a recipe's forward with each backward -> {(method, operand): its new name}."""
+    """Add to quartet.RECIPES a recipe's forward with each backward -> {(method, operand): its new name}.
+
+    operands: of "both", "dy" (alone), "other" (w in dx, x in dw, alone).
+    """
     quartet.QUANTIZERS["sr_four_six"] = lambda x, R, seed: demonstrate.sr_four_six(quartet.rotate(x, R), seed)
-    x, w, names = quartet.RECIPES[recipe].x, quartet.RECIPES[recipe].w, {}
+    forward = quartet.RECIPES[recipe]
+    names = {}
     for method, (R, q) in METHODS.items():
-        for operand, pair in dict(both=(q, q), dy=(q, "bf16"), other=("bf16", q)).items():
-            if operand in operands:
-                name = names[method, operand] = f"{recipe}, backward {method}, {operand}"
-                quartet.RECIPES[name] = quartet.Recipe(x, w, quartet.Gemm(R, *pair), quartet.Gemm(R, *pair))
+        gemms = {
+            "both": quartet.Gemm(R, dy=q, other=q),
+            "dy": quartet.Gemm(R, dy=q, other="bf16"),
+            "other": quartet.Gemm(R, dy="bf16", other=q)
+        }
+        for operand in operands:
+            name = f"{recipe}, backward {method}, {operand}"
+            gemm = gemms[operand]
+            quartet.RECIPES[name] = quartet.Recipe(forward.x, forward.w, gemm, gemm)
+            names[method, operand] = name
     return names
+
 
 def capture(model, tokens, targets):
     """One forward and backward pass -> {name: bf16 x (M, K), w (N, K), dy (M, N)} of its quantized layers."""
     layers = model.quantized_linears()
     found = {}
+
+    # x and w are seen in the forward pass; dy, the gradient of y, in the backward pass.
+    def keep(name, *tensors):
+        found[name] = tuple(t.detach().bfloat16().flatten(0, -2) for t in tensors)
+
     def hook(name, m, args, y):
-        bf16 = lambda *tensors: tuple(t.detach().bfloat16().flatten(0, -2) for t in tensors)
-        y.register_hook(lambda dy: found.update({name: bf16(*args, m.weight, dy)}))
-    for name, m in layers.items(): m.register_forward_hook(functools.partial(hook, name))
+        y.register_hook(lambda dy: keep(name, *args, m.weight, dy))
+
+    for name, m in layers.items():
+        m.register_forward_hook(functools.partial(hook, name))
     model(tokens, targets).backward()
     return {name: found[name] for name in layers}
 
-def measure(x, w, dy, recipe, sizes):
-    """x, w, dy of `capture` -> for dx, for dw: {B: sizes, error: [error(B)], slope, floor, sigma: its error}.
 
-    floor = mean over k != l of <m_k, m_l> / ||exact||^2,  m_k the mean error of draws k, k + 16, k + 32, ...
+# ---- 2. The mean of many draws -----------------------------------------------------------------------------
+
+def exact_gemms(x, w, dy, recipe):
+    """x, w, dy of `capture` -> dx (M, K), dw (N, K) float64, of x, w as the forward pass quantizes them."""
+    x_q = quartet.decode(quartet.quantize(quartet.RECIPES[recipe].x, x)).double()
+    w_q = quartet.decode(quartet.quantized(w, recipe)).double()
+    dy = dy.double()
+    return dy @ w_q, dy.T @ x_q
+
+
+def measure(x, w, dy, recipe, sizes):
+    """x, w, dy of `capture` -> `estimate` of dx, and of dw, from sizes[-1] draws by a recipe.
+
+    sizes: the numbers B of draws whose mean is measured, ascending.
     """
+    exact = exact_gemms(x, w, dy, recipe)
     layer = quartet.Linear(*w.T.shape, recipe=recipe, device=w.device, dtype=w.dtype)
-    layer.weight.data, leaf = w, x.clone().requires_grad_()
-    xq, wq = quartet.QUANTIZERS[quartet.RECIPES[recipe].x](x, None, None), quartet.quantized(w, recipe)
-    exact = [a.double() @ quartet.decode(quartet.NVFP4(*b)).double() for a, b in ((dy, wq), (dy.T, xq))]
-    norms, errors = [e.square().sum() for e in exact], ([], [])
+    layer.weight.data = w
+    leaf = x.clone().requires_grad_()
+
+    # A draw is one backward pass. Draw b adds to part b % PARTS of the sums, of errors: for these float32 is
+    # plenty.
     sums = [torch.zeros(PARTS, *e.shape, device=e.device) for e in exact]
-    def draw(part):
-        for s, d, e in zip(sums, torch.autograd.grad(layer(leaf), (leaf, layer.weight), dy), exact):
-            s.index_add_(0, part, (d - e).float()[None])        # of errors: float32 is plenty
     parts = torch.arange(PARTS, device=x.device).split(1)
+
+    def draw(part):
+        gradients = torch.autograd.grad(layer(leaf), (leaf, layer.weight), dy)
+        for s, gradient, e in zip(sums, gradients, exact):
+            s.index_add_(0, part, (gradient - e).float()[None])
+
+    errors = [[] for _ in exact]
     with quartet.quantized_weights(layer):
-        run = train_gpt.as_graph(draw, parts[0]) if x.is_cuda else draw
-        for s in sums: s.zero_()                                # of draws while it was recorded
+        run = draw
+        if x.is_cuda:
+            run = train_gpt.as_graph(draw, parts[0])
+            for s in sums:
+                s.zero_()    # of draws while it was recorded
         for b in range(1, sizes[-1] + 1):
             run(parts[b % PARTS])
-            if b in sizes:                                      # kept on the device: nothing waits for it
-                for error, s in zip(errors, sums): error.append((s.sum(0) / b).double().square().sum())
-    found = []
-    for error, s, norm in zip(errors, sums, norms):
-        gram = sum(c.double() @ c.double().T for c in s.flatten(1).split(2**20, 1)) * (PARTS / b)**2 / norm
-        row = (gram.sum(1) - gram.diagonal()) / (PARTS - 1)     # of part k with the others, on average
-        sigma = 2 * row.std() * (PARTS - 1) / (PARTS - 2) / PARTS**0.5          # jackknife
-        error = (torch.stack(error) / norm).tolist()
-        found.append(dict(B=sizes, error=error, slope=math.log(error[-1] / error[-2], sizes[-1] / sizes[-2]),
-                          floor=row.mean().item(), sigma=sigma.item()))
-    return found
+            if b in sizes:
+                # These numbers stay on the device, so that nothing waits for them.
+                for error, s in zip(errors, sums):
+                    error.append((s.sum(0) / b).double().square().sum())
+    return [estimate(torch.stack(error), s, e.square().sum(), sizes)
+            for error, s, e in zip(errors, sums, exact)]
+
+
+def estimate(error, sums, norm, sizes):
+    """What the draws tell of one GEMM -> {B: sizes, error: [error(B)], slope, floor, sigma: its error}.
+
+    error (sizes,): ||mean of B draws - exact||^2. sums (PARTS, ...): the errors of the draws, added up. norm:
+    ||exact||^2.
+
+    floor = mean over k != l of <m_k, m_l> / norm,  m_k the mean error of draws k, k + 16, k + 32, ...
+    """
+    draws = sizes[-1]
+    # gram[k, l] = <m_k, m_l> / norm, by chunks: all in float64 would take much memory.
+    gram = sum(c.double() @ c.double().T for c in sums.flatten(1).split(2**20, 1))
+    gram = gram * (PARTS / draws) ** 2 / norm
+    others = (gram.sum(1) - gram.diagonal()) / (PARTS - 1)     # of each part with the others, on average
+    # The jackknife: without part k the mean changes by 2 / (PARTS - 2) of how far others[k] is off.
+    sigma = 2 * others.std() * (PARTS - 1) / (PARTS - 2) / PARTS**0.5
+    error = (error / norm).tolist()
+    return {
+        "B": sizes,
+        "error": error,
+        "slope": math.log(error[-1] / error[-2], sizes[-1] / sizes[-2]),
+        "floor": others.mean().item(),
+        "sigma": sigma.item()
+    }
+
+
+# ---- 3. The report -----------------------------------------------------------------------------------------
 
 def bound(r):
     """A record's floor where it is told from 0, else what it may be at most; and whether it is told."""
-    seen = r["floor"] > SIGMAS * r["sigma"]
-    return r["floor"] if seen else max(r["floor"], 0.0) + SIGMAS * r["sigma"], seen
+    noise = SIGMAS * r["sigma"]
+    if r["floor"] > noise:
+        return r["floor"], True
+    return max(r["floor"], 0.0) + noise, False
+
+
 def shown(r):
+    """The `bound` of a record as text."""
     value, seen = bound(r)
-    return f"{value:.1e} +- {r['sigma']:.0e}" if seen else f"< {value:.1e}"
+    if seen:
+        return f"{value:.1e} +- {r['sigma']:.0e}"
+    return f"< {value:.1e}"
+
+
+def print_record(r):
+    """Print the row of a record in its layer's table."""
+    errors = "".join(f"{e:9.1e}" for e in r["error"])
+    print(f"{r['gemm']} {r['method']:12}{r['operand']:9}{errors}{r['slope']:7.2f}  {shown(r)}")
+
 
 def summarize(records):
     """Print for each GEMM, method and operand: mean slope, median and largest floor over the layers."""
     print(f"\n{'over all layers':24}mean slope  {'median floor':20}{'largest floor':20}seen in")
     kinds = {}
-    for r in records: kinds.setdefault(f"{r['gemm']} {r['method']:12}{r['operand']:9}", []).append(r)
+    for r in records:
+        kinds.setdefault(f"{r['gemm']} {r['method']:12}{r['operand']:9}", []).append(r)
     for kind, rows in kinds.items():
+        slope = statistics.fmean(r["slope"] for r in rows)
         median = sorted(rows, key=lambda r: r["floor"])[len(rows) // 2]
-        real = [r for r in rows if bound(r)[1]]
-        print(f"{kind}{statistics.fmean(r['slope'] for r in rows):10.2f}  {shown(median):20}"
-              f"{shown(max(real or rows, key=bound)):20}{len(real)} of {len(rows)}")
+        seen = [r for r in rows if bound(r)[1]]
+        largest = max(seen or rows, key=bound)
+        print(f"{kind}{slope:10.2f}  {shown(median):20}{shown(largest):20}{len(seen)} of {len(rows)}")
 
-def main(argv):
-    """Do what the command line says."""
+
+def parse(argv):
+    """The command line -> its options, and the numbers of draws: 1, 4, 16, ... --draws. UserError for
+    others."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="of train_gpt.py: its path, or its name in runs/")
     parser.add_argument("--draws", type=int, default=1024, help="a power of 4, 16 or more")
@@ -113,41 +218,64 @@ def main(argv):
     parser.add_argument("--recipe", help="whose forward pass; default: the run's, quartet2 if that is bf16")
     parser.add_argument("--operands", choices=("on", "off"), default="off", help="each operand alone, too")
     parser.add_argument("--out", help="the numbers, a line of JSON a row; default: bias.jsonl in the run")
-    a = parser.parse_args(argv)
-    sizes = [4**i for i in range(a.draws.bit_length()) if 4**i <= a.draws]
-    if a.draws < PARTS or sizes[-1] != a.draws:
-        raise train_gpt.UserError(f"--draws={a.draws}: it takes a power of 4, {PARTS} or more")
-    knobs = dict(batch=a.batch, backend="auto", device="auto", compile="off")
-    c, directory, saved = train_gpt.load("eval", a.run, knobs)
-    recipe = a.recipe or ("quartet2" if c.recipe == "bf16" else c.recipe)
-    train_gpt.known(recipe, [r for r, row in quartet.RECIPES.items() if row],
-                    f"--recipe={recipe} is not a quantized forward pass")
+    options = parser.parse_args(argv)
+    sizes = [4**i for i in range(options.draws.bit_length()) if 4**i <= options.draws]
+    if options.draws < PARTS or sizes[-1] != options.draws:
+        raise train_gpt.UserError(f"--draws={options.draws}: it takes a power of 4, {PARTS} or more")
+    return options, sizes
+
+
+def load(options):
+    """The run of a command line -> its directory, the recipe of the forward pass, `capture` of a batch."""
+    knobs = dict(batch=options.batch, backend="auto", device="auto", compile="off")
+    c, directory, saved = train_gpt.load("eval", options.run, knobs)
+    recipe = options.recipe or c.recipe
+    if recipe == "bf16" and not options.recipe:
+        recipe = "quartet2"
+    quantized = [name for name, row in quartet.RECIPES.items() if row]
+    train_gpt.known(recipe, quantized, f"--recipe={recipe} is not a quantized forward pass")
     c = dataclasses.replace(c, recipe=recipe)
     train_gpt.check(c)
+
+    # As a checkpoint is evaluated, but trained for one backward pass.
     device, _ = train_gpt.pick_device(c)
     torch.manual_seed(c.seed)
     model = train_gpt.GPT(c).to(device)
     model.use_recipe(recipe, c.backend)
     model.load_state_dict(saved["model"])
-    layers = capture(model, *train_gpt.Shards(c, "val").random(c, 0, 0, device))
-    names = register(recipe, ("both", "dy", "other") if a.operands == "on" else ("both",))
-    path, records = Path(a.out or directory / "bias.jsonl"), []
+    batch = train_gpt.Shards(c, "val").random(c, 0, 0, device)
+    return directory, recipe, capture(model, *batch)
+
+
+def main(argv):
+    """Do what the command line says."""
+    options, sizes = parse(argv)
+    directory, recipe, layers = load(options)
+    operands = ("both", "dy", "other") if options.operands == "on" else ("both",)
+    names = register(recipe, operands)
+    path = Path(options.out or directory / "bias.jsonl")
+    records = []
     with open(path, "w") as f:
         for layer, tensors in layers.items():
-            print(f"\n{layer}, {len(tensors[0]):,} tokens".ljust(25)
-                  + "".join(f"{f'B={B}':>9}" for B in sizes) + "  slope  floor", flush=True)
+            tokens = len(tensors[0])
+            columns = "".join(f"{f'B={B}':>9}" for B in sizes)
+            print(f"\n{layer}, {tokens:,} tokens".ljust(25) + columns + "  slope  floor", flush=True)
             found = {kind: measure(*tensors, name, sizes) for kind, name in names.items()}
             for i, gemm, other in (0, "dx", "w"), (1, "dw", "x"):
-                for (method, operand), results in found.items():
-                    r = dict(layer=layer, forward=recipe, gemm=gemm, method=method,
-                             operand=other if operand == "other" else operand) | results[i]
+                for (method, operand), estimates in found.items():
+                    if operand == "other":
+                        operand = other
+                    r = dict(layer=layer, forward=recipe, gemm=gemm, method=method, operand=operand)
+                    r |= estimates[i]
                     f.write(json.dumps(r) + "\n")
                     records.append(r)
-                    print(f"{gemm} {method:12}{r['operand']:9}{''.join(f'{e:9.1e}' for e in r['error'])}"
-                          f"{r['slope']:7.2f}  {shown(r)}")
+                    print_record(r)
     summarize(records)
     print(f"written to {path}")
 
+
 if __name__ == "__main__":
-    try: main(sys.argv[1:])
-    except (train_gpt.UserError, ValueError, OSError) as e: sys.exit(f"bias.py: {e}")
+    try:
+        main(sys.argv[1:])
+    except (train_gpt.UserError, ValueError, OSError) as e:
+        sys.exit(f"bias.py: {e}")

@@ -1,13 +1,14 @@
 """The sections of quartet.py in numbers: what `python quartet.py` prints, and the article quotes."""
+import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import quartet
-from quartet import Linear, blocks, decode, e2m1, e4m3, four_six, ms_eden, rotate, rotation, rtn, scale_search, sr
+from quartet import Linear, blocks, decode, e2m1, e4m3, four_six
+from quartet import ms_eden, rotate, rotation, rtn, scale_search, sr
 
 PAPER = "paper, table 1"
 
@@ -30,7 +31,10 @@ def print_nmse(name, found, exact, paper="-"):
 
 
 def sr_four_six(x, seed):
-    """SR, and a mistake: the better of two draws, one with amax to 6, one to 4, is biased. As quartet.sr."""
+    """SR, and a mistake: the better of two draws, one with amax to 6, one to 4. It is biased.
+
+    x, seed -> NVFP4, as quartet.sr.
+    """
     b, amax, unit = blocks(x)
     b = b / unit
     u6, u_scale = quartet.uniform(seed, b, amax)
@@ -75,6 +79,8 @@ def print_convergence(name, draw, x):
     print(f"{name:34}" + "".join(f"{c.mean():8.2f}" for c in columns) + f"{spread:8.2f}")
 
 
+# ---- The sections, in the order of the article: each prints its numbers ------------------------------------
+
 def floats():
     grid = quartet.unpack(torch.arange(8, dtype=torch.uint8))[::2]
     print("E2M1:", *(f"{v:g}" for v in grid))
@@ -101,7 +107,8 @@ def scales():
         s = torch.tensor(values).view(1, 1, -1, 1)
         t = quartet.assemble((1, 48), torch.ones(1, 1, 3, 16), s)
         stored = ", ".join(f"{v:g}" for v in t.block_scale.flatten().float())
-        print(f"block scales {', '.join(map(str, values))}: tensor scale 2^{t.tensor_scale.log2():.0f}, stored {stored}")
+        print(f"block scales {', '.join(map(str, values))}: "
+              f"tensor scale 2^{t.tensor_scale.log2():.0f}, stored {stored}")
 
 
 def nearest():
@@ -268,7 +275,9 @@ SECTIONS = {
 }
 
 
-def main():
+def main(argv=None):
+    """Print all sections."""
+    argparse.ArgumentParser(prog="quartet.py", description=__doc__).parse_args(argv)
     for title, section in SECTIONS.items():
         print(title)
         section()

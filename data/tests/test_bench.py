@@ -1,0 +1,196 @@
+"""Tests of data/evidence/bench.py: a row of the tables is all that a new quantizer needs to be taken in.
+
+Run as a script, this file is `python kernels.py` with toys for its only quantizers: test_bench.py NAME ...
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def interpret(patch):
+    """On a CPU kernels run in Python: so Triton is told when it is imported, and when they run."""
+    if DEVICE == "cpu":
+        patch.setenv("TRITON_INTERPRET", "1")
+
+
+# Only for these tests: what others start takes the environment as it is.
+with pytest.MonkeyPatch.context() as patch:
+    if __name__ != "__main__":
+        interpret(patch)
+    import bench
+    import kernels
+    import quartet
+    from kernels import Mode, tl
+
+RECIPES = [name for name, row in quartet.RECIPES.items() if row]
+quantize_blocks = kernels.quantize_blocks
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    interpret(monkeypatch)
+
+
+# ---- Toys: as a forker adds a quantizer --------------------------------------------------------------------
+
+def toy(x):
+    """RTN of half of x."""
+    return quartet.rtn(x.float() / 2)
+
+
+def blocks_with_toys(b, first, i, seed, QUANTIZER, ROWS, BF16):
+    """kernels.quantize_blocks with branches for the toys, for jit. Triton does not compile "refused"."""
+    HALF: tl.constexpr = 0.5
+    if QUANTIZER == "refused":
+        HALF: tl.constexpr = 0.5
+    if QUANTIZER == "toy" or QUANTIZER == "refused":
+        q, s = quantize_blocks(b * HALF, first, i, seed, "rtn", ROWS, BF16)
+    else:
+        q, s = quantize_blocks(b, first, i, seed, QUANTIZER, ROWS, BF16)
+    return q, s
+
+
+def recipe_of(name):
+    """A recipe that has a quantizer everywhere."""
+    return quartet.Recipe(name, name, *[quartet.Gemm("rht128", dy=name, other=name)] * 2)
+
+
+def leave_only(patch, *names):
+    """Toys take the place of all other modes, each with a recipe that uses it everywhere."""
+    patch.setattr(kernels, "quantize_blocks", kernels.jit(blocks_with_toys))
+    patch.setattr(kernels, "MODES", {name: Mode() for name in names})
+    patch.setattr(quartet, "RECIPES", {name: recipe_of(name) for name in names})
+    patch.setattr(quartet, "QUANTIZERS", {name: quartet.rotated(toy) for name in names})
+
+
+# ---- What there is to compile ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode, recipe, forms", [
+    (Mode(), None, {"quantize"}),
+    (Mode(), recipe_of("toy"), {"quantize", "both", "requantize"}),
+    (Mode(noise=1), None, {"both", "requantize"}),
+    (Mode(noise=1), quartet.NVIDIA._replace(dx=quartet.Gemm(None, dy="toy", other=None)),
+     {"quantize", "both", "requantize"}),
+    (Mode(noise=3), None, {"both", "requantize", "encode"}),
+])
+@pytest.mark.parametrize("major", [9, 10, 12])
+def test_a_new_mode_is_listed_in_the_forms_that_training_can_launch(mode, recipe, forms, major, monkeypatch):
+    before = {c.name for c in bench.configurations(major)}
+    monkeypatch.setitem(kernels.MODES, "toy", mode)
+    monkeypatch.setitem(quartet.QUANTIZERS, "toy", quartet.rotated(toy))
+    if recipe:
+        monkeypatch.setitem(quartet.RECIPES, "mine", recipe)
+    after = {c.name for c in bench.configurations(major)}
+    assert after - before == {f"{form} toy" for form in forms}
+    assert before <= after
+
+
+class Recorder:
+    """Stands for a kernel: keeps what it is launched with, as {argument: value}, and computes nothing."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.launches = []
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.launches.append(dict(zip(self.kernel.arg_names, args)) | options)
+        return launch
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_a_recipe_launches_is_listed(recipe, monkeypatch):
+    recorders = {}
+    for name in "quantize_kernel", "tile_kernel", "encode_kernel":
+        recorders[name] = Recorder(getattr(kernels, name))
+        monkeypatch.setattr(kernels, name, recorders[name])
+    layer = quartet.Linear(128, 128, recipe=recipe, device=DEVICE)
+    x = torch.randn(128, 128, device=DEVICE).bfloat16().requires_grad_()
+    y = kernels.QuantizedMatmul.apply(x, layer.weight.bfloat16(), recipe, *quartet.NOTHING)
+    y.sum().backward()
+
+    listed = {(c.name.split()[0], *map(c.constants.get, ("QUANTIZER", "ROWS", "ROW", "COL", "NOISE")))
+              for c in bench.configurations(9)}
+    launched = set()
+    for a in recorders["quantize_kernel"].launches:
+        launched.add(("quantize", a["QUANTIZER"], a["ROWS"], None, None, None))
+    for a in recorders["tile_kernel"].launches:
+        # Of both results of a bf16 tensor, training may want one.
+        if a["x_scale_ptr"] is None:
+            launched |= {("both", None, None, mode, mode, None) for mode in (a["ROW"], a["COL"]) if mode}
+        else:
+            launched.add(("requantize", None, None, a["ROW"], a["COL"], None))
+    for a in recorders["encode_kernel"].launches:
+        launched.add(("encode", None, None, None, None, a["NOISE"]))
+    assert len(launched) >= 4
+    assert launched <= listed
+
+
+# ---- The check, and compiling ------------------------------------------------------------------------------
+
+def test_the_check_takes_a_new_mode_in_every_form_and_sees_where_it_is_wrong(monkeypatch, capsys):
+    leave_only(monkeypatch, "toy")
+    x = torch.ones(20, 128, device=DEVICE).bfloat16()
+    names = [case.name for case in bench.cases(x, bench.quantizers(), bench.tile_quantizers())]
+    assert names == ["toy", "toy, both ways", "toy, requantized"]
+    assert bench.check(DEVICE, [(20, 128)])
+    capsys.readouterr()
+
+    monkeypatch.setitem(quartet.QUANTIZERS, "toy", quartet.rotated(quartet.rtn))
+    assert not bench.check(DEVICE, [(20, 128)])
+    *wrong, _ = capsys.readouterr().out.splitlines()
+    # Each twice: without decoded values, and with them.
+    expected = [f"20 x 128, {name}" for name in names for _ in range(2)]
+    assert [line.split(": ")[0] for line in wrong] == expected
+
+
+def compiling(*words):
+    """Start a command that compiles: a process."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "data" / "evidence")])
+    return subprocess.Popen([sys.executable, *words, "--target=sm_90a"], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_every_mode_compiles_in_every_form_and_what_does_not_is_told():
+    # The interpreter runs "refused": here is why compiling is tested, too.
+    tables, toys, refused = [
+        compiling(ROOT / "kernels.py"),
+        compiling(__file__, "toy"),
+        compiling(__file__, "refused"),
+    ]
+    out, warnings = tables.communicate()
+    rows = out.splitlines()[2:]
+    expected = [c.name for c in bench.configurations(9)]
+    assert [row[:28].rstrip() for row in rows] == expected, out + warnings
+    assert "does not compile" not in out
+    spills = dict(zip(expected, [int(row[46:53]) for row in rows]))
+    assert tables.returncode == any(spills.values())
+    for recipe in "quartet2", "quintet":
+        row = quartet.RECIPES[recipe]
+        for name in f"quantize {row.x}", f"both {row.dx.dy}", f"requantize {row.dw.other}":
+            assert spills[name] == 0, out
+    assert {name.split()[-1].removesuffix("_16x16") for name in expected} == {*kernels.MODES}
+
+    out, warnings = toys.communicate()
+    assert toys.returncode == 0, out + warnings
+    rows = out.splitlines()[2:]
+    assert [row[:28].rstrip() for row in rows] == ["quantize toy", "both toy", "requantize toy", "encode toy"]
+
+    out, _ = refused.communicate()
+    assert refused.returncode == 1
+    assert out.count("does not compile") == 3
+    assert "encode refused" in out
+
+
+if __name__ == "__main__":
+    _, name, *words = sys.argv
+    leave_only(pytest.MonkeyPatch(), name)
+    sys.exit(bench.main(words))
