@@ -185,7 +185,10 @@ def same(a, b):
 
 
 def assert_independent(rows):
-    """No two of the rows (n, samples) correlate, to 5 sigma, and none is constant."""
+    """No two of the rows (n, samples) correlate, to 5 sigma, and none is constant.
+
+    The odds: of 5,000 pairs of independent rows, one is beyond 5 sigma in one of 350 seeds.
+    """
     assert rows.std(-1).min() > 0
     correlations = torch.corrcoef(rows).fill_diagonal_(0)
     assert correlations.abs().max() < 5 / rows.shape[1] ** 0.5
@@ -217,7 +220,7 @@ def relative(t, x):
 def convergence(draws, target):
     """B draws (M, K) -> B times the squared error of their mean, over that of one draw; and its sigma.
 
-    It is 1 in expectation if draws are unbiased, and B if all are equal.
+    It is 1 in the mean if draws are unbiased, and B if all are equal.
     """
     B = len(draws)
     draws = torch.stack(list(draws)).double()
@@ -227,7 +230,68 @@ def convergence(draws, target):
     return (1 + excess.sum() / one.sum()).item(), sigma.item()
 
 
+# ---- Commands that are run ---------------------------------------------------------------------------------
+#
+# They take as long as all else. So they start with the first test, and the last tests read what they printed.
+
+def run(script, *words, cwd="/"):
+    """Run a script of this directory in a newcomer's environment -> what it prints. It must succeed."""
+    done = subprocess.run(
+        [sys.executable, HERE / script, *words], cwd=cwd, env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, (script, words, done.stdout, done.stderr)
+    return done.stdout
+
+
+def compile_for_every_target(directory):
+    """Compile the kernels for GPUs that need not be here, into directory -> directory, and the outputs."""
+    targets = ("sm_90a", "sm_100a", "sm_120a")
+    return directory, {t: run("kernels.py", f"--target={t}", f"--dump={directory}") for t in targets}
+
+
+def run_the_article(directory):
+    return run("quartet.py")
+
+
+# What makes a run of train_gpt.py take seconds.
+SHORT = """--layers=1 --width=128 --heads=1 --hidden=128 --sequence=64 --batch=2 --tokens_per_step=128
+           --steps=2 --eval_tokens=128 --sample_tokens=1 --device=cpu""".split()
+
+
+def run_commands_of_the_readme(directory):
+    """Run all commands of README.md in directory, but for the installation and the article."""
+    blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    lines = [line for block in blocks for line in re.split("&&|\n", block) if line]
+    commands = [shlex.split(line, comments=True) for line in lines]
+    commands = [command for command in commands if command[1] != "install"]
+    assert len(commands) > 6
+    assert ["python", "quartet.py"] in commands        # run_the_article
+    for python, script, *words in commands:
+        assert python == "python"
+        if script == "train_gpt.py":
+            words += SHORT
+        if script != "quartet.py":
+            run(script, *words, cwd=directory)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def commands(request, tmp_path_factory):
+    """By function that runs commands, the Future of its result, if a test of this session waits for it."""
+    waiting = {
+        run_commands_of_the_readme: ["test_commands_of_the_readme_run"],
+        compile_for_every_target: ["test_kernels_compile_for_every_target_without_spills"],
+        run_the_article: ["test_commands_of_the_readme_run", "test_the_article_quotes_what_it_prints"],
+    }
+    selected = {item.name for item in request.session.items}
+    with ThreadPoolExecutor(2) as pool:
+        yield {f: pool.submit(f, tmp_path_factory.mktemp("commands"))
+               for f, tests in waiting.items() if selected.intersection(tests)}
+        pool.shutdown(cancel_futures=True)
+
+
 # ---- 1. The two small floats -------------------------------------------------------------------------------
+#
+# The grids are small enough to try all their values, ties and gaps.
 
 every_grid = parametrize(
     "rounding, grid", [(e2m1, E2M1), (e4m3, E4M3), (round_scale, FOUR_BITS)], ids=["e2m1", "e4m3", "scale"])
@@ -274,6 +338,8 @@ def test_rounding_saturates_keeps_nan_and_makes_no_negative_zero(u):
 
 
 # ---- 2. NVFP4 tensors --------------------------------------------------------------------------------------
+#
+# Every byte is decoded; every quantizer keeps what the class promises, whatever it is given.
 
 @parametrize("tensor_scale", [2.0**-123, 1.0, 2.0**110])
 def test_every_byte_with_every_scale_decodes_exactly_in_float32_and_bf16_and_packs_back(tensor_scale):
@@ -354,24 +420,17 @@ def test_powers_of_two_move_the_tensor_scale_only(name):
         assert t.tensor_scale == max(expected.tensor_scale * 2.0**power, 2.0**-123)
 
 
-def assert_all_nan(t):
-    """t NVFP4 decodes to NaN, and nothing else is left in it."""
-    assert decode(t).isnan().all()
-    assert decode(t, bfloat16).isnan().all()
-    assert not t.codes.any()
-    assert not t.block_scale.view(uint8).any()
-
-
 @every_quantizer
 @parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_value_that_is_not_finite_makes_all_decode_to_nan(name, value):
-    assert_all_nan(quantize(name, with_value(normal(32, 256), value)))
-
-
-@parametrize("value", [math.nan, math.inf, -math.inf])
-def test_one_value_that_is_not_finite_makes_all_decode_to_nan_when_rotated(value):
+    x = with_value(normal(32, 256), value)
     R, _ = rotation("rht128", generator())
-    assert_all_nan(ms_eden(with_value(normal(32, 256), value), R, 0))
+    for t in QUANTIZERS[name](x, None, 0), QUANTIZERS[name](x, R, 0):
+        assert decode(t).isnan().all()
+        assert decode(t, bfloat16).isnan().all()
+        # Nothing is left that could be mistaken for a number.
+        assert not t.codes.any()
+        assert not t.block_scale.view(uint8).any()
 
 
 # (4/6: but for ties to the last bit.)
@@ -387,6 +446,8 @@ def test_16x16_blocks_have_the_same_codes_transposed(f, used):
 
 
 # ---- 3. Blocks and scales ----------------------------------------------------------------------------------
+#
+# What decides something is specified to the bit. Here it is computed again, number by number.
 
 def halving_sum(v):
     """The sum of a list, 2^k long: the first half plus the second, element by element, and so on."""
@@ -417,6 +478,8 @@ def test_the_largest_block_scale_is_stored_as_256_to_448_or_as_240(eighths):
 
 
 # ---- 4. Round to nearest (RTN) -----------------------------------------------------------------------------
+#
+# By hand; and by the formula of others, where their tensor scale happens to be a power of two.
 
 def test_a_block_by_hand():
     x = tensor([[6, -6, 5, 3.5, 2.5, 1.75, 1.25, 0.75, 0.25, -0.25, -0.3, 0, -0.0, 4.9, 1e-9, -3]])
@@ -463,6 +526,8 @@ def test_codes_and_scales_equal_the_peers_formula(f, most, k):
 
 
 # ---- 5. Four Over Six (4/6), and a search over scales ------------------------------------------------------
+#
+# The choice among scales, made again in float64.
 
 def test_a_tie_of_4_over_6_goes_to_6():
     # 6 and 3 are exact with amax to 6; as 4 and 2, they are exact, too.
@@ -491,6 +556,8 @@ def test_scale_search_takes_the_scale_of_least_error():
 
 
 # ---- 6. Noise, and stochastic rounding (SR) ----------------------------------------------------------------
+#
+# Of the hash, its published answers; of noise, its independence; of SR, its mean.
 
 def philox_by_hand(seed, counter):
     """Philox4x32 of 7 rounds as Salmon et al. write it, in Python's integers -> four words."""
@@ -564,6 +631,8 @@ def test_sr_is_unbiased_element_by_element_also_at_sub_normal_scales():
 
 
 # ---- 7. Rotations ------------------------------------------------------------------------------------------
+#
+# Entries are integers, so what is said of R holds exactly.
 
 @pytest.fixture
 def signs(monkeypatch):
@@ -615,6 +684,8 @@ def test_entries_after_three_rounds_are_multiples_of_4_far_below_what_bf16_round
 
 
 # ---- 8. MS-EDEN --------------------------------------------------------------------------------------------
+#
+# What is exact in each draw; what is right in the mean of many; and where the mean stays wrong.
 
 def test_ms_eden_by_hand():
     # One value in a group: after one round all are +-6, or +-1.5. The first scale is 6 / 6.07 (or a quarter),
@@ -721,7 +792,7 @@ def test_4_over_6_in_ms_eden_takes_the_larger_cosine_whatever_the_scale():
         return F.cosine_similarity(q.double(), b, dim=-1)
 
     def with_amax_to(top):
-        """The cosine, if amax maps to top of the paper's grid, which 6.07 = 6 * 16/17 / 0.93 of it clips."""
+        """The cosine if amax maps to 6.07 = 6 * 16/17 / 0.93, or, for 4, to two thirds of it."""
         v = b / b.abs().amax(-1, keepdim=True) * top * 16 / 17 / 0.93
         return cosine(nearest(v, E2M1))
 
@@ -733,6 +804,8 @@ def test_4_over_6_in_ms_eden_takes_the_larger_cosine_whatever_the_scale():
 
 
 # ---- 9. The table of recipes: its quantizers ---------------------------------------------------------------
+#
+# Errors and biases, as the paper and quartet.py state them, and how much memory it takes.
 
 @parametrize("name, nmse, bias", [        # times 1e-3; paper's table 1, and quartet.py
     ("rtn", 9.0, -4.5),
@@ -786,6 +859,8 @@ def test_no_quantizer_needs_many_copies_of_its_input():
 
 
 # ---- 10. The three GEMMs -----------------------------------------------------------------------------------
+#
+# y is compared with float64. Gradients are random: their mean is compared with what it must be.
 
 # By which quantizers a recipe multiplies x and w forward; and which recipes quantize the original x for dw.
 FORWARD = {
@@ -899,6 +974,8 @@ def test_noise_and_signs_are_shared_by_no_operands_layers_or_steps(signs, monkey
 
 
 # ---- 11. The linear layer ----------------------------------------------------------------------------------
+#
+# What nn.Linear promises, for each recipe: shapes, dtypes, strides, autocast, NaN.
 
 def test_linear_is_nn_linear_but_for_its_recipe():
     with torch.random.fork_rng():                      # both start from the same state
@@ -1107,6 +1184,9 @@ def test_weights_quantized_once_change_nothing_and_must_not_change(recipe, backe
 
 
 # ---- kernels.py: on a GPU, or interpreted ------------------------------------------------------------------
+#
+# They are held to quartet.py's bits. Only the sums of a rotation have an order of their own: what is rotated
+# here is integers, whose sums are exact.
 
 INPUTS = {
     "ragged": normal(3, 5, 144),
@@ -1377,65 +1457,22 @@ def test_the_check_of_kernels_passes_and_sees_a_wrong_bit(monkeypatch, capsys):
     assert "16 x 128, rtn: codes" in capsys.readouterr().out
 
 
-def start(script, *words, cwd=None, env=ENVIRONMENT):
-    """Start a script of this directory, in a newcomer's environment -> the process."""
-    return subprocess.Popen(
-        [sys.executable, HERE / script, *words], cwd=cwd, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def test_kernels_compile_for_every_target_without_spills(tmp_path):
-    # Lines printed: one a kernel, and, for GPUs with FP4 tensor cores, a prediction.
+def test_kernels_compile_for_every_target_without_spills(commands):
+    directory, printed = commands[compile_for_every_target].result()
+    # Lines: one a kernel, and, for GPUs with FP4 tensor cores, a prediction.
     lines = {"sm_90a": 9, "sm_100a": 16, "sm_120a": 16}
-    running = {target: start("kernels.py", f"--target={target}", f"--dump={tmp_path}") for target in lines}
-    for target, process in running.items():
-        out, errors = process.communicate()
-        assert process.returncode == 0, out + errors
-        assert out.count("\n") == lines[target], out + errors
-        assert f".target {target}" in (tmp_path / f"{target}-both-ms_eden.ptx").read_text()
+    assert {target: out.count("\n") for target, out in printed.items()} == lines
+    for target in lines:
+        assert f".target {target}" in (directory / f"{target}-both-ms_eden.ptx").read_text()
 
 
 # ---- README.md ---------------------------------------------------------------------------------------------
+#
+# Commands run as they stand, but for options that make them short.
 
-@functools.cache
-def output_of_the_article():
-    """What `python quartet.py` prints: two tests read it."""
-    out, errors = start("quartet.py", cwd="/").communicate()
-    assert out, errors
-    return out
-
-
-# What makes a run of train_gpt.py take seconds.
-SHORT = """--layers=1 --width=128 --heads=1 --hidden=128 --sequence=64 --batch=2 --tokens_per_step=128
-           --steps=2 --eval_tokens=128 --sample_tokens=1 --device=cpu""".split()
-
-
-def test_commands_of_the_readme_run(tmp_path):
-    blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    lines = [line for block in blocks for line in re.split("&&|\n", block) if line]
-    commands = [shlex.split(line, comments=True) for line in lines]
-    commands = [command for command in commands if command[1] != "install"]
-    assert len(commands) > 6
-    assert all(command[0] == "python" for command in commands)
-
-    def run(commands):
-        for _, *words in commands:
-            if words == ["quartet.py"]:
-                output_of_the_article()
-                continue
-            if words[0] == "train_gpt.py":
-                words = words + SHORT
-            # Two commands run at a time, one thread each.
-            process = start(*words, cwd=tmp_path, env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
-            out, errors = process.communicate()
-            assert process.returncode == 0, (words, errors)
-            assert out, (words, errors)
-
-    # Those of the run "mine" need each other, in order.
-    mine = [command for command in commands if "mine" in " ".join(command)]
-    others = [command for command in commands if command not in mine]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(run, (mine, others)))
+def test_commands_of_the_readme_run(commands):
+    commands[run_commands_of_the_readme].result()
+    commands[run_the_article].result()
 
 
 def test_ci_installs_by_the_line_of_the_readme_and_runs_its_commands_there():
@@ -1459,11 +1496,11 @@ def words_and_numbers(text):
     return re.sub(r"\s+", " ", re.sub(number, "#", text)), pairs
 
 
-def test_the_article_quotes_what_it_prints():
+def test_the_article_quotes_what_it_prints(commands):
     """Sections end with their output: word for word, numbers to 2% or 2 in the last digit, as CPUs differ."""
     article = (HERE / "quartet.py").read_text()
     quoted = re.findall(r"^# ---- (\d+)\. (?:.|\n)*?^# Printed:\n((?:#     .*\n)+)", article, re.M)
-    printed = re.split(r"^(\d+)\. .*\n", output_of_the_article(), flags=re.M)[1:]
+    printed = re.split(r"^(\d+)\. .*\n", commands[run_the_article].result(), flags=re.M)[1:]
     assert [section for section, _ in quoted] == printed[::2] == [str(section) for section in range(1, 13)]
     for (_, comment), text in zip(quoted, printed[1::2]):
         words, quoted_numbers = words_and_numbers(comment.replace("#     ", ""))
