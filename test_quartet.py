@@ -493,7 +493,8 @@ def test_a_block_by_hand():
 def peers_formula(b, top, tensor_scale):
     """Blocks b (..., 16) as others quantize them -> q, s, squared errors, and whether s is normal in E4M3.
 
-    s = E4M3(amax / top / tensor scale), and q the values nearest to b / s / tensor scale, in float64.
+    s = E4M3(amax / top / tensor scale), the quotient in float32; q = the values nearest to b / s / tensor
+    scale, in float64.
     """
     exact = b.abs().amax(-1) / top / tensor_scale
     s = nearest(exact, E4M3).double()
