@@ -19,6 +19,7 @@ which bf16 holds exactly, and cuBLAS multiplies those.
 import os
 import runpy
 import sys
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,17 +37,18 @@ from quartet import BLOCK, GROUP, NVFP4
 
 class Mode(NamedTuple):
     """What a quantizer of quartet.py asks of the kernels, beside its branch in `quantize_blocks`."""
-    noise: int = 0    # random numbers it takes for each block; those that round sub-normal scales come after
-    warps: int = 4    # of quantize_kernel
+    noise: int = 0          # random numbers it takes for each block; those for sub-normal scales come after
+    warps: int = 4          # of quantize_kernel
+    registers: int = 128    # of tile_kernel's threads on capability 9, at most: what it needs without spills
 
 
 MODES = {
     "rtn": Mode(),
     "four_six": Mode(),
     "scale_search": Mode(warps=8),       # with 4 it would take 254 registers
-    "sr": Mode(noise=BLOCK),
+    "sr": Mode(noise=BLOCK, registers=168),
     "ms_eden": Mode(noise=1),
-    "ms_eden_46": Mode(noise=1),
+    "ms_eden_46": Mode(noise=1, registers=168),
 }
 
 # Kernels see constants only as constexpr. Their arguments in capitals are constants, too: known when a kernel
@@ -934,14 +936,15 @@ def major(device):
     return 9
 
 
-def tile_options(major):
+def tile_options(major, *quantizers):
     """FP4, H and launch options of tile_kernel for `major`: the fewest instructions that spill nothing."""
     # On capability 10 (tcgen05), half as many rows and warps take 5% fewer instructions; but Triton 3.8
     # spills there.
     options = {"FP4": major > 9, "H": 128, "num_warps": 8, "num_stages": 1}
     if major == 9:
         # wgmma. Within 128 registers two programs fit on a multiprocessor.
-        options |= {"H": 64, "maxnreg": 128}
+        registers = max(MODES.get(q, Mode()).registers for q in quantizers)
+        options |= {"H": 64, "maxnreg": registers}
     return options
 
 
@@ -1094,7 +1097,7 @@ def rotate_quantize(
                 row_R, row_seed, *first[:4],
                 col_R, col_seed, *second[:4], inverse_n,
                 row, col, packed and x[1].dim() == 1,
-                **tile_options(major(x[0].device)), **LAUNCH)
+                **tile_options(major(x[0].device), row, col), **LAUNCH)
         if row:
             found += encode(first, row, row_seed)
         if col:
@@ -1129,7 +1132,7 @@ def permuted(R):
 #
 # For callers who want NVFP4 tensors, and for the tests: the linear layer below calls the ops directly.
 
-def quantized_as(quantizer, x, seed=0, block=(1, BLOCK), R=None):
+def quantized_as(quantizer, x, block=(1, BLOCK), seed=0, R=None):
     """x (..., K) on a GPU -> NVFP4 of x, or x R, by a mode. ValueError where quartet.check_blocks has one."""
     quartet.check_blocks(x, block)
     seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
@@ -1145,24 +1148,15 @@ def quantized_as(quantizer, x, seed=0, block=(1, BLOCK), R=None):
     return NVFP4(t.codes.view(*lead, k // 2), t.block_scale.view(*lead, k // BLOCK), t.tensor_scale)
 
 
-def rtn(x, block=(1, BLOCK)):
-    """quartet.rtn, bitwise equal: x (..., K) on a GPU -> NVFP4."""
-    return quantized_as("rtn", x, block=block)
-
-
-def four_six(x, block=(1, BLOCK)):
-    """quartet.four_six, bitwise equal: x (..., K) on a GPU -> NVFP4."""
-    return quantized_as("four_six", x, block=block)
-
-
-def scale_search(x, block=(1, BLOCK)):
-    """quartet.scale_search, bitwise equal: x (..., K) on a GPU -> NVFP4."""
-    return quantized_as("scale_search", x, block=block)
+# Those of quartet.py, bitwise equal, as functions of x (..., K) on a GPU and block, (1, 16) or (16, 16).
+rtn = partial(quantized_as, "rtn")
+four_six = partial(quantized_as, "four_six")
+scale_search = partial(quantized_as, "scale_search")
 
 
 def sr(x, seed):
     """quartet.sr, bitwise equal: x (..., K) on a GPU, seed int or () int64 -> NVFP4."""
-    return quantized_as("sr", x, seed)
+    return quantized_as("sr", x, seed=seed)
 
 
 def ms_eden(x, R, seed, four_six=False):
@@ -1173,7 +1167,7 @@ def ms_eden(x, R, seed, four_six=False):
     """
     if R is not None and (x.dtype != torch.bfloat16 or x.shape[-1] % GROUP):
         raise ValueError(f"{x.dtype} {tuple(x.shape)}: rotate bfloat16 with a last dimension % {GROUP} == 0")
-    return quantized_as("ms_eden" + "_46" * four_six, x, seed, R=R)
+    return quantized_as("ms_eden" + "_46" * four_six, x, seed=seed, R=R)
 
 
 # ---- 9. The three GEMMs ------------------------------------------------------------------------------------

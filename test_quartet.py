@@ -1290,7 +1290,7 @@ def test_swizzled_scales_are_the_plain_ones_elsewhere_and_zeros(quantizer, shape
     plain = kernels.quantize(x, quantizer, 1, seed, True, False, False)
     swizzled = kernels.quantize(x, quantizer, 1, seed, True, False, True)
     codes, scale, tensor_scale, _ = plain
-    assert same([codes, kernels.swizzled(scale), tensor_scale], swizzled[:3])
+    assert same([codes, kernels.swizzle(scale), tensor_scale], swizzled[:3])
     # For torch.compile an op has the same shapes.
     with FakeTensorMode() as fake:
         for found, swizzle in (plain, False), (swizzled, True):
@@ -1460,10 +1460,10 @@ def test_the_check_of_kernels_passes_and_sees_a_wrong_bit(monkeypatch, capsys):
 
 def test_kernels_compile_for_every_target_without_spills(commands):
     directory, printed = commands[compile_for_every_target].result()
-    # Lines: one a kernel, and, for GPUs with FP4 tensor cores, a prediction.
-    lines = {"sm_90a": 9, "sm_100a": 16, "sm_120a": 16}
-    assert {target: out.count("\n") for target, out in printed.items()} == lines
-    for target in lines:
+    for target, out in printed.items():
+        rows = [line for line in out.splitlines() if re.match("(quantize|both|requantize) ", line)]
+        assert len(rows) > 10
+        assert ("PREDICTED" in out) == (target != "sm_90a")      # for GPUs with FP4 tensor cores
         assert f".target {target}" in (directory / f"{target}-both-ms_eden.ptx").read_text()
 
 
@@ -1478,7 +1478,7 @@ def test_commands_of_the_readme_run(commands):
 
 def test_ci_installs_by_the_line_of_the_readme_and_runs_its_commands_there():
     readme = (HERE / "README.md").read_text()
-    install = re.search(r"^(pip install .*) && python train_gpt.py$", readme, re.M)[1]
+    install = re.search(r"^(pip install .*)\npython train_gpt.py$", readme, re.M)[1]
     assert "`python -m pytest`" in readme
     lines = (HERE / ".ci/run").read_text().splitlines()
     begin = lines.index(install)
