@@ -1,12 +1,10 @@
 """Tests of train_gpt.py with two processes on a CPU: the same training as with one, and the same again."""
 import gc
-import json
 import os
 import re
 import shutil
 import signal
 import socket
-import sys
 import traceback
 from pathlib import Path
 
@@ -113,22 +111,22 @@ def main():
     for name, processes, shard in [("one", 1, "false"), ("two", 2, "false"), ("shared", 2, "true")]:
         for recipe in ("bf16", "quintet"):
             assert not any(run(f"{name}-{recipe}", processes, recipe=recipe, shard=shard))
-    train_gpt.DAMPEN_EVERY = 7
-    assert not any(run("undampened", 2, recipe="quintet", shard="true"))
-    train_gpt.DAMPEN_EVERY = 6
 
-    # What goes on from them: the same, with fewer processes (refused), a new run from the weights.
+    # What goes on from them: the same, also without dampening; with fewer processes, which is refused; a new
+    # run from the weights.
     for name in ("two", "shared"):
         assert not any(resume_from_step_3(f"{name}-resumed", f"{name}-quintet", 2))
+    train_gpt.DAMPEN_EVERY = 7
+    assert not any(resume_from_step_3("undampened", "shared-quintet", 2))
     assert all(resume_from_step_3("fewer", "shared-bf16", 1))
     assert not any(run("started", 1, recipe="bf16", init_from="shared-bf16", lr=1e-9))
 
     # A comparison; gradients between micro-batches; then what goes wrong in rank 1 alone.
     assert not any(run("compared", 2, recipe="bf16,rtn", steps=2))
     assert not any(run("accumulated", 2, random=accumulate, recipe="bf16", shard="true", steps=2))
-    assert all(run("spoil", 2, random=spoil, steps=11))
+    assert all(run("spoil", 2, random=spoil, recipe="bf16", steps=11))
     assert all(run("fail", 2, random=fail))
-    assert run("stop", 2, random=stop) == [0, 0]
+    assert run("stop", 2, random=stop, recipe="bf16") == [0, 0]
 
 
 # ---- The tests ---------------------------------------------------------------------------------------------
