@@ -233,7 +233,10 @@ def test_a_new_run_starts_from_the_weights_of_another_with_its_own_schedule_and_
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "bf16"])
 def test_both_backends_train_to_the_same_bits_where_rotations_are_exact(recipe, monkeypatch):
     """50 steps of the 30m preset."""
-    monkeypatch.setattr(quartet, "rotation_from", lambda name, signs: (torch.eye(128, device=signs.device), 1))
+    def no_rotation(name, signs):
+        return torch.eye(128, device=signs.device), 1
+
+    monkeypatch.setattr(quartet, "rotation_from", no_rotation)
     for backend in ("torch", "triton"):
         knobs = dict(recipe=recipe, backend=backend, name=backend, batch=4, tokens_per_step=2048, steps=50,
                      eval_tokens=256, sample_tokens=4, lr=3e-3, corpus="tiny", device="cuda", compile="off")
