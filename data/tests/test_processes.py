@@ -23,6 +23,7 @@ KNOBS = dict(batch=1, tokens_per_step=128, steps=6, eval_every=3, save_every=3, 
 def be_a_process(rank, processes, port, name, command, random):
     """What a forked process does: it is one of those that torchrun starts, prints to a file, and ends."""
     status = 1
+    signal.alarm(300)      # a process that waits for the other for ever is ended
     try:
         train_gpt.RANK = rank
         train_gpt.WORLD = processes
