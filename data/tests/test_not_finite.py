@@ -1,91 +1,141 @@
 """Tests of training through steps without a finite gradient, and of what train_gpt.py names then."""
-import json, math
-from pathlib import Path
+import math
+
 import pytest
 import torch
+
 import train_gpt
+from small_runs import SMALL, checkpoint, logged, result, same, spoil_losses, train
 
-KNOBS = dict(layers=2, width=128, heads=1, hidden=128, sequence=16, batch=2, tokens_per_step=32, lr=0.01,
-             eval_tokens=64, sample_tokens=1, device="cpu", log_every=1)
 
+# ---- What is named -----------------------------------------------------------------------------------------
+
+@pytest.fixture
 def model():
     torch.manual_seed(0)
-    c = train_gpt.Config(**train_gpt.PRESETS["cpu"] | KNOBS)
-    made = train_gpt.GPT(c)
+    made = train_gpt.GPT(train_gpt.Config(**SMALL | dict(layers=2)))
     made.use_recipe("quartet2", "torch")
-    return made, *torch.randint(0, 256, (2, 2, 16))
+    return made
 
-def test_nothing_is_found_where_all_is_finite():
-    made, *batch = model()
-    assert train_gpt.first_not_finite(made, [batch]).startswith("nothing")
+
+@pytest.fixture
+def batch():
+    """Tokens and targets."""
+    tokens, targets = torch.randint(0, 256, (2, 2, 16), generator=torch.Generator().manual_seed(0))
+    return tokens, targets
+
+
+def found(model, batch):
+    return train_gpt.first_not_finite(model, [batch])
+
+
+def test_nothing_is_found_where_all_is_finite(model, batch):
+    assert found(model, batch).startswith("nothing")
+
 
 @pytest.mark.parametrize("name, what", [
-    ("blocks.1.up", "the weight of blocks.1.up"), ("embedding", "the weight of embedding"),
-    ("blocks.0.norm2", "the weight of blocks.0.norm2")])
-def test_a_weight_is_named(name, what):
-    made, *batch = model()
-    made.get_submodule(name).weight.data[3] = math.inf
-    assert train_gpt.first_not_finite(made, [batch]) == what
+    ("blocks.1.up", "the weight of blocks.1.up"),
+    ("embedding", "the weight of embedding"),
+    ("blocks.0.norm2", "the weight of blocks.0.norm2"),
+])
+def test_a_weight_is_named(model, batch, name, what):
+    model.get_submodule(name).weight.data[3] = math.inf
+    assert found(model, batch) == what
 
-def test_inputs_outputs_and_gradients_are_named_in_the_order_of_computing():
-    made, *batch = model()
-    made.blocks[1].out.register_forward_hook(lambda m, args, y: y * math.nan)
-    assert train_gpt.first_not_finite(made, [batch]) == "the output of blocks.1.out"
-    made, *batch = model()
-    made.blocks[1].down.register_forward_pre_hook(lambda m, args: (args[0] * math.inf,))
-    assert train_gpt.first_not_finite(made, [batch]) == "the input of blocks.1.down"
-    made, *batch = model()
-    made.blocks[0].up.register_forward_hook(lambda m, args, y: y.register_hook(lambda dy: dy / 0) and None)
-    assert train_gpt.first_not_finite(made, [batch]) == "the gradient dy of blocks.0.up"
 
-def test_a_norm_without_weights_is_looked_at_too():
-    made, *batch = model()
-    made.blocks[0].norm1 = torch.nn.RMSNorm(128, elementwise_affine=False)
-    made.embedding.weight.data[batch[0][0, 0]] = math.inf
-    assert train_gpt.first_not_finite(made, [batch]) == "the weight of embedding"
-    made.embedding.weight.data[batch[0][0, 0]] = 3e38
-    assert train_gpt.first_not_finite(made, [batch]) != "the weight of embedding"
+def spoil_output(model):
+    model.blocks[1].out.register_forward_hook(lambda layer, inputs, y: y * math.nan)
 
-def train(name, **more):
-    knobs = KNOBS | dict(recipe="quartet2", name=name) | more
-    train_gpt.main(["cpu", *(f"--{knob}={value}" for knob, value in knobs.items())])
 
-def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    predict, make, calls = train_gpt.GPT.predict, train_gpt.make_optimizer, []
-    def spoiled(self, x, targets):
-        calls.append(0)
-        return predict(self, x, targets) * (math.nan if len(calls) == 3 else 1)
-    monkeypatch.setattr(train_gpt.GPT, "predict", spoiled)
-    train("spoiled", steps=5)
-    records = [json.loads(line, parse_constant=lambda c: 1 / 0) for line in open("runs/spoiled/log.jsonl")]
-    steps = {r["step"]: r for r in records if "loss" in r}
-    for key in "loss", "grad_norm": assert [s for s in steps if steps[s][key] is None] == [3]
+def spoil_input(model):
+    model.blocks[1].down.register_forward_pre_hook(lambda layer, inputs: (inputs[0] * math.inf,))
+
+
+def spoil_gradient(model):
+    def divide(layer, inputs, y):
+        y.register_hook(lambda dy: dy / 0)
+
+    model.blocks[0].up.register_forward_hook(divide)
+
+
+@pytest.mark.parametrize("spoil, what", [
+    (spoil_output, "the output of blocks.1.out"),
+    (spoil_input, "the input of blocks.1.down"),
+    (spoil_gradient, "the gradient dy of blocks.0.up"),
+])
+def test_inputs_outputs_and_gradients_are_named_in_the_order_of_computing(model, batch, spoil, what):
+    """All that is computed from it is not finite either: the first is named."""
+    spoil(model)
+    assert found(model, batch) == what
+
+
+def test_a_norm_without_weights_is_looked_at_too(model, batch):
+    model.blocks[0].norm1 = torch.nn.RMSNorm(128, elementwise_affine=False)
+    tokens, _ = batch
+    row = model.embedding.weight.data[tokens[0, 0]]      # a view, of a row that is used
+    row.fill_(math.inf)
+    assert found(model, batch) == "the weight of embedding"
+
+    # Finite, but its square overflows in the norm.
+    row.fill_(3e38)
+    assert found(model, batch) != "the weight of embedding"
+
+
+# ---- What a run does ---------------------------------------------------------------------------------------
+
+def leave_out(monkeypatch, number):
+    """Let the optimizers that train_gpt.py makes leave out this step, counted from 1."""
+    make = train_gpt.make_optimizer
+    steps = []
+
+    def make_lazy(*args):
+        optimizer = make(*args)
+
+        def step():
+            steps.append(0)
+            if len(steps) != number:
+                torch.optim.AdamW.step(optimizer)
+
+        optimizer.step = step
+        return optimizer
+
+    monkeypatch.setattr(train_gpt, "make_optimizer", make_lazy)
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(place, monkeypatch, capsys):
+    # The loss of step 3 is NaN: that is logged, as null, printed and counted.
+    with monkeypatch.context() as patch:
+        spoil_losses(patch, [3])
+        train(name="spoiled", steps=5)
+    for key in ("loss", "grad_norm"):
+        assert [step for step, value in logged("spoiled", key).items() if value is None] == [3]
     assert "step 3 skipped: loss nan, norm nan; 1 so far" in capsys.readouterr().out
-    assert json.loads(Path("runs/spoiled/result.json").read_text())["skipped"] == 1
-    def optimizer(*args):                                   # the same run, leaving that step out
-        made, step, steps = make(*args), torch.optim.AdamW.step, []
-        def lazy(): return steps.append(0) or (None if len(steps) == 3 else step(made))
-        made.step = lazy
-        return made
-    monkeypatch.setattr(train_gpt.GPT, "predict", predict)
-    monkeypatch.setattr(train_gpt, "make_optimizer", optimizer)
-    train("left_out", steps=5)
-    a, b = (torch.load(f"runs/{name}/checkpoint.pt", weights_only=True) for name in ("spoiled", "left_out"))
-    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    for p, q in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
-        assert all(torch.equal(p[k], q[k]) for k in p)
-    monkeypatch.setattr(train_gpt, "make_optimizer", make)
-    Path("runs/spoiled/result.json").unlink()
-    train_gpt.main(["resume", "spoiled"])
-    assert json.loads(Path("runs/spoiled/result.json").read_text())["skipped"] == 1     # still known
+    assert result("spoiled")["skipped"] == 1
 
-def test_ten_in_a_row_stop_the_run_and_name_the_first_operand(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    def spoil(model, c, make=train_gpt.make_optimizer):
+    # The same run, leaving that step out, ends with the same bits.
+    with monkeypatch.context() as patch:
+        leave_out(patch, 3)
+        train(name="left_out", steps=5)
+    spoiled = checkpoint("spoiled")
+    left_out = checkpoint("left_out")
+    assert same(spoiled["model"], left_out["model"])
+    moments = left_out["optimizer"]["state"]
+    assert all(same(state, moments[i]) for i, state in spoiled["optimizer"]["state"].items())
+
+    # When it goes on, the count is still known.
+    (place / "runs/spoiled/result.json").unlink()
+    train_gpt.main(["resume", "spoiled"])
+    assert result("spoiled")["skipped"] == 1
+
+
+def test_ten_in_a_row_stop_the_run_and_name_the_first_operand(place, monkeypatch):
+    make = train_gpt.make_optimizer
+
+    def spoil_weight(model, c):
         model.blocks[0].down.weight.data[0, 0] = math.nan
         return make(model, c)
-    monkeypatch.setattr(train_gpt, "make_optimizer", spoil)
+
+    monkeypatch.setattr(train_gpt, "make_optimizer", spoil_weight)
     with pytest.raises(train_gpt.UserError, match="step 10: 10 steps in a row.*weight of blocks.0.down"):
-        train("a", steps=20)
-    assert len([line for line in open("runs/a/log.jsonl") if "loss" in line]) == 10
+        train(steps=20, log_every=1)
+    assert [*logged("a")] == [*range(1, 11)]

@@ -1,0 +1,118 @@
+"""Small runs for the tests of train_gpt.py: how they are started, and how what they leave behind is read."""
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# What is tested stands in three folders, and is imported by its bare name.
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "data/evidence"), str(TESTS)]
+
+import prepare
+import train_gpt
+
+# Knobs of a run that takes a fraction of a second.
+SMALL = dict(layers=1, width=128, heads=2, hidden=128, sequence=32, batch=2, tokens_per_step=64, steps=4,
+             lr=3e-3, eval_tokens=64, sample_tokens=2, corpus="tiny", device="cpu", name="a")
+
+
+def words(**knobs):
+    """The command line of a small run, but for these knobs."""
+    return ["cpu", *(f"--{knob}={value}" for knob, value in (SMALL | knobs).items())]
+
+
+def train(**knobs):
+    """Train a small run, but for these knobs, in runs/a or under another name."""
+    train_gpt.main(words(**knobs))
+
+
+def write_corpus(directory):
+    """Make the corpus `tiny` in a directory: 1760 bytes of English, to train on and to validate on."""
+    tokens = np.frombuffer(b"the quick brown fox jumps over the lazy dog\n" * 40, np.uint8)
+    for split in ("train", "val"):
+        prepare.write_shard(directory / f"tiny_{split}_000000.bin", tokens)
+
+
+@contextlib.contextmanager
+def training_in(directory):
+    """Within it runs are trained in a directory, on its own corpus. All is then as it was before."""
+    write_corpus(directory)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "DATA", directory)
+        patch.chdir(directory)
+        yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.use_deterministic_algorithms(False)      # train_gpt.py sets it on a GPU
+
+
+def python(*arguments, **options):
+    """Run Python with these arguments in a process of its own -> subprocess.CompletedProcess, with texts."""
+    environment = os.environ | dict(OMP_NUM_THREADS="1") | options.pop("env", {})
+    return subprocess.run([sys.executable, *map(str, arguments)], env=environment, text=True,
+                          capture_output=True, **options)
+
+
+# ---- What a run leaves behind ------------------------------------------------------------------------------
+
+def records(run="a"):
+    """The records of its log, [{...}, ...]. ValueError for NaN and Infinity, which are no JSON."""
+    def refuse(constant):
+        raise ValueError(f"{constant} in the log of {run}")
+
+    with open(f"runs/{run}/log.jsonl") as log:
+        return [json.loads(line, parse_constant=refuse) for line in log]
+
+
+def logged(run="a", key="loss"):
+    """What its log says of each step, {step: value}."""
+    return {record["step"]: record[key] for record in records(run) if key in record}
+
+
+def result(run="a"):
+    return json.loads(Path(f"runs/{run}/result.json").read_text())
+
+
+def checkpoint(run="a", name="checkpoint.pt"):
+    return torch.load(f"runs/{run}/{name}", weights_only=True)
+
+
+def go_back(run="a"):
+    """Make the checkpoint before the last one the last."""
+    os.replace(f"runs/{run}/previous.pt", f"runs/{run}/checkpoint.pt")
+
+
+def same(a, b):
+    """Whether two dicts of tensors, such as the weights in two checkpoints, are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- What goes wrong on purpose ----------------------------------------------------------------------------
+
+def spoil_losses(monkeypatch, passes):
+    """Make the loss NaN in these forward passes, counted from 1 -> a list that grows by one in each pass.
+
+    Its elements are the weight of blocks.0.up as the passes found it.
+    """
+    predict = train_gpt.GPT.predict
+    found = []
+
+    def spoiled(model, x, targets):
+        found.append(model.blocks[0].up.weight.detach().clone())
+        loss = predict(model, x, targets)
+        if len(found) in passes:
+            loss = loss * math.nan
+        return loss
+
+    monkeypatch.setattr(train_gpt.GPT, "predict", spoiled)
+    return found
