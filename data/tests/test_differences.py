@@ -7,7 +7,7 @@ import torch
 import differences
 import quartet
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[1] / "evidence" / "README.md"
 
 
 def test_the_amax_makes_a_tensor_scale_that_uses_all_of_e4m3_and_the_papers_nmse():
