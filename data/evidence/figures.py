@@ -358,14 +358,15 @@ PANELS = {
 
 
 def draw_gap(plt, runs):
-    """gap.png, README's first picture: what each recipe loses against bf16, in each of PANELS that has run."""
+    """gap.png, README's first picture: what each recipe loses against bf16, in those of PANELS that ran."""
     panels = {key: said for key, said in PANELS.items() if row_gaps(runs.get(key, {}))}
     if not panels:
         return
     recipes = [row for row in quartet.RECIPES if any(row in runs[key] for key in panels) and row != "bf16"]
     # Two rounds of rotation or three made no difference to the loss that could be measured.
     stand_in = {"quintet": "quintet_x2"}
-    _, axes = plt.subplots(1, len(panels), figsize=(7.5, 1.5 + 0.38 * len(recipes)), sharey=True, squeeze=False)
+    size = 7.5, 1.5 + 0.38 * len(recipes)
+    _, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for ax, (key, (value, said)) in zip(axes[0], panels.items()):
         rows = runs[key]
         seeds = set()
@@ -554,7 +555,7 @@ def draw_block(plt):
     grid = quartet.unpack(torch.arange(8, dtype=torch.uint8))[::2]
 
     _, axes = plt.subplots(2, 1, figsize=(7.5, 4.6), sharex=True)
-    for ax, top, color, end in zip(axes, (6.0, 4.0), (BLUE, RED), ("", ": 4/6 takes this one")):
+    for ax, top, color, end in zip(axes, (6.0, 4.0), (BLUE, RED), ("", ". Four Over Six takes this")):
         # As four_six does it, for one of the two
         s = quartet.round_scale(quartet.divide_by(amax, top)) * unit
         q = quartet.e2m1(quartet.ratio(b, s))
@@ -571,7 +572,7 @@ def draw_block(plt):
         for value, rounded in zip(b.flatten().tolist(), (q * s).flatten().tolist()):
             ax.plot([value, rounded], [0.8, 0], color=color, linewidth=1)
             ax.plot(value, 0.8, "o", color=color, markersize=7, markeredgecolor="white")
-        ax.set_title(f"amax at {top:g}, squared error {error:.3f}{end}", color=color)
+        ax.set_title(f"largest value at {top:g}: squared error {error:.3f}{end}", color=color)
         ax.set_ylim(-0.5, 1)
         ax.axis("off")
 
@@ -580,7 +581,7 @@ def draw_block(plt):
     words = dict(color=GREY, fontsize=10, va="center")
     axes[0].text((four + six) / 2, -0.23, "nothing between", ha="center", **words)
     axes[0].text(six * 1.05, 0.8, "16 values, without signs", **words)
-    axes[0].text(six * 1.05, 0, "E2M1 times the block scale", **words)
+    axes[0].text(six * 1.05, 0, "4-bit grid times block scale", **words)
     axes[1].text(six * 1.05, 0.8, "the same values, on a grid\n1.5 times as wide", **words)
     axes[1].text(six * 1.5, 0.25, "not used", ha="center", **words)
     plt.tight_layout()
@@ -635,7 +636,7 @@ def draw_rounds(plt):
     label = r"falls as $1/\sqrt{B}$: unbiased"
     ax.loglog(list(found), unbiased, color=GREY, alpha=0.3, linewidth=7, label=label)
 
-    ax.set_title("MS-EDEN, averaged: a group of one 100 and 127 values of N(0, 1)")
+    ax.set_title("MS-EDEN of 128 values: one is 100, the others ordinary noise")
     ax.set_xlabel("B, draws in the mean")
     ax.set_ylabel("distance of the mean from the exact\nvalue, over its norm")
     ticks = [B for B in found if B in (1, 4, 16, 64, 256, 1024, 4096)]

@@ -269,8 +269,10 @@ def test_the_table_of_the_readme_has_the_numbers_of_the_logs():
     branch["quintet"] = branch["quintet_x2"]          # README says that it had two rounds
 
     def gap(rows, recipe, value):
+        if recipe == "bf16":
+            return "0"
         found = figures.paired(rows, recipe, "bf16", value) if recipe in rows else []
-        if not found or recipe == "bf16":
+        if not found:
             return ""
         mean, half = figures.interval(found)
         return f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"
