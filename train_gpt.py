@@ -879,8 +879,8 @@ def finish(c, directory, log, model):
 def first_not_finite(model, batches):
     """Passes over [(tokens, targets), ...] -> the name of the first tensor that is not finite.
 
-    Weights come first, then, in the order of computing, outputs of modules, and gradients of outputs. Every
-    process looks at its own batches; the first by rank that has found something names it.
+    In the order of computing: a module's weight, its output; then the gradient dy of an output. Every process
+    looks at its own batches; the first by rank that has found something names it.
     """
     found = []
 
@@ -889,12 +889,12 @@ def first_not_finite(model, batches):
             found.append(name)
 
     def hook(name, m, inputs, y):
+        for weight in m.parameters(recurse=False):
+            see(f"the weight of {name}", weight)
         see(f"the output of {name or 'the model'}", y)
         y.register_hook(lambda dy: see(f"the gradient dy of {name}", dy))
 
-    # Look at the weights, and at every module in one more forward and backward pass.
-    for name, p in model.named_parameters():
-        see(name, p)
+    # Look at every module in one more forward and backward pass.
     for name, m in model.named_modules():
         m.register_forward_hook(partial(hook, name))
     with torch.compiler.set_stance("force_eager"):

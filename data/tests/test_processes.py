@@ -88,8 +88,9 @@ def stop(data, step, micro):
 
 
 def spoil(data, step, micro):
-    """A weight of rank 1 alone is not finite."""
-    the_model().blocks[0].up.weight.data[0, 0] = float("nan")
+    """A weight of rank 1 alone, or of its share of the weights, is not finite."""
+    weight = the_model().blocks[0].up.weight
+    getattr(weight, "to_local", weight.detach)().detach()[0, 0] = float("nan")
     return RANDOM(data, step, micro)
 
 
@@ -127,7 +128,8 @@ def main():
     # A comparison; gradients between micro-batches; then what goes wrong in rank 1 alone.
     assert not any(run("compared", 2, recipe="bf16,rtn", steps=2))
     assert not any(run("accumulated", 2, random=accumulate, recipe="bf16", shard="true", steps=2))
-    assert all(run("spoil", 2, random=spoil, recipe="bf16", steps=11))
+    for shard in ("false", "true"):
+        assert all(run(f"spoil-{shard}", 2, random=spoil, recipe="bf16", steps=11, shard=shard))
     assert all(run("fail", 2, random=fail))
     assert run("stop", 2, random=stop, recipe="bf16") == [0, 0]
 
@@ -161,8 +163,8 @@ def test_two_processes_train_as_one_does(trained, name):
     one = checkpoint("one-bf16")["optimizer"]["state"]
     two = checkpoint(f"{name}-bf16")["optimizer"]["state"]
     assert one.keys() == two.keys()
-    for name, a in one.items():
-        b = two[name]
+    for weight, a in one.items():
+        b = two[weight]
         assert a["step"] == b["step"] == 6
         assert all(a[key].shape == b[key].shape for key in a)
         assert (a["exp_avg"] - b["exp_avg"]).norm() < 1e-3 * a["exp_avg"].norm()
@@ -222,8 +224,8 @@ def test_only_rank_0_prints_and_writes(trained):
 def test_a_process_that_fails_ends_the_others_and_one_that_gets_a_signal_stops_them_all_at_one_step(trained):
     assert "broken on purpose" in trained
 
-    # A weight that is not finite in rank 1 alone is named by both.
-    assert len(re.findall("first: blocks.0.up.weight", trained)) == 2
+    # A weight that is not finite in rank 1 alone is named by both, in each of two runs.
+    assert len(re.findall("first: the weight of blocks.0.up", trained)) == 4
 
     # 4 losses of training and 1 of validation.
     assert checkpoint("stop")["step"] == 4
