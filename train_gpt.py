@@ -357,7 +357,7 @@ def learning_rate(c, step):
 
 def recipe_of(c, step):
     """The recipe of a step, and of the forward pass after it: bf16 in the last bf16_end of the steps."""
-    if step > c.steps - c.steps * c.bf16_end:
+    if min(step, c.steps) > c.steps - c.steps * c.bf16_end:
         return "bf16"
     return c.recipe
 
@@ -785,11 +785,14 @@ class Log:
         write(self.path, self.text)
 
         # Print and write the header: all that the numbers of a run depend on.
+        name = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+        if device == "cuda":
+            name = torch.cuda.get_device_name()
         size = sum(p.numel() for p in model.parameters())
         ends = 2 * c.vocab_size * c.width      # parameters of embedding and head
         quantized = [m.weight.numel() for m in model.quantized_linears().values()]
         header = dict(
-            device=f"{WORLD} x {describe(device)}, backend {quartet.resolve(c.backend, device, c.recipe)}",
+            device=f"{WORLD} x {name}, backend {quartet.resolve(c.backend, device, c.recipe)}",
             recipe=f"{c.recipe}, in {len(quantized)} linear layers, {sum(quantized):,} parameters",
             parameters=f"{size:,}, {size - ends:,} without embedding and head",
             steps=f"{c.steps:,} of {c.tokens_per_step:,} tokens, {c.batch} x {c.sequence} in a process at a "
@@ -818,23 +821,23 @@ class Log:
         if not (first or flush or step % self.c.log_every == 0):
             return
 
-        # Read the losses: this is where the CPU waits for the GPU, and only then is time measured.
-        pending = [(step, loss.item(), norm.item(), lr) for step, loss, norm, lr in self.pending]
-        self.pending = []
-        seconds = (time.perf_counter() - self.begin) / len(pending)
+        # To read a number is where the CPU waits for the GPU, and only then is time measured.
+        norm.item()
+        seconds = (time.perf_counter() - self.begin) / len(self.pending)
         rate = self.c.tokens_per_step / seconds
         if not first:      # which compiles, or warms up
             self.rates.append(rate)
 
         # Write a record a step. 10 steps in a row without a finite gradient are remembered, to end the run.
-        for step, loss, norm, lr in pending:
-            self.write(step=step, loss=loss, grad_norm=norm, lr=lr, ms=round(seconds * 1e3, 3))
-            if not math.isfinite(norm):
+        for step, loss, norm, lr in self.pending:
+            self.write(step=step, loss=loss.item(), grad_norm=norm.item(), lr=lr, ms=round(seconds * 1e3, 3))
+            if not norm.isfinite():
                 self.skipped += 1
                 self.bad_in_a_row += 1
                 print(f"step {step} skipped: loss {loss}, norm {norm}; {self.skipped} so far")
             elif self.bad_in_a_row < 10:
                 self.bad_in_a_row = 0
+        self.pending = []
 
         # Print a line for the last of them.
         left = int((self.c.steps - step) * seconds)
@@ -1029,13 +1032,6 @@ def pick_device(c):
         if lacks:
             print(f"torch.compile needs {lacks}: slower without")
     return device, compiled
-
-
-def describe(device):
-    """The name of a device, "cuda" or "cpu"."""
-    if device == "cpu":
-        return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    return torch.cuda.get_device_name()
 
 
 def keep_freed_memory():

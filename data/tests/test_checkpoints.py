@@ -69,7 +69,7 @@ def main():
         print(killed, sorted(path.name for path in Path("runs").glob("killed/*")))
     assert end_of(start("killed")) == 0
 
-    # All that is in a checkpoint must be the same, weights, moments, generators, but for two leaves: the name,
+    # All that is in a checkpoint must be the same, weights, moments, generators, but for two leaves: the name
     # and the text of the log, which has times.
     straight = tree_leaves(checkpoint("straight"))
     resumed = tree_leaves(checkpoint("killed"))

@@ -164,7 +164,8 @@ def test_a_run_that_ended_in_bf16_is_evaluated_and_sampled_in_bf16(monkeypatch):
     monkeypatch.setattr(train_gpt.GPT, "forward", note)
     train_gpt.main(["sample", "a"])
     train_gpt.main(["sample", "a", "--recipe=rtn"])
-    assert recipes == ["bf16"] * 2 + ["rtn"] * 2
+    train_gpt.main(["sample", "a", "--bf16_end=0", "--steps=1"])
+    assert recipes == ["bf16"] * 2 + ["rtn"] * 4
 
 
 def test_the_last_steps_in_bf16_are_counted_exactly():

@@ -439,7 +439,7 @@ def test_without_a_c_compiler_auto_compiles_nothing_and_says_so(monkeypatch, cap
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "which", lambda name: None)
         assert train_gpt.pick_device(c) == ("cuda", False)
-        assert capsys.readouterr().out == "torch.compile needs a C compiler (apt install gcc): slower without\n"
+        assert "torch.compile needs a C compiler (apt install gcc)" in capsys.readouterr().out
     assert train_gpt.pick_device(dataclasses.replace(c, compile="off")) == ("cuda", False)
     assert train_gpt.pick_device(dataclasses.replace(c, compile="on")) == ("cuda", True)
 
