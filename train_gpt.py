@@ -39,6 +39,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import quartet
@@ -168,8 +170,10 @@ class Block(nn.Module):
 
 
 def rotary(x, rope):
-    """Turn neighbouring pairs of x (B, heads, T, D) by angles proportional to T: RoPE, arXiv:2104.09864."""
-    # A pair is a point in the plane.
+    """Turn neighbouring pairs of x (B, heads, T, D) by angles proportional to their place in T.
+
+    rope (2, sequence, D / 2): cosines and sines. Source: RoPE, arXiv:2104.09864.
+    """
     cos, sin = rope[:, :x.shape[2]]
     even = x[..., 0::2]
     odd = x[..., 1::2]
@@ -186,7 +190,7 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(c.width, eps=1e-5)
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
 
-        # Cosines and sines of the angles t * 10^(-8 i / D) by which `rotary` turns pair i at place t.
+        # Cosines and sines of the angles t * 10000^(-2 i / D) by which `rotary` turns pair i at place t.
         # They are no parameters, and are not saved: the context may differ when weights are used again.
         D = c.width // c.heads
         angle = torch.outer(torch.arange(c.sequence), 1e4 ** (-torch.arange(0, D, 2) / D))
@@ -239,7 +243,7 @@ class Shards:
     `digest` is a hash of all the tokens. UserError for files that are missing, damaged, or do not fit c.
     """
 
-    def __init__(self, c, split):
+    def __init__(self, c, split, device):
         # The default corpus can be made on the spot, from what every machine has.
         corpus = DATA / c.corpus
         pattern = f"{glob.escape(corpus.name)}_{split}_{'[0-9]' * 6}.bin"
@@ -251,36 +255,38 @@ class Shards:
                             "(python, shakespeare, fineweb, or text files)")
         # No window crosses from one shard to the next. The places where one can start are numbered through
         # all shards, and `ends` is where the places of each shard end.
-        self.length = c.sequence
+        self.c = c
+        self.device = device
         self.shards = [read_shard(path, c) for path in paths]
         self.ends = np.cumsum([len(s) - c.sequence for s in self.shards])
         self.digest = digest(self.ends, *self.shards)
 
-    def at(self, places, device):
+    def at(self, places):
         """Windows that start at places [int, ...] -> inputs, targets, both (len(places), sequence) int64."""
         # Find the shard of each place, and the place within it.
         shard = np.searchsorted(self.ends, places, "right")
         start = places - np.concatenate([[0], self.ends])[shard]
 
         # Cut the windows, one token longer than the inputs: each token's target is the next one.
-        windows = np.stack([self.shards[i][j:j + self.length + 1] for i, j in zip(shard, start)])
+        windows = np.stack([self.shards[i][j:j + self.c.sequence + 1] for i, j in zip(shard, start)])
         window = torch.from_numpy(windows.astype(np.int64))
-        if device == "cuda":
-            window = window.pin_memory().to(device, non_blocking=True)
+        if self.device == "cuda":
+            window = window.pin_memory().to("cuda", non_blocking=True)
         return window[:, :-1], window[:, 1:]
 
-    def random(self, c, step, micro, device):
+    def random(self, step, micro):
         """This process's micro-batch of a step, as `at` returns it."""
         # A generator of its own for each micro-batch of each process
-        generator = np.random.default_rng((c.seed, step, micro * WORLD + RANK))
-        return self.at(generator.integers(self.ends[-1], size=c.batch), device)
+        generator = np.random.default_rng((self.c.seed, step, micro * WORLD + RANK))
+        return self.at(generator.integers(self.ends[-1], size=self.c.batch))
 
-    def in_order(self, c, device):
+    def in_order(self):
         """Windows without overlap from the start of the first shard, up to eval_tokens, in whole batches."""
+        c = self.c
         places = np.arange(0, min(self.ends[0], c.eval_tokens), c.sequence)
         # What fills no batch is left out: another shape would compile anew. Only a single batch may be short.
         for i in range(0, max(len(places) - c.batch, 0) + 1, c.batch):
-            yield self.at(places[i:i + c.batch], device)
+            yield self.at(places[i:i + c.batch])
 
 
 def read_shard(path, c):
@@ -317,13 +323,13 @@ def digest(*contents):
 # as `ramp` grows (quartet.py, section 12). And with --bf16_end, as in NVIDIA's recipe, the last steps train
 # all layers in bf16.
 
-DAMPEN_EVERY = 10      # steps; so many at once are cheaper
+DAMPEN_EVERY = 10      # steps; every tenth step, ten times as strongly, is cheaper
 
 
 def make_optimizer(model, c):
     """AdamW; weight decay on the weights of linear layers, none on embedding and norms.
 
-    A group may have a learning rate `lr` of its own: the schedule scales each from where it starts here.
+    A fork may give a group a learning rate of its own, lr=...: the schedule scales each from there.
     """
     # Vectors, which are gains of norms, and the embedding are not decayed.
     decay = []
@@ -345,7 +351,7 @@ def learning_rate(c, step):
         return c.lr * (step + 1) / warmup
 
     # Fall along half a cosine.
-    progress = math.pi * (step - warmup) / max(1, c.steps - warmup)
+    progress = math.pi * (step - warmup) / (c.steps - warmup)
     return c.lr * (0.55 + 0.45 * math.cos(progress))
 
 
@@ -372,10 +378,9 @@ def train(c, data, directory, stop, checkpoint=None):
     """Train as c says on data, Shards (train, val), or on from a checkpoint. A signal fills the list stop."""
     train_data, val_data = data
     device, compiled = pick_device(c)
-    start = checkpoint["step"] if checkpoint else 0
     model, net, optimizer = build(c, device, compiled, checkpoint)
-    log = Log(c, directory, start, model, data, device)
-    # A step's tokens are more than a forward pass can take: gradients of several micro-batches add up.
+    log = Log(c, directory, checkpoint, model, data, device)
+    # A step may have more tokens than a forward pass can take. Then gradients of micro-batches add up.
     accumulate = c.tokens_per_step // (c.batch * c.sequence * WORLD)
     total = torch.zeros((), device=device)      # the loss of a step
     recipe = None
@@ -385,7 +390,7 @@ def train(c, data, directory, stop, checkpoint=None):
         loss.backward()
         total.add_(loss.detach())
 
-    for step in range(start + 1, c.steps + 1):
+    for step in range(log.start + 1, c.steps + 1):
         begin = time.perf_counter()
 
         # Take the recipe of this step: the last ones may train in bf16. On one GPU, record a CUDA graph.
@@ -394,9 +399,10 @@ def train(c, data, directory, stop, checkpoint=None):
             model.use_recipe(recipe, c.backend)
             run = micro_step
             if compiled and device == "cuda" and WORLD == 1:
+                # The graph takes quantized weights from their place in memory, as later steps will.
                 with quartet.quantized_weights(model):
-                    run = as_graph(micro_step, *train_data.random(c, step, 0, device))
-                model.zero_grad(set_to_none=False)
+                    run = as_graph(micro_step, *train_data.random(step, 0))
+                model.zero_grad(set_to_none=False)      # of what the recording has left
 
         # Set the learning rate of each group of parameters.
         lr = learning_rate(c, step - 1)
@@ -408,8 +414,9 @@ def train(c, data, directory, stop, checkpoint=None):
         with quantized_once(model, c):
             for micro in range(accumulate):
                 if WORLD > 1:
-                    net.require_backward_grad_sync = micro == accumulate - 1      # average the sum only
-                run(*train_data.random(c, step, micro, device))
+                    # DDP: average the sum of all micro-batches, once.
+                    net.require_backward_grad_sync = micro == accumulate - 1
+                run(*train_data.random(step, micro))
 
         # Clip the gradient, and update the weights. A gradient that is not finite leaves all as it is.
         norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
@@ -427,17 +434,19 @@ def train(c, data, directory, stop, checkpoint=None):
         saving = last or stopping or step % c.save_every == 0
         log.step(step, begin, mean(total), norm, lr, flush=evaluating or saving)
         if log.bad_in_a_row >= 10:
-            batches = [train_data.random(c, step, micro, device) for micro in range(accumulate)]
+            batches = [train_data.random(step, micro) for micro in range(accumulate)]
             raise UserError(f"step {step}: 10 steps in a row had no finite gradient; what is not finite "
                             f"first: {first_not_finite(model, batches)}. Lower --lr, in a new run")
         if evaluating:
-            log.validation(step, evaluate(model, val_data, c, device))
+            log.validation(step, evaluate(model, val_data, c))
+        # After a bad step, keep the good checkpoint.
         if saving and (last or stopping or not log.bad_in_a_row):
-            save(directory, c, step, **identity(data), **snapshot(model, optimizer, c))
+            logged = (log.text, log.skipped, log.val_loss)
+            save(directory, c, step, log=logged, **identity(data), **snapshot(model, optimizer))
         if stopping:
             leave(directory, step, stop)
 
-    finish(c, directory, log, model, val_data, device)
+    finish(c, directory, log, model)
 
 
 def build(c, device, compiled, checkpoint):
@@ -470,13 +479,14 @@ def build(c, device, compiled, checkpoint):
         net = distribute(model, c)
     optimizer = make_optimizer(model, c)
     for group in optimizer.param_groups:
-        group["share"] = group["lr"] / (c.lr or 1.0)      # of the learning rate that the schedule says
+        # Each group keeps its share of the learning rate that the schedule says.
+        group["share"] = group["lr"] / (c.lr or 1.0)
 
     # From here on the generator draws rounding noise only, and each process has its own.
     if RANK:
         torch.manual_seed((c.seed << 20) + RANK)
     if checkpoint:
-        restore(model, optimizer, checkpoint, c)
+        restore(model, optimizer, checkpoint)
     return model, net, optimizer
 
 
@@ -505,13 +515,13 @@ def update(optimizer, norm):
 # is made of bytes, or of GPT-2's tokens, which take the package tiktoken.
 
 @torch.no_grad()
-def evaluate(model, data, c, device):
+def evaluate(model, data, c):
     """Mean cross-entropy of the Shards data, up to c.eval_tokens of them, in nats a token."""
     # Sums stay on the device in float64; the CPU waits once, at the end.
     loss = 0.0
     tokens = 0
     with quantized_once(model, c):
-        for x, y in data.in_order(c, device):
+        for x, y in data.in_order():
             loss = loss + model(x, y).double() * y.numel()
             tokens += y.numel()
     return loss.item() / tokens
@@ -525,11 +535,12 @@ def bits_per_byte(c, loss):
 
 
 @torch.no_grad()
-def sample(model, tokens, c, device):
+def sample(model, tokens, c):
     """Continue tokens [int, ...]: yield c.sample_tokens ints. Slow: it caches no keys and values."""
     # A generator of its own: a sample takes nothing from the noise of training.
+    device = model.rope.device
     generator = torch.Generator(device).manual_seed(c.seed)
-    candidates = min(c.top_k, c.vocab_size) if c.temperature else 1
+    candidates = min(c.top_k, c.vocab_size)
     for _ in range(c.sample_tokens):
         # Compute the logits of the next token. In eager mode: else every length would compile anew.
         context = torch.tensor([tokens[-c.sequence:]], device=device)
@@ -547,7 +558,7 @@ def sample(model, tokens, c, device):
         yield token
 
 
-def sample_text(model, c, device):
+def sample_text(model, c):
     """Yield the prompt and what the model makes of it, piece by piece, as text."""
     # A token is a byte; 0 ends a document, and is shown as a new line.
     prompt = list(c.prompt.encode()) or [0]
@@ -565,23 +576,21 @@ def sample_text(model, c, device):
 
     # A token may end within a character: the decoder waits for the rest of it.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in itertools.chain(prompt, sample(model, prompt, c, device)):
+    for token in itertools.chain(prompt, sample(model, prompt, c)):
         yield decoder.decode(bytes_of(token))
     yield decoder.decode(b"", final=True)
 
 
 def eval_recipes(model, c, device):
-    """Print the validation loss in nats by the forward pass of each recipe of c, and its perplexity."""
-    data = Shards(c, "val")
+    """Print the validation loss in nats by the forward pass of each recipe of c."""
+    data = Shards(c, "val", device)
     losses = []
-    print(f"{'forward pass':12}{'loss':>9}{'difference':>12}{'perplexity':>12}", flush=True)
+    print("forward pass     loss  difference", flush=True)
     for recipe in c.recipe.split(","):
         model.use_recipe(recipe, c.backend)
-        loss = evaluate(model, data, c, device)
+        loss = evaluate(model, data, c)
         losses.append(loss)
-        perplexity = math.exp(min(loss, 700))      # beyond, it would overflow
-        print(f"{recipe:12}{loss:9.4f}{loss - losses[0]:12.4f}{perplexity:12.5g}{bits_per_byte(c, loss)}",
-              flush=True)
+        print(f"{recipe:12}{loss:9.4f}{loss - losses[0]:12.4f}{bits_per_byte(c, loss)}", flush=True)
 
 
 # ============================================================================================================
@@ -593,9 +602,9 @@ def eval_recipes(model, c, device):
 #
 # A process may be killed at any moment, and a disk may be full. So a file is written under another name,
 # NAME.part, and renamed when all of it is on the disk: it is whole or not there. The last two checkpoints are
-# kept. A log is only appended to, and what a crash has torn is repaired when the run goes on. A run belongs
-# to one config, one corpus, one code and one number of processes: with these it goes on to the same bits, and
-# with others not at all.
+# kept. A log is appended to, and a crash may tear it: so a checkpoint holds the log up to its step, and a run
+# that goes on starts the file from there. A run belongs to one config, one corpus, one code and one number of
+# processes: with these it goes on to the same bits, and with others not at all.
 
 CHECKPOINTS = ("checkpoint.pt", "previous.pt")     # the last one, and the one before
 SOURCES = [Path(__file__).with_name(name) for name in ("quartet.py", "kernels.py", "train_gpt.py")]
@@ -608,7 +617,7 @@ def identity(data):
 
 
 def refuse_another(saved, data, directory):
-    """UserError unless a run that was saved in a directory would go on as it began."""
+    """UserError if what a run in a directory has saved is of another corpus, code or number of processes."""
     for what, now in identity(data).items():
         if saved.get(what) != now:
             raise UserError(f"{directory} began with {what} {saved.get(what)}, and here is {now}: put it "
@@ -659,9 +668,7 @@ def write(path, text):
 
 def as_json(**record):
     """A record in one line; null for what is not finite, which JSON lacks."""
-    for key, value in record.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            record[key] = None
+    record = json.loads(json.dumps(record), parse_constant=lambda name: None)      # NaN, Infinity, -Infinity
     return json.dumps(record) + "\n"
 
 
@@ -671,20 +678,6 @@ def read_json(path):
         return json.loads(path.read_text())
     except ValueError:
         raise UserError(f"{path} is damaged: remove it, then resume") from None
-
-
-def records(path):
-    """The records in a log.jsonl, [{...}, ...], without lines that a crash has torn or a disk has lost."""
-    # Whatever is no record is left out: zeros, half a line, a number.
-    found = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
 
 
 def save(directory, c, step, **state):
@@ -702,7 +695,7 @@ def save(directory, c, step, **state):
 
 
 def find(word, names):
-    """The first of some files that a run has, by its name in runs/ or its path; None without."""
+    """The path of the first of names that a run has, by name in runs/ or by path; None if it has none."""
     # A name in runs/ comes first; a path outside of it is second.
     places = [directory / name for directory in (Path("runs") / word, Path(word)) for name in names]
     return next((path for path in places if path.is_file()), None)
@@ -716,7 +709,7 @@ def load_checkpoint(word, names=CHECKPOINTS):
     path = find(word, names)
     if not path:
         runs = {str(path.parent.relative_to("runs")) for path in Path("runs").rglob(CHECKPOINTS[0])}
-        known(word, sorted(runs - {word}), f"no checkpoint of {word}: in runs/")
+        known(word, sorted(runs), f"no checkpoint of {word}: in runs/")
 
     # The file is a zip archive, and torch.load does not look at its checksums: do it here. They do not cover
     # the archive's directory, where torch.save marks nothing as compressed, or as a directory.
@@ -732,8 +725,10 @@ def load_checkpoint(word, names=CHECKPOINTS):
 
     # weights_only: nothing in the file is executed. Its config must have no knobs but ours.
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, dict) or not {*checkpoint.get("config", [""])} <= {*Config.__annotations__}:
-        raise UserError(f"{path} was not written by this version of train_gpt.py")
+    try:
+        Config(**checkpoint["config"])
+    except (TypeError, LookupError):
+        raise UserError(f"{path} was not written by this version of train_gpt.py") from None
     return path, checkpoint
 
 
@@ -772,31 +767,30 @@ class Log:
 
     Losses stay on the device until a line is due: to read one, the CPU must wait for the GPU.
     """
+    text = ""
+    val_loss = math.nan
     skipped = 0           # steps without a finite gradient
     bad_in_a_row = 0      # the last of these; from 10 on it stays, to end the run
 
-    def __init__(self, c, directory, start, model, data, device):
+    def __init__(self, c, directory, saved, model, data, device):
         # What a run logs, and the records that are there if it goes on.
         self.c = c
-        self.start = start
+        self.start = saved["step"] if saved else 0
         self.path = directory / "log.jsonl"
         self.pending = []      # steps that are not written yet
         self.rates = []        # tokens/s
-        if self.path.exists():
-            # Drop what is done again, and repair what a crash has torn.
-            kept = [r for r in records(self.path) if r.get("step", 0) <= start]
-            self.skipped = sum(r.get("grad_norm", 0) is None for r in kept)
-            write(self.path, "".join(as_json(**r) for r in kept))
+        if saved:
+            self.text, self.skipped, self.val_loss = saved["log"]
+        # Drop what is done again, also from the first step on, and what a crash has torn.
+        write(self.path, self.text)
 
         # Print and write the header: all that the numbers of a run depend on.
-        # A forward and a backward pass take 6 operations a parameter and token, and attention some more. The
-        # embedding takes none: MFU, the share of the device's peak, counts what the model needs at least.
-        name, peak_flops = describe(device)
+        name = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+        if device == "cuda":
+            name = torch.cuda.get_device_name()
         size = sum(p.numel() for p in model.parameters())
         ends = 2 * c.vocab_size * c.width      # parameters of embedding and head
         quantized = [m.weight.numel() for m in model.quantized_linears().values()]
-        flops = 6 * (size - ends // 2 + c.layers * c.width * c.sequence)      # of a token, both passes
-        self.peak_rate = WORLD * peak_flops / flops                            # tokens/s; 0 if unknown
         header = dict(
             device=f"{WORLD} x {name}, backend {quartet.resolve(c.backend, device, c.recipe)}",
             recipe=f"{c.recipe}, in {len(quantized)} linear layers, {sum(quantized):,} parameters",
@@ -807,46 +801,48 @@ class Log:
             versions=f"python {platform.python_version()}, torch {torch.__version__}, code {CODE}")
         for what, value in header.items():
             print(f"{what:>10}  {value}", flush=True)
-        self.write(start=start, config=vars(c), **header)
+        self.write(start=self.start, config=vars(c), **header)
 
     def write(self, **record):
         """Append one record to log.jsonl, if this is rank 0."""
         if not RANK:
+            line = as_json(**record)
+            self.text += line
             with writing(self.path), open(self.path, "a") as f:
-                f.write(as_json(**record))
+                f.write(line)
 
     def step(self, step, begin, loss, norm, lr, flush):
         """Note a step that began at `begin`; write and print all noted if a line is due, or flush."""
         # Wait until a line is due. The first step has one at once.
-        self.pending.append((step, begin, loss, norm, lr))
-        if not flush and step % self.c.log_every and step != self.start + 1:
+        first = step == self.start + 1
+        if not self.pending:
+            self.begin = begin
+        self.pending.append((step, loss, norm, lr))
+        if not (first or flush or step % self.c.log_every == 0):
             return
-        steps, begins, losses, norms, lrs = zip(*self.pending)
-        self.pending = []
 
-        # Read the losses: this is where the CPU waits for the GPU, and only then is time measured.
-        losses = torch.stack(losses).tolist()
-        norms = torch.stack(norms).tolist()
-        seconds = (time.perf_counter() - begins[0]) / len(steps)
+        # To read a number is where the CPU waits for the GPU, and only then is time measured.
+        norm.item()
+        seconds = (time.perf_counter() - self.begin) / len(self.pending)
         rate = self.c.tokens_per_step / seconds
-        if steps[0] > self.start + 1:      # the first step compiles, or warms up
+        if not first:      # which compiles, or warms up
             self.rates.append(rate)
 
         # Write a record a step. 10 steps in a row without a finite gradient are remembered, to end the run.
-        for step, loss, norm, lr in zip(steps, losses, norms, lrs):
-            self.write(step=step, loss=loss, grad_norm=norm, lr=lr, ms=round(seconds * 1e3, 3))
-            if not math.isfinite(norm):
+        for step, loss, norm, lr in self.pending:
+            self.write(step=step, loss=loss.item(), grad_norm=norm.item(), lr=lr, ms=round(seconds * 1e3, 3))
+            if not norm.isfinite():
                 self.skipped += 1
                 self.bad_in_a_row += 1
                 print(f"step {step} skipped: loss {loss}, norm {norm}; {self.skipped} so far")
             elif self.bad_in_a_row < 10:
                 self.bad_in_a_row = 0
+        self.pending = []
 
         # Print a line for the last of them.
         left = int((self.c.steps - step) * seconds)
-        mfu = f"  mfu {rate / self.peak_rate:5.1%}" if self.peak_rate else ""
         print(f"step {step:{len(str(self.c.steps))}}/{self.c.steps}  loss {loss:7.4f}  norm {norm:6.3f}  "
-              f"lr {lr:.2e}  {seconds * 1e3:7.1f} ms  {rate / 1e3:7.1f} ktok/s{mfu}  "
+              f"lr {lr:.2e}  {seconds * 1e3:7.1f} ms  {rate / 1e3:7.1f} ktok/s  "
               f"{left // 60:3d}:{left % 60:02d} left", flush=True)
 
     def validation(self, step, loss):
@@ -868,17 +864,15 @@ def leave(directory, step, stop):
     sys.exit(130 if signal.SIGINT in stop else 0)
 
 
-def finish(c, directory, log, model, val_data, device):
+def finish(c, directory, log, model):
     """Write result.json and sample.txt of a run that has come to its last step; print the sample."""
-    # If the process was killed between the last checkpoint and here, nothing was left to train, only this.
-    if log.start == c.steps:
-        log.validation(c.steps, evaluate(model, val_data, c, device))
-
     # The speed is the median over the lines of the log, which is robust against pauses.
     rate = float(np.median(log.rates or [math.nan]))
     result = dict(recipe=c.recipe, val_loss=log.val_loss, skipped=log.skipped, tokens_per_s=rate,
-                  peak_gib=peak_memory(device))
-    text = "".join(sample_text(model, c, device))
+                  peak_gib=math.nan)
+    if model.rope.is_cuda:
+        result["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    text = "".join(sample_text(model, c))
     write(directory / "sample.txt", text)
     write(directory / "result.json", as_json(**result))
     gather(None)      # a comparison reads it in every process
@@ -888,30 +882,27 @@ def finish(c, directory, log, model, val_data, device):
 def first_not_finite(model, batches):
     """Passes over [(tokens, targets), ...] -> the name of the first tensor that is not finite.
 
-    In the order of computing: a layer's weight, input, output; the loss; the gradient dy of a layer's output.
-    Of several processes that of the first, by rank, which has found one; all wait for it.
+    In the order of computing: a module's weight, its output; then the gradient dy of an output. Every process
+    looks at its own batches; the first by rank that has found something names it.
     """
-    found = []      # names, in the order of computing
+    found = []
 
-    def see(name, *values):
-        if not all(v.isfinite().all() for v in values):
+    def see(name, value):
+        if not value.isfinite().all():
             found.append(name)
 
     def hook(name, m, inputs, y):
-        see(f"the weight of {name}", *m.parameters())
-        see(f"the input of {name}", *inputs)
-        see(f"the output of {name}", y)
+        for weight in m.parameters(recurse=False):
+            see(f"the weight of {name}", weight)
+        see(f"the output of {name or 'the model'}", y)
         y.register_hook(lambda dy: see(f"the gradient dy of {name}", dy))
 
-    # Look at every layer in one more forward and backward pass.
+    # Look at every module in one more forward and backward pass.
     for name, m in model.named_modules():
-        if isinstance(m, (nn.Linear, nn.Embedding, nn.RMSNorm)):
-            m.register_forward_hook(partial(hook, name))
+        m.register_forward_hook(partial(hook, name))
     with torch.compiler.set_stance("force_eager"):
         for tokens, targets in batches:
-            loss = model(tokens, targets)
-            see("the loss", loss)
-            loss.backward()
+            model(tokens, targets).backward()
     return next(itertools.chain(*gather(found)), "nothing any more, or only the norm of all")
 
 
@@ -922,12 +913,6 @@ def first_not_finite(model, batches):
 # (DDP), or, with --shard=true, an N-th of weights, gradients and optimizer, and of the other weights a block
 # at a time (FSDP2). Rank 0 prints and writes. On one GPU a step is recorded as a CUDA graph instead, which
 # makes hundreds of launches one.
-
-PEAK_FLOPS = {      # dense bf16, datasheets; the first whose key is in the device's name
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12,
-    "A100": 312e12, "B200": 2250e12,
-}
-
 
 def start_processes(device, shard):
     """Join the other processes, if there are any, on this one's GPU; only rank 0 prints."""
@@ -969,48 +954,38 @@ def distribute(model, c):
     """The model -> what to call for a loss, whose backward pass averages gradients over all processes."""
     if c.shard != "true":
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    # Each block is gathered for its pass, and let go after it. (Imported here, because that takes a second.)
-    from torch.distributed.fsdp import fully_shard
+    # Each block is gathered for its pass, and let go after it.
     mesh = dist.init_device_mesh(model.rope.device.type, (WORLD,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
-def snapshot(model, optimizer, c):
-    """-> what a checkpoint holds of them, as one process has them, and all processes' generators, by rank."""
+def snapshot(model, optimizer):
+    """-> what a checkpoint holds: whole weights and moments, and the generators of all processes, by rank."""
     # Every process draws its own noise.
     generators = dict(cpu=torch.get_rng_state(), cuda=None)
     if torch.cuda.is_available():
         generators["cuda"] = torch.cuda.get_rng_state()
 
-    # If weights are sharded, rank 0 gets all of them, and the others nothing.
-    weights = model.state_dict()
-    moments = optimizer.state_dict()
-    if c.shard == "true":
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, moments = get_state_dict(model, optimizer, options=options)
+    # Rank 0 gets all weights, also those that are sharded, and the others nothing.
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
     return dict(model=weights, optimizer=moments, generators=gather(generators))
 
 
-def restore(model, optimizer, saved, c):
-    """The inverse of `snapshot`, which empties it: each process would hold a copy to the end."""
+def restore(model, optimizer, saved):
+    """Undo `snapshot`. saved loses weights and moments, so that no process keeps a copy of them."""
     # If weights are sharded, each process takes its part of the whole.
-    if c.shard == "true":
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                       options=StateDictOptions(full_state_dict=True))
-    else:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+    options = StateDictOptions(full_state_dict=saved["config"]["shard"] == "true")
+    set_state_dict(model, optimizer, model_state_dict=saved.pop("model"),
+                   optim_state_dict=saved.pop("optimizer"), options=options)
 
     # The noise goes on where it was.
     generators = saved["generators"][RANK]
     torch.set_rng_state(generators["cpu"])
     if model.rope.is_cuda and generators["cuda"] is not None:
         torch.cuda.set_rng_state(generators["cuda"])
-    saved.clear()
 
 
 def as_graph(f, *args):
@@ -1021,7 +996,7 @@ def as_graph(f, *args):
     """
     # Run it on a side stream first: this compiles, and initialises libraries.
     state = torch.cuda.get_rng_state()
-    args = [a.detach().clone() for a in args]
+    args = [a.clone() for a in args]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -1049,28 +1024,14 @@ def pick_device(c):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    # torch.compile needs a compiler of C, on a GPU for Triton, too.
-    compiled = c.compile == "on" or c.compile == "auto" and device == "cuda"
-    if compiled and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        print("no C compiler found, which torch.compile and Triton need (apt install gcc): slower without")
-        compiled = False
+    # On a GPU torch.compile needs what our kernels need, such as a C compiler.
+    compiled = c.compile == "on"
+    if c.compile == "auto" and device == "cuda":
+        lacks = quartet.load_kernels()
+        compiled = not lacks
+        if lacks:
+            print(f"torch.compile needs {lacks}: slower without")
     return device, compiled
-
-
-def describe(device):
-    """-> the name of a device, "cuda" or "cpu", and its peak in dense bf16 FLOP/s, 0 if unknown."""
-    # The peak of a CPU depends on too much.
-    if device == "cpu":
-        return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)", 0
-    name = torch.cuda.get_device_name()
-    return name, next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
-
-
-def peak_memory(device):
-    """GiB taken from the GPU, at most; NaN on a CPU."""
-    if device == "cpu":
-        return math.nan
-    return torch.cuda.max_memory_reserved() / 2**30      # a CUDA graph's is not "allocated"
 
 
 def keep_freed_memory():
@@ -1100,7 +1061,7 @@ def compare(c, data, directory, stop, saved):
             print(f"\n==== {recipe}", flush=True)
             torch._dynamo.reset()
             checkpoint = None
-            if any((run / name).exists() for name in CHECKPOINTS):
+            if find(run, CHECKPOINTS):
                 _, checkpoint = load_checkpoint(run)
             with held(run):
                 train(dataclasses.replace(c, recipe=recipe), data, run, stop, checkpoint)
@@ -1285,7 +1246,7 @@ def read_out(mode, c, step, knobs, weights):
     # A sample is by one recipe, and is printed as it comes.
     known(c.recipe, quartet.RECIPES, f"--recipe={c.recipe}: one recipe samples")
     model.use_recipe(c.recipe, c.backend)
-    for piece in sample_text(model, c, device):
+    for piece in sample_text(model, c):
         print(piece, end="", flush=True)
     print()
 
@@ -1319,10 +1280,10 @@ def run_training(c, preset, directory, saved):
     device, _ = pick_device(c)
     start_processes(device, c.shard == "true")
 
-    # Rank 0 reads the corpus first, since it may have to be made. The others wait.
+    # Rank 0 reads the corpus first, since it may have to be made. The others wait: two calls of gather meet.
     if RANK:
         gather(None)
-    data = Shards(c, "train"), Shards(c, "val")
+    data = Shards(c, "train", device), Shards(c, "val", device)
     if not RANK:
         gather(None)
 

@@ -243,7 +243,7 @@ def load(options):
     model = train_gpt.GPT(c).to(device)
     model.use_recipe(recipe, c.backend)
     model.load_state_dict(saved["model"])
-    batch = train_gpt.Shards(c, "val").random(c, 0, 0, device)
+    batch = train_gpt.Shards(c, "val", device).random(0, 0)
     return directory, recipe, capture(model, *batch)
 
 

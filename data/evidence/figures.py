@@ -676,15 +676,29 @@ class Own(NamedTuple):
     ms: dict             # {step: milliseconds that it took}
 
 
+def records(log):
+    """The records in a log.jsonl, [{...}, ...], without lines that are half written, torn or lost."""
+    # Whatever is no record is left out: zeros, half a line, a number.
+    found = []
+    for line in log.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
 def read_own(log):
     """The run that writes a log.jsonl; None before its first record."""
-    records = train_gpt.records(log)
-    configs = [r["config"] for r in records if "config" in r]
+    lines = records(log)
+    configs = [r["config"] for r in lines if "config" in r]
     if not configs:
         return None
     values = []
     for name in ("loss", "val_loss", "ms"):
-        values.append({r["step"]: r[name] for r in records if r.get(name)})
+        values.append({r["step"]: r[name] for r in lines if r.get(name)})
     return Own(configs[-1], *values)
 
 

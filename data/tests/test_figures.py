@@ -232,7 +232,7 @@ def test_a_sample_streams_in_whole_characters_and_by_any_recipe(trained, monkeyp
     # Characters come at once, but bytes of one wait for the last of them.
     c = train_gpt.Config(prompt="x")
     monkeypatch.setattr(train_gpt, "sample", lambda *_: iter([*"\u20ac".encode(), 0xff, 0xe2]))
-    pieces = list(train_gpt.sample_text(None, c, "cpu"))
+    pieces = list(train_gpt.sample_text(None, c))
     assert pieces == ["x", "", "", "\u20ac", "\ufffd", "", "\ufffd"]
 
 
@@ -244,10 +244,10 @@ def test_a_prompt_of_tokens_that_the_model_has_not_got_is_left_out(monkeypatch):
         decode_single_token_bytes=lambda token: b"%d " % token,
     )
     monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=lambda name: gpt2))
-    monkeypatch.setattr(train_gpt, "sample", lambda model, prompt, c, device: [len(prompt)])
+    monkeypatch.setattr(train_gpt, "sample", lambda model, prompt, c: [len(prompt)])
     for vocabulary, text in (512, "7 9 2 "), (50304, "7 600 9 3 "), (5, "0 1 "):
         c = train_gpt.Config(vocab_size=vocabulary)
-        assert "".join(train_gpt.sample_text(None, c, "cpu")) == text
+        assert "".join(train_gpt.sample_text(None, c)) == text
 
 
 def test_ctrl_c_ends_a_sample_without_a_traceback(trained, monkeypatch):

@@ -1,5 +1,6 @@
 """Tests of train_gpt.py with two processes on a CPU: the same training as with one, and the same again."""
 import gc
+import json
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import signal
 import socket
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,26 +80,27 @@ def fail(*arguments):
     raise ValueError("broken on purpose")
 
 
-def stop(data, c, step, micro, device):
+def stop(data, step, micro):
     """A signal comes to rank 1 in the last micro-batch of step 4."""
     if step == 4 and micro == 1:
         signal.raise_signal(signal.SIGTERM)
-    return RANDOM(data, c, step, micro, device)
+    return RANDOM(data, step, micro)
 
 
-def spoil(data, c, step, micro, device):
-    """A weight of rank 1 alone is not finite."""
-    the_model().blocks[0].up.weight.data[0, 0] = float("nan")
-    return RANDOM(data, c, step, micro, device)
+def spoil(data, step, micro):
+    """A weight of rank 1 alone, or of its share of the weights, is not finite."""
+    weight = the_model().blocks[0].up.weight
+    getattr(weight, "to_local", weight.detach)().detach()[0, 0] = float("nan")
+    return RANDOM(data, step, micro)
 
 
-def accumulate(data, c, step, micro, device):
+def accumulate(data, step, micro):
     """Between micro-batches a process has its half of each gradient, and no whole ones."""
     if micro > 0:
         matrices = [p for p in the_model().parameters() if p.dim() == 2]
         assert matrices
         assert all(2 * p.grad.to_local().numel() == p.numel() for p in matrices)
-    return RANDOM(data, c, step, micro, device)
+    return RANDOM(data, step, micro)
 
 
 def main():
@@ -125,7 +128,8 @@ def main():
     # A comparison; gradients between micro-batches; then what goes wrong in rank 1 alone.
     assert not any(run("compared", 2, recipe="bf16,rtn", steps=2))
     assert not any(run("accumulated", 2, random=accumulate, recipe="bf16", shard="true", steps=2))
-    assert all(run("spoil", 2, random=spoil, recipe="bf16", steps=11))
+    for shard in ("false", "true"):
+        assert all(run(f"spoil-{shard}", 2, random=spoil, recipe="bf16", steps=11, shard=shard))
     assert all(run("fail", 2, random=fail))
     assert run("stop", 2, random=stop, recipe="bf16") == [0, 0]
 
@@ -158,7 +162,9 @@ def test_two_processes_train_as_one_does(trained, name):
     assert (one - two).abs().max() < 1e-5
     one = checkpoint("one-bf16")["optimizer"]["state"]
     two = checkpoint(f"{name}-bf16")["optimizer"]["state"]
-    for a, b in zip(one.values(), two.values(), strict=True):
+    assert one.keys() == two.keys()
+    for weight, a in one.items():
+        b = two[weight]
         assert a["step"] == b["step"] == 6
         assert all(a[key].shape == b[key].shape for key in a)
         assert (a["exp_avg"] - b["exp_avg"]).norm() < 1e-3 * a["exp_avg"].norm()
@@ -218,8 +224,8 @@ def test_only_rank_0_prints_and_writes(trained):
 def test_a_process_that_fails_ends_the_others_and_one_that_gets_a_signal_stops_them_all_at_one_step(trained):
     assert "broken on purpose" in trained
 
-    # A weight that is not finite in rank 1 alone is named by both.
-    assert len(re.findall("first: the weight of blocks.0.up", trained)) == 2
+    # A weight that is not finite in rank 1 alone is named by both, in each of two runs.
+    assert len(re.findall("first: the weight of blocks.0.up", trained)) == 4
 
     # 4 losses of training and 1 of validation.
     assert checkpoint("stop")["step"] == 4
@@ -245,24 +251,16 @@ def test_the_documented_command_works_and_what_needs_several_processes_says_so(t
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
-def test_memory_that_a_graph_keeps_is_counted():
+def test_memory_that_a_graph_keeps_is_counted(tmp_path, monkeypatch):
     x = torch.ones(2**26, device="cuda")                                # 0.25 GiB
     torch.cuda.reset_peak_memory_stats()
     replay = train_gpt.as_graph(lambda x: x.add(1).mul(2).sum(), x)     # three more, two of them in the graph
     held = torch.ones(2**28, device="cuda")                             # 1 GiB, beside them
     replay(x)
-    assert train_gpt.peak_memory("cuda") >= 2
-
-
-@pytest.mark.parametrize("name, peak", [
-    ("H100 80GB HBM3", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H200 NVL", 835e12),
-    ("T4", 0),
-])
-def test_the_peak_is_that_of_the_card(monkeypatch, name, peak):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: f"NVIDIA {name}")
-    assert train_gpt.describe("cuda") == (f"NVIDIA {name}", peak)
+    monkeypatch.setattr(train_gpt, "sample_text", lambda model, c: "")
+    log = SimpleNamespace(val_loss=0.0, skipped=0, rates=[])
+    train_gpt.finish(train_gpt.Config(), tmp_path, log, SimpleNamespace(rope=x))
+    assert json.loads((tmp_path / "result.json").read_text())["peak_gib"] >= 2
 
 
 if __name__ == "__main__":

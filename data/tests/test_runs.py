@@ -1,4 +1,5 @@
 """Tests of how runs of train_gpt.py are named, resumed and read: what goes on must fit what began."""
+import json
 import math
 import os
 import re
@@ -116,7 +117,7 @@ def test_what_goes_on_by_other_code_text_or_number_of_processes_is_refused(place
         patch.setattr(train_gpt, "CODE", "12345678")
         refused("runs/a began with code .*, and here is 12345678", "resume", "a")
     c, directory, saved = train_gpt.load("resume", "a", {})
-    data = [train_gpt.Shards(c, split) for split in ("train", "val")]
+    data = [train_gpt.Shards(c, split, "cpu") for split in ("train", "val")]
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "WORLD", 2)
         with pytest.raises(train_gpt.UserError, match="runs/a began with processes 1, and here is 2"):
@@ -163,7 +164,8 @@ def test_a_run_that_ended_in_bf16_is_evaluated_and_sampled_in_bf16(monkeypatch):
     monkeypatch.setattr(train_gpt.GPT, "forward", note)
     train_gpt.main(["sample", "a"])
     train_gpt.main(["sample", "a", "--recipe=rtn"])
-    assert recipes == ["bf16"] * 2 + ["rtn"] * 2
+    train_gpt.main(["sample", "a", "--bf16_end=0", "--steps=1"])
+    assert recipes == ["bf16"] * 2 + ["rtn"] * 4
 
 
 def test_the_last_steps_in_bf16_are_counted_exactly():
@@ -186,11 +188,11 @@ def test_knobs_have_bounds(knob, value, most):
 def test_a_signal_that_comes_twice_saves_as_one(monkeypatch):
     random = train_gpt.Shards.random
 
-    def stop(data, c, step, micro, device):
+    def stop(data, step, micro):
         if step == 2:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
-        return random(data, c, step, micro, device)
+        return random(data, step, micro)
 
     monkeypatch.setattr(train_gpt.Shards, "random", stop)
     with pytest.raises(SystemExit) as stopped:
@@ -260,15 +262,24 @@ def test_a_recipe_that_diverges_does_not_end_the_others(capsys):
 
 # ---- Damage ------------------------------------------------------------------------------------------------
 
-def test_a_log_is_repaired_whole_or_not_at_all(finished, monkeypatch):
-    """A crash has torn the last line of it."""
+@pytest.mark.parametrize("damage", ["torn", "zeros", "empty", "gone"])
+def test_a_log_that_a_crash_has_damaged_is_whole_when_the_run_goes_on(finished, monkeypatch, damage):
+    """Zeros are what a disk has that lost a block."""
     go_back()
     log = RUN / "log.jsonl"
     whole = log.read_text()
-    torn = whole + '{"step": 5, "lo'
-    log.write_text(torn)
+    if damage == "torn":
+        log.write_text(whole + '{"step": 5, "lo')
+    elif damage == "zeros":
+        log.write_text(whole.replace('{"step": 2,', "\0\0\0", 1) + "\0\0")
+    elif damage == "empty":
+        log.write_text("")
+    else:
+        log.unlink()
+    damaged = log.exists() and log.read_text()
+    losses = [json.loads(line)["loss"] for line in whole.splitlines() if '"loss"' in line]
 
-    # Killed while it is repaired: nothing has changed.
+    # Killed while it is written: nothing has changed.
     def crash(*paths):
         raise KeyboardInterrupt
 
@@ -276,13 +287,30 @@ def test_a_log_is_repaired_whole_or_not_at_all(finished, monkeypatch):
         patch.setattr(os, "replace", crash)
         with pytest.raises(KeyboardInterrupt):
             resume()
-    assert log.read_text() == torn
+    assert (log.exists() and log.read_text()) == damaged
     assert not (RUN / "log.jsonl.part").exists()
 
-    # Zeros are what a disk has that lost a block. Step 4 is done again.
-    log.write_text(whole.replace('{"step": 2,', "\0\0\0", 1) + "\0\0")
+    # Up to step 3 it is as it was, byte by byte; then come a header, and step 4, which is done again.
     resume()
-    assert [record["step"] for record in records() if "loss" in record] == [1, 3, 4]
+    again = log.read_text()
+    kept = os.path.commonprefix([again, whole])
+    assert kept.count("\n") == 4
+    assert [record.get("start") for record in records()] == [0, None, None, None, 3, None, None]
+    assert logged() == {step: loss for step, loss in enumerate(losses, 1)}
+    assert result()["val_loss"] == logged(key="val_loss")[4]
+
+
+def test_what_was_logged_before_the_first_checkpoint_is_dropped():
+    """A comparison was killed then: the log has steps, and a torn one, that nothing goes on from."""
+    train(recipe="bf16,rtn")
+    expected = logged("a/rtn")
+    for name in (*train_gpt.CHECKPOINTS, "result.json"):
+        (RUN / "rtn" / name).unlink(missing_ok=True)
+    log = RUN / "rtn/log.jsonl"
+    log.write_text(log.read_text() + '{"step": 5, "lo')
+    resume()
+    assert logged("a/rtn") == expected
+    assert [record["step"] for record in records("a/rtn") if "loss" in record] == [1, 2, 3, 4]
 
 
 def test_a_bit_of_a_checkpoints_directory_is_seen(finished):
@@ -359,4 +387,4 @@ def test_a_corpus_reads_its_own_shards_only(place):
         prepare.write_shard(place / f"{name}.bin", np.full(40, i))
     for corpus, expected in [("two", [0, 1]), ("two_train", [2]), ("t[w]o", [4])]:
         c = train_gpt.Config(corpus=corpus, sequence=8)
-        assert [shard[0] for shard in train_gpt.Shards(c, "train").shards] == expected
+        assert [shard[0] for shard in train_gpt.Shards(c, "train", "cpu").shards] == expected

@@ -1,7 +1,6 @@
 """Tests of train_gpt.py: what it computes. How runs are stopped, resumed and damaged: test_runs.py."""
 import ast
 import dataclasses
-import math
 import os
 import pickle
 import resource
@@ -81,20 +80,20 @@ def test_data_order_is_a_function_of_seed_and_step(place):
     prepare.write_shard(place / "two_train_000000.bin", np.arange(0, 200))
     prepare.write_shard(place / "two_train_000001.bin", np.arange(300, 501))
     c = train_gpt.Config(sequence=8, batch=16, corpus="two", vocab_size=600, eval_tokens=64)
-    data = train_gpt.Shards(c, "train")
+    data = train_gpt.Shards(c, "train", "cpu")
 
     # A batch depends on seed, step and micro-batch, and on nothing else. No window is of two shards.
-    x, y = data.random(c, 3, 1, "cpu")
-    other_seed = dataclasses.replace(c, seed=2)
-    for other in [(c, 4, 1), (c, 3, 0), (other_seed, 3, 1)]:
-        assert not torch.equal(x, data.random(*other, "cpu")[0])
-    assert torch.equal(x, train_gpt.Shards(c, "train").random(c, 3, 1, "cpu")[0])
+    x, y = data.random(3, 1)
+    other_seed = train_gpt.Shards(dataclasses.replace(c, seed=2), "train", "cpu")
+    for other in [data.random(4, 1), data.random(3, 0), other_seed.random(3, 1)]:
+        assert not torch.equal(x, other[0])
+    assert torch.equal(x, train_gpt.Shards(c, "train", "cpu").random(3, 1)[0])
     assert torch.equal(y, x + 1)
 
     # All places together reach every token.
-    x, y = data.at(np.arange(data.ends[-1]), "cpu")
+    x, y = data.at(np.arange(data.ends[-1]))
     assert {*x.flatten().tolist(), *y.flatten().tolist()} == {*range(200), *range(300, 501)}
-    in_order = [x.tolist() for x, _ in data.in_order(c, "cpu")]
+    in_order = [x.tolist() for x, _ in data.in_order()]
     assert in_order == [np.arange(64).reshape(8, 8).tolist()]
 
 
@@ -145,12 +144,12 @@ def test_losses_and_gradients_are_means_over_micro_batches_and_over_all_predicte
     c = train_gpt.Config(**checkpoint()["config"])
     torch.manual_seed(c.seed)
     model = train_gpt.GPT(c)
-    data = train_gpt.Shards(c, "train")
-    loss = sum(model(*data.random(c, 1, micro, "cpu")) for micro in range(4)) / 4
+    data = train_gpt.Shards(c, "train", "cpu")
+    loss = sum(model(*data.random(1, micro)) for micro in range(4)) / 4
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
     model.load_state_dict(checkpoint()["model"])
-    val_loss = model(*train_gpt.Shards(c, "val").at(np.arange(4) * 32, "cpu"))
+    val_loss = model(*train_gpt.Shards(c, "val", "cpu").at(np.arange(4) * 32))
 
     # Float32 sums in another order
     assert logged(key="loss")[1] == pytest.approx(loss.item(), rel=1e-5)
@@ -254,7 +253,7 @@ def test_sampling_draws_by_seed_among_the_likeliest():
     likeliest = model(torch.tensor([[1, 2]]))[0, -1].topk(3).indices.tolist()
 
     def draw(**knobs):
-        return [*train_gpt.sample(model, [1, 2], dataclasses.replace(c, **knobs), "cpu")]
+        return [*train_gpt.sample(model, [1, 2], dataclasses.replace(c, **knobs))]
 
     # The likeliest token, by temperature or by number
     greedy = draw(temperature=0.0)
@@ -286,7 +285,7 @@ def test_compare_trains_on_equal_terms_and_eval_prints_each_forward(capsys):
     train_gpt.main(["resume", "a"])
     assert finished.stat().st_mtime_ns == before
 
-    # The rows that eval prints: recipe, loss, difference to the first, perplexity, bits per byte
+    # The rows that eval prints: recipe, loss, difference to the first, bits per byte
     capsys.readouterr()
     train_gpt.main(["eval", "a/bf16", "--recipe=bf16,rtn,four_six"])
     _, *lines = capsys.readouterr().out.splitlines()
@@ -294,8 +293,9 @@ def test_compare_trains_on_equal_terms_and_eval_prints_each_forward(capsys):
     assert [row[0] for row in rows] == ["bf16", "rtn", "four_six"]
     assert rows[0][2] == "0.0000"
     assert abs(float(rows[0][1]) - result("a/bf16")["val_loss"]) < 1e-4
-    for _, loss, _, perplexity, *_ in rows:
-        assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-3)
+    for _, loss, difference, bits, *_ in rows:
+        assert float(difference) == pytest.approx(float(loss) - float(rows[0][1]), abs=2e-4)
+        assert float(bits) == pytest.approx(float(loss) / np.log(2), abs=2e-4)
 
     # Without --recipe by all
     train_gpt.main(["eval", "a/bf16"])
@@ -430,10 +430,24 @@ def test_help_is_whole(capsys):
         assert word in text
 
 
-def test_without_a_c_compiler_nothing_compiles(monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert train_gpt.pick_device(train_gpt.Config(compile="on", device="cpu")) == ("cpu", False)
-    assert "no C compiler" in capsys.readouterr().out
+def test_without_a_c_compiler_auto_compiles_nothing_and_says_so(monkeypatch, capsys):
+    # Of a GPU
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    c = train_gpt.Config(device="cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "which", lambda name: None)
+        assert train_gpt.pick_device(c) == ("cuda", False)
+        assert "torch.compile needs a C compiler (apt install gcc)" in capsys.readouterr().out
+    assert train_gpt.pick_device(dataclasses.replace(c, compile="off")) == ("cuda", False)
+    assert train_gpt.pick_device(dataclasses.replace(c, compile="on")) == ("cuda", True)
+
+    # With one, and on a CPU
+    monkeypatch.setattr(quartet, "load_kernels", lambda: None)
+    assert train_gpt.pick_device(c) == ("cuda", True)
+    assert train_gpt.pick_device(train_gpt.Config(device="cpu")) == ("cpu", False)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_failed_start_leaves_the_name_free(monkeypatch):
