@@ -1,8 +1,10 @@
 """Tests of data/evidence/bench.py: a row of the tables is all that a new quantizer needs to be taken in.
 
-Run as a script, this file is `python kernels.py` with toys for its only quantizers: test_bench.py NAME ...
+Run as a script, this file is `python kernels.py` with fewer quantizers: test_bench.py NAME ..., where NAME is
+of a toy, or "main" for those of the two recipes of README.md's first table.
 """
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +70,14 @@ def leave_only(patch, *names):
     patch.setattr(kernels, "MODES", {name: Mode() for name in names})
     patch.setattr(quartet, "RECIPES", {name: recipe_of(name) for name in names})
     patch.setattr(quartet, "QUANTIZERS", {name: quartet.rotated(toy) for name in names})
+
+
+def leave_main(patch):
+    """Leave quartet2 and quintet and their quantizers, of which some make noise."""
+    names = {"four_six", "scale_search", "ms_eden"}
+    patch.setattr(kernels, "MODES", {name: mode for name, mode in kernels.MODES.items() if name in names})
+    patch.setattr(quartet, "RECIPES", {name: quartet.RECIPES[name] for name in ("quartet2", "quintet")})
+    patch.setattr(quartet, "QUANTIZERS", {name: quartet.QUANTIZERS[name] for name in names})
 
 
 # ---- What there is to compile ------------------------------------------------------------------------------
@@ -151,27 +161,39 @@ def test_the_check_takes_a_new_mode_in_every_form_and_sees_where_it_is_wrong(mon
     assert [line.split(": ")[0] for line in wrong] == expected
 
 
-def compiling(*words):
-    """Start a command that compiles: a process."""
+def compiling(*words, target="sm_90a"):
+    """Start a command that compiles for a GPU that need not be here: a process."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "data" / "evidence")])
-    return subprocess.Popen([sys.executable, *words, "--target=sm_90a"], env=environment, text=True,
+    return subprocess.Popen([sys.executable, *words, f"--target={target}"], env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_every_mode_compiles_in_every_form_and_what_does_not_is_told():
-    # The interpreter runs "refused": here is why compiling is tested, too.
-    tables, toys, refused = [
-        compiling(ROOT / "kernels.py"),
-        compiling(__file__, "toy"),
-        compiling(__file__, "refused"),
-    ]
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A directory for what is compiled, and the commands that compile, all at a time."""
+    directory = tmp_path_factory.mktemp("compiled")
+    commands = {
+        "tables": compiling(ROOT / "kernels.py", f"--dump={directory}"),
+        "main": compiling(__file__, "main", f"--dump={directory}", target="sm_120a"),
+        "toy": compiling(__file__, "toy"),
+        "refused": compiling(__file__, "refused"),
+    }
+    yield directory, commands
+    for command in commands.values():
+        command.kill()
+
+
+def test_every_mode_compiles_in_every_form_and_what_does_not_is_told(started):
+    directory, commands = started
+    tables = commands["tables"]
     out, warnings = tables.communicate()
-    rows = out.splitlines()[2:]
+    rows = out.splitlines()[2:]                         # and no prediction, as there are no FP4 tensor cores
     expected = [c.name for c in bench.configurations(9)]
     assert [row[:28].rstrip() for row in rows] == expected, out + warnings
     assert "does not compile" not in out
     assert tables.returncode == 0, out
+    assert ".target sm_90a" in (directory / "sm_90a-both-ms_eden.ptx").read_text()
     spills = dict(zip(expected, [int(row[46:53]) for row in rows]))
     assert not any(spills[c.name] for c in bench.configurations(9) if c.used), out
     used = [c.name for c in bench.configurations(9) if c.used]
@@ -179,18 +201,36 @@ def test_every_mode_compiles_in_every_form_and_what_does_not_is_told():
         assert {f"quantize {row.x}", f"quantize {row.w}", f"requantize {row.dw.other}"} <= {*used}
     assert {name.split()[-1].removesuffix("_16x16") for name in expected} == {*kernels.MODES}
 
+    toys = commands["toy"]
     out, warnings = toys.communicate()
     assert toys.returncode == 0, out + warnings
     rows = out.splitlines()[2:]
     assert [row[:28].rstrip() for row in rows] == ["quantize toy", "both toy", "requantize toy", "encode toy"]
 
+    # The interpreter runs "refused": here is why compiling is tested, too.
+    refused = commands["refused"]
     out, _ = refused.communicate()
     assert refused.returncode == 1
     assert out.count("does not compile") == 3
     assert "encode refused" in out
 
 
+# README.md's command, which test_quartet.py runs, compiles all for sm_100a.
+def test_what_quartet2_and_quintet_launch_compiles_for_sm_120a_without_spills(started):
+    directory, commands = started
+    main = commands["main"]
+    out, warnings = main.communicate()
+    assert main.returncode == 0, out + warnings
+    rows = re.findall("^(quantize|both|requantize|encode|gemm) ", out, re.M)
+    assert sorted(rows) == ["both", "encode", "encode", "gemm", "quantize", "quantize", "requantize"]
+    assert "PREDICTED" in out
+    assert ".target sm_120a" in (directory / "sm_120a-both-ms_eden.ptx").read_text()
+
+
 if __name__ == "__main__":
     _, name, *words = sys.argv
-    leave_only(pytest.MonkeyPatch(), name)
+    if name == "main":
+        leave_main(pytest.MonkeyPatch())
+    else:
+        leave_only(pytest.MonkeyPatch(), name)
     sys.exit(bench.main(words))

@@ -1,8 +1,12 @@
 """Tests of experiments.py: runs are kept and not repeated; figures.py pairs them by seeds."""
+import contextlib
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import signal
+import sys
 import threading
 import time
 
@@ -33,6 +37,59 @@ def results(tmp_path, monkeypatch):
         signal.signal(signum, handler)
 
 
+# ---- Runs in processes that are forked, as each Python that imports torch takes seconds ---------------------
+
+SERVER = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A process that has imported all that a run needs, to fork runs from."""
+    SERVER.set_forkserver_preload(["test_experiments", "torch._dynamo"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))      # where it finds them
+        patch.setenv("OMP_NUM_THREADS", "1")
+        SERVER.Process().start()
+
+
+def be_a_run(arguments, cwd, output):
+    """What a forked process does: it is `python experiments.py train ...`, and prints to a file."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(cwd)
+    sys.argv = arguments
+    runpy.run_path(experiments.__file__, run_name="__main__")
+
+
+class Forked:
+    """What experiments.py needs of subprocess.Popen."""
+
+    def __init__(self, command, cwd, env, stdout, stderr, text):
+        python, *arguments = command
+        assert python == sys.executable
+        assert arguments[:2] == [experiments.__file__, "train"]
+        self.output = cwd / "output"
+        self.process = SERVER.Process(target=be_a_run, args=(arguments, cwd, self.output))
+        self.process.start()
+
+    def communicate(self):
+        self.process.join()
+        self.returncode = self.process.exitcode
+        return self.output.read_text(), None
+
+    def send_signal(self, signum):
+        with contextlib.suppress(ProcessLookupError):      # it has ended
+            os.kill(self.process.pid, signum)
+
+
+@pytest.fixture
+def forked(server, monkeypatch):
+    monkeypatch.setattr(experiments.subprocess, "Popen", Forked)
+
+
+# ---- The tests ---------------------------------------------------------------------------------------------
+
 def read(log):
     """The records in a log."""
     return [json.loads(line) for line in open(log)]
@@ -42,8 +99,7 @@ def fails_if_it_trains(*run):
     pytest.fail(f"trained: {run}")
 
 
-def test_runs_are_kept_not_repeated_and_paired_by_seed(results, monkeypatch, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_runs_are_kept_not_repeated_and_paired_by_seed(results, forked, monkeypatch, capsys):
     experiments.main(["tiny", "bf16,fwd_rtn", "--jobs=2", *SHORT])
     before = {path: path.stat().st_mtime_ns for path in results.iterdir()}
     assert len(before) == 2
@@ -77,7 +133,8 @@ def test_runs_are_kept_not_repeated_and_paired_by_seed(results, monkeypatch, cap
         figures.main(["--base=bf15"])
 
 
-def test_a_stopped_run_goes_on(results, monkeypatch, capsys):
+def test_a_stopped_run_goes_on_in_a_new_python(results, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     place = experiments.RUNS / "tiny-python-bf16-1"
     place.mkdir(parents=True)
     monkeypatch.chdir(place)
@@ -126,8 +183,7 @@ def test_a_log_or_start_of_other_knobs_is_an_error_before_anything_is_trained(re
         experiments.main(["tiny", "rtn@1+bf16", "--corpus=a", "--steps=8"])
 
 
-def test_rows_go_on_from_a_step_of_another(results, monkeypatch, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_rows_go_on_from_a_step_of_another(results, forked, monkeypatch, capsys):
     knobs = [*SHORT, "--steps=3", "--jobs=2"]
 
     # rtn is trained first, and its steps 1 and 2 are kept.
@@ -218,8 +274,7 @@ def test_sigterm_waits_for_the_running_ones_and_starts_no_others(results, monkey
     assert sorted(gpu for _, gpu in done) == ["2", "3"]
 
 
-def test_sigterm_to_this_process_alone_lets_the_running_ones_save(results, monkeypatch, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_sigterm_to_this_process_alone_lets_the_running_ones_save(results, forked, capsys):
     run = experiments.RUNS / "tiny-python-bf16-1/runs/run"
     log = run / "log.jsonl"
 
@@ -236,7 +291,7 @@ def test_sigterm_to_this_process_alone_lets_the_running_ones_save(results, monke
     assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["step"] < 5000
 
 
-def test_a_run_that_fails_is_told_at_the_end_and_the_others_are_trained(results, monkeypatch, capsys):
+def test_a_run_that_fails_is_told_at_the_end_and_the_others_are_trained(results, forked, monkeypatch, capsys):
     monkeypatch.setitem(experiments.KNOBS, "bad", ("bf16", "--lr=-1"))
     assert "not finished: 1 of" in experiments.main(["tiny", "bad,bf16", *SHORT])
     printed = capsys.readouterr().out
