@@ -1,4 +1,6 @@
 """What the tests share: where modules are, and a place to train in."""
+import sys
+
 import pytest
 import torch
 
@@ -13,6 +15,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_of_test_quartet(request, tmp_path_factory):
+    """What test_quartet.py, which comes last, runs in processes starts now, and uses the second core."""
+    test_quartet = sys.modules.get("test_quartet")
+    if test_quartet:
+        test_quartet.start_commands(request.session, tmp_path_factory.mktemp)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def results(tmp_path, monkeypatch):
         signal.signal(signum, handler)
 
 
-# ---- Runs in processes that are forked, as each Python that imports torch takes seconds ---------------------
+# ---- Runs in processes that are forked, as each Python that imports torch takes seconds --------------------
 
 SERVER = multiprocessing.get_context("forkserver")
 
