@@ -112,8 +112,8 @@ class Config:
 
 PRESETS = {
     # to try it out: minutes on two cores, minutes on one GPU
-    "cpu": dict(layers=2, width=256, heads=2, hidden=512, sequence=128, batch=12, tokens_per_step=1536,
-                steps=300, lr=3e-3, eval_every=100, eval_tokens=2**14, save_every=100),
+    "cpu": dict(layers=2, width=256, heads=2, hidden=384, sequence=128, batch=12, tokens_per_step=1536,
+                steps=220, lr=3e-3, eval_every=110, eval_tokens=2**14, save_every=110),
     "gpu": dict(layers=8, width=1024, heads=8, hidden=2816, batch=128, tokens_per_step=2**16, steps=1200,
                 lr=9e-4),
     # the C4 runs of arXiv:2601.22813
