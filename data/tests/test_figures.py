@@ -144,7 +144,8 @@ def test_the_interval_is_students():
 
 def test_pictures_of_runs_quantizers_and_means(results, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot", reason="pictures need matplotlib")
-    header = dict(config=dict(steps=10, tokens_per_step=100000), parameters="9, 1,500,000 without embedding and head")
+    parameters = "9, 1,500,000 without embedding and head"
+    header = dict(config=dict(steps=10, tokens_per_step=100000), parameters=parameters)
     for row, loss in ("bf16", 1.0), ("quartet2", 1.1), ("gone", 1.2):
         keep(results, row, loss, **header)
     keep(results, "bf16", 1.0, seed=2, **header)
