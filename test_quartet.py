@@ -41,9 +41,10 @@ from quartet import (
     quantize_model, rotate, rotation, round_scale, rtn, scale_search, sr, transpose, uniform, unpack)
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "data/evidence"))
+sys.path[:0] = [str(HERE / "data/evidence"), str(HERE / "data/tests")]
 import bench
 import demonstrate
+from small_runs import one_thread      # a fixture: tensors are small here, too
 
 # The interpreter computes both branches of a tl.where, and numpy warns of the one that is not taken.
 pytestmark = [
@@ -81,15 +82,6 @@ every_4bit_recipe = parametrize("recipe", RECIPES_4BIT)
 def list_what_is_skipped(request):
     """As with pytest -rs."""
     request.config.pluginmanager.getplugin("terminalreporter").reportchars += "s"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are small here: threads would wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -414,8 +414,7 @@ def train(c, data, directory, stop, checkpoint=None):
         with quantized_once(model, c):
             for micro in range(accumulate):
                 if WORLD > 1:
-                    # DDP: average the sum of all micro-batches, once.
-                    net.require_backward_grad_sync = micro == accumulate - 1
+                    net.require_backward_grad_sync = micro == accumulate - 1      # DDP: average only once
                 run(*train_data.random(step, micro))
 
         # Clip the gradient, and update the weights. A gradient that is not finite leaves all as it is.
@@ -427,7 +426,7 @@ def train(c, data, directory, stop, checkpoint=None):
             quartet.dampen(model, DAMPEN_EVERY * lr * ramp(step / c.steps) * norm.isfinite())
         model.zero_grad(set_to_none=run is micro_step)      # a graph's gradients stay where they are
 
-        # Report, validate, save. A signal ends the run after this step.
+        # Report, validate, save. A signal ends the run after this step. A bad one saves nothing.
         last = step == c.steps
         stopping = any(gather(bool(stop))) and not last
         evaluating = last or step % c.eval_every == 0
@@ -439,10 +438,8 @@ def train(c, data, directory, stop, checkpoint=None):
                             f"first: {first_not_finite(model, batches)}. Lower --lr, in a new run")
         if evaluating:
             log.validation(step, evaluate(model, val_data, c))
-        # After a bad step, keep the good checkpoint.
         if saving and (last or stopping or not log.bad_in_a_row):
-            logged = (log.text, log.skipped, log.val_loss)
-            save(directory, c, step, log=logged, **identity(data), **snapshot(model, optimizer))
+            save(directory, c, step, log=log.state(), **identity(data), **snapshot(model, optimizer))
         if stopping:
             leave(directory, step, stop)
 
@@ -844,6 +841,10 @@ class Log:
         print(f"step {step:{len(str(self.c.steps))}}/{self.c.steps}  loss {loss:7.4f}  norm {norm:6.3f}  "
               f"lr {lr:.2e}  {seconds * 1e3:7.1f} ms  {rate / 1e3:7.1f} ktok/s  "
               f"{left // 60:3d}:{left % 60:02d} left", flush=True)
+
+    def state(self):
+        """What a checkpoint holds of it."""
+        return self.text, self.skipped, self.val_loss
 
     def validation(self, step, loss):
         """Note a validation loss."""

@@ -363,7 +363,7 @@ def draw_gap(plt, runs):
     if not panels:
         return
     recipes = [row for row in quartet.RECIPES if any(row in runs[key] for key in panels) and row != "bf16"]
-    # Two rounds of rotation or three made no difference to the loss that could be measured.
+    # On novels, quintet had two rounds of rotation, as README says.
     stand_in = {"quintet": "quintet_x2"}
     size = 7.5, 1.5 + 0.38 * len(recipes)
     _, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)

@@ -2,19 +2,10 @@
 import sys
 
 import pytest
-import torch
 
 # It puts the folders of what is tested on the path, so it comes before their modules.
 import small_runs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads make no small model faster, and where another program runs they wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from small_runs import one_thread
 
 
 @pytest.fixture(scope="session", autouse=True)

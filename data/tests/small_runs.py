@@ -25,6 +25,15 @@ SMALL = dict(layers=1, width=128, heads=2, hidden=128, sequence=32, batch=2, tok
              lr=3e-3, eval_tokens=64, sample_tokens=2, corpus="tiny", device="cpu", name="a")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads make no small model faster, and where another program runs they wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def words(**knobs):
     """The command line of a small run, but for these knobs."""
     return ["cpu", *(f"--{knob}={value}" for knob, value in (SMALL | knobs).items())]
