@@ -426,7 +426,7 @@ def train(c, data, directory, stop, checkpoint=None):
             quartet.dampen(model, DAMPEN_EVERY * lr * ramp(step / c.steps) * norm.isfinite())
         model.zero_grad(set_to_none=run is micro_step)      # a graph's gradients stay where they are
 
-        # Report, validate, save. A signal ends the run after this step. A bad one saves nothing.
+        # Report, validate, save, unless the step was bad. A signal ends the run after this step, saved.
         last = step == c.steps
         stopping = any(gather(bool(stop))) and not last
         evaluating = last or step % c.eval_every == 0
