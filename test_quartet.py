@@ -12,9 +12,7 @@ import math
 import os
 import re
 import shlex
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ENVIRONMENT = dict(os.environ)           # a newcomer's, for the commands that are run here
+HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text()
+sys.path[:0] = [str(HERE / "data/evidence"), str(HERE / "data/tests")]
+from background import in_background, python, scripts      # before the environment changes
+
 if not GPU:
     # Kernels then run in Python. Triton reads this when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -40,8 +42,6 @@ from quartet import (
     NVFP4, RECIPES, ROTATIONS, Gemm, Linear, Recipe, decode, e2m1, e4m3, four_six, ms_eden, pack, philox,
     quantize_model, rotate, rotation, round_scale, rtn, scale_search, sr, transpose, uniform, unpack)
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / "data/evidence"), str(HERE / "data/tests")]
 import bench
 import demonstrate
 from small_runs import one_thread      # a fixture: tensors are small here, too
@@ -51,6 +51,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
 ]
+pytest_plugins = ["background"]
 parametrize = pytest.mark.parametrize
 needs_gpu = pytest.mark.skipif(not GPU, reason="PyTorch sees no GPU here")
 
@@ -224,20 +225,15 @@ def convergence(draws, target):
 
 # ---- Commands that are run ---------------------------------------------------------------------------------
 #
-# They take as long as all else. So they start with the first test of the session (data/tests/conftest.py) and
-# the last tests read what they printed.
+# In processes of their own, while other tests run.
 
-def run(script, *words, cwd="/"):
-    """Run a script of this directory in a newcomer's environment -> what it prints. It must succeed."""
-    done = subprocess.run(
-        [sys.executable, HERE / script, *words], cwd=cwd, env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout, (script, words, done.stdout, done.stderr)
-    return done.stdout
-
-
-def run_the_article(directory):
-    return run("quartet.py")
+@in_background
+def compiled_for_fp4(directory):
+    """README.md's command to compile for a Blackwell -> a directory with the results, and what it prints."""
+    command, = re.findall(r"^python (kernels\.py .*?) *#", README, re.M)
+    done = python(*shlex.split(command), f"--dump={directory}", cwd=HERE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return directory, done.stdout
 
 
 # What makes a run of train_gpt.py take seconds.
@@ -245,46 +241,22 @@ SHORT = """--layers=1 --width=128 --heads=1 --hidden=128 --sequence=64 --batch=2
            --steps=2 --eval_tokens=128 --sample_tokens=1 --device=cpu""".split()
 
 
-def run_commands_of_the_readme(directory):
-    """Run all commands of README.md in directory, but for the installation and the article.
-
-    -> directory, and what kernels.py printed; it compiles into directory.
-    """
-    blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+@in_background
+def commands_of_the_readme(directory):
+    """Run all other commands of README.md, but for the installation -> what each script has printed last."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
     lines = [line for block in blocks for line in re.split("&&|\n", block) if line]
-    commands = [shlex.split(line, comments=True) for line in lines]
-    commands = [command for command in commands if command[1] != "install"]
-    assert len(commands) > 6
-    assert ["python", "quartet.py"] in commands        # run_the_article
-    for python, script, *words in commands:
-        assert python == "python"
+    commands = []
+    for line in lines:
+        program, script, *words = shlex.split(line, comments=True)
+        if script in ("install", "kernels.py"):
+            continue
+        assert program == "python"
         if script == "train_gpt.py":
             words += SHORT
-        if script == "kernels.py":
-            compiled = run(script, *words, f"--dump={directory}")
-        elif script != "quartet.py":
-            run(script, *words, cwd=directory)
-    return directory, compiled
-
-
-@functools.cache
-def start_commands(session, make_directory):
-    """By function that runs commands, the Future of its result, if a test of this session waits for it."""
-    waiting = {
-        run_commands_of_the_readme: [
-            "test_kernels_compile_for_fp4_tensor_cores_without_spills", "test_commands_of_the_readme_run"],
-        run_the_article: ["test_commands_of_the_readme_run", "test_the_article_quotes_what_it_prints"],
-    }
-    selected = {item.name for item in session.items}
-    pool = ThreadPoolExecutor(2)
-    session.config.add_cleanup(functools.partial(pool.shutdown, cancel_futures=True))
-    return {f: pool.submit(f, make_directory("commands"))
-            for f, tests in waiting.items() if selected.intersection(tests)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def commands(request, tmp_path_factory):
-    return start_commands(request.session, tmp_path_factory.mktemp)
+        commands.append([HERE / script, *words])
+    assert len(commands) > 6
+    return dict(zip([script.name for script, *_ in commands], scripts(commands, directory)))
 
 
 # ---- 1. The two small floats -------------------------------------------------------------------------------
@@ -1053,8 +1025,9 @@ def test_what_is_not_finite_comes_out_as_nan(recipe, where):
 # ---- A. Custom ops, and what torch.compile needs -----------------------------------------------------------
 
 @parametrize("recipes, backend", [
-    (["nvidia", "bf16", "quartet2"], "torch"), (["quartet2", "rtn", "nvidia"], "triton")])
+    (["nvidia", "bf16"], "torch"), (["quartet2", "rtn", "nvidia"], "triton")])
 def test_compiled_is_eager_to_the_bit(recipes, backend):
+    # By inductor, with 4/6 and MS-EDEN: data/tests/test_recipes.py
     torch._dynamo.reset()
     x = normal(20, 128).to(DEVICE).requires_grad_()
     dy = normal(20, 128, seed=1).to(DEVICE)
@@ -1458,8 +1431,8 @@ def test_the_check_of_kernels_passes_and_sees_a_wrong_bit(monkeypatch, capsys):
 
 
 # For other GPUs: data/tests/test_bench.py
-def test_kernels_compile_for_fp4_tensor_cores_without_spills(commands):
-    directory, printed = commands[run_commands_of_the_readme].result()
+def test_kernels_compile_for_fp4_tensor_cores_without_spills(compiled_for_fp4):
+    directory, printed = compiled_for_fp4
     rows = [line for line in printed.splitlines() if re.match("(quantize|both|requantize) ", line)]
     assert len(rows) > 10
     assert "PREDICTED" in printed
@@ -1470,15 +1443,13 @@ def test_kernels_compile_for_fp4_tensor_cores_without_spills(commands):
 #
 # Commands run as they stand, but for options that make them short.
 
-def test_commands_of_the_readme_run(commands):
-    commands[run_commands_of_the_readme].result()
-    commands[run_the_article].result()
+def test_commands_of_the_readme_run(commands_of_the_readme):
+    assert {"train_gpt.py", "figures.py", "quartet.py"} <= commands_of_the_readme.keys()
 
 
 def test_ci_installs_by_the_line_of_the_readme_and_runs_its_commands_there():
-    readme = (HERE / "README.md").read_text()
-    install = re.search(r"^(pip install .*)\npython train_gpt.py$", readme, re.M)[1]
-    assert "`python -m pytest`" in readme
+    install = re.search(r"^(pip install .*)\npython train_gpt.py$", README, re.M)[1]
+    assert "`python -m pytest`" in README
     lines = (HERE / ".ci/run").read_text().splitlines()
     begin = lines.index(install)
     end = lines.index("deactivate")
@@ -1496,11 +1467,11 @@ def words_and_numbers(text):
     return re.sub(r"\s+", " ", re.sub(number, "#", text)), pairs
 
 
-def test_the_article_quotes_what_it_prints(commands):
+def test_the_article_quotes_what_it_prints(commands_of_the_readme):
     """Sections end with their output: word for word, numbers to 2% or 2 in the last digit, as CPUs differ."""
     article = (HERE / "quartet.py").read_text()
     quoted = re.findall(r"^# ---- (\d+)\. (?:.|\n)*?^# Printed:\n((?:#     .*\n)+)", article, re.M)
-    printed = re.split(r"^(\d+)\. .*\n", commands[run_the_article].result(), flags=re.M)[1:]
+    printed = re.split(r"^(\d+)\. .*\n", commands_of_the_readme["quartet.py"], flags=re.M)[1:]
     assert [section for section, _ in quoted] == printed[::2] == [str(section) for section in range(1, 13)]
     for (_, comment), text in zip(quoted, printed[1::2]):
         words, quoted_numbers = words_and_numbers(comment.replace("#     ", ""))

@@ -433,9 +433,8 @@ def train(c, data, directory, stop, checkpoint=None):
         saving = last or stopping or step % c.save_every == 0
         log.step(step, begin, mean(total), norm, lr, flush=evaluating or saving)
         if log.bad_in_a_row >= 10:
-            batches = [train_data.random(step, micro) for micro in range(accumulate)]
-            raise UserError(f"step {step}: 10 steps in a row had no finite gradient; what is not finite "
-                            f"first: {first_not_finite(model, batches)}. Lower --lr, in a new run")
+            raise UserError(f"step {step}: 10 steps in a row had no finite gradient. Start a new run with a "
+                            f"lower --lr than {c.lr}")
         if evaluating:
             log.validation(step, evaluate(model, val_data, c))
         if saving and (last or stopping or not log.bad_in_a_row):
@@ -878,33 +877,6 @@ def finish(c, directory, log, model):
     write(directory / "result.json", as_json(**result))
     gather(None)      # a comparison reads it in every process
     print(f"sample:\n{text}\nwritten to {directory}/: log.jsonl, checkpoint.pt, result.json, sample.txt")
-
-
-def first_not_finite(model, batches):
-    """Passes over [(tokens, targets), ...] -> the name of the first tensor that is not finite.
-
-    In the order of computing: a module's weight, its output; then the gradient dy of an output. Every process
-    looks at its own batches; the first by rank that has found something names it.
-    """
-    found = []
-
-    def see(name, value):
-        if not value.isfinite().all():
-            found.append(name)
-
-    def hook(name, m, inputs, y):
-        for weight in m.parameters(recurse=False):
-            see(f"the weight of {name}", weight)
-        see(f"the output of {name or 'the model'}", y)
-        y.register_hook(lambda dy: see(f"the gradient dy of {name}", dy))
-
-    # Look at every module in one more forward and backward pass.
-    for name, m in model.named_modules():
-        m.register_forward_hook(partial(hook, name))
-    with torch.compiler.set_stance("force_eager"):
-        for tokens, targets in batches:
-            model(tokens, targets).backward()
-    return next(itertools.chain(*gather(found)), "nothing any more, or only the norm of all")
 
 
 # ---- B. Several GPUs, and a CUDA graph ---------------------------------------------------------------------

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -63,13 +62,6 @@ def training_in(directory):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     torch.use_deterministic_algorithms(False)      # train_gpt.py sets it on a GPU
-
-
-def python(*arguments, **options):
-    """Run Python with these arguments in a process of its own -> subprocess.CompletedProcess, with texts."""
-    environment = os.environ | dict(OMP_NUM_THREADS="1") | options.pop("env", {})
-    return subprocess.run([sys.executable, *map(str, arguments)], env=environment, text=True,
-                          capture_output=True, **options)
 
 
 # ---- What a run leaves behind ------------------------------------------------------------------------------

@@ -5,13 +5,15 @@ of a toy, or "main" for those of the two recipes of README.md's first table.
 """
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from background import in_background, python
+
+pytest_plugins = ["background"]
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -161,39 +163,44 @@ def test_the_check_takes_a_new_mode_in_every_form_and_sees_where_it_is_wrong(mon
     assert [line.split(": ")[0] for line in wrong] == expected
 
 
-def compiling(*words, target="sm_90a"):
-    """Start a command that compiles for a GPU that need not be here: a process."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "data" / "evidence")])
-    return subprocess.Popen([sys.executable, *words, f"--target={target}"], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def compile_in(directory, *words, target="sm_90a"):
+    """Compile for a GPU that need not be here -> directory, with the results, and the process that has ended."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "data" / "evidence")])
+    words = [*words, f"--dump={directory}", f"--target={target}"]
+    return directory, python(*words, cwd=directory, PYTHONPATH=path)
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    """A directory for what is compiled, and the commands that compile, all at a time."""
-    directory = tmp_path_factory.mktemp("compiled")
-    commands = {
-        "tables": compiling(ROOT / "kernels.py", f"--dump={directory}"),
-        "main": compiling(__file__, "main", f"--dump={directory}", target="sm_120a"),
-        "toy": compiling(__file__, "toy"),
-        "refused": compiling(__file__, "refused"),
-    }
-    yield directory, commands
-    for command in commands.values():
-        command.kill()
+@in_background
+def compiled_tables(directory):
+    return compile_in(directory, ROOT / "kernels.py")
 
 
-def test_every_mode_compiles_in_every_form_and_what_does_not_is_told(started):
-    directory, commands = started
-    tables = commands["tables"]
-    out, warnings = tables.communicate()
+@in_background
+def compiled_main(directory):
+    return compile_in(directory, __file__, "main", target="sm_120a")
+
+
+@in_background
+def compiled_toy(directory):
+    return compile_in(directory, __file__, "toy")
+
+
+@in_background
+def compiled_refused(directory):
+    return compile_in(directory, __file__, "refused")
+
+
+def test_every_mode_compiles_in_every_form(compiled_tables):
+    directory, tables = compiled_tables
+    out = tables.stdout
     rows = out.splitlines()[2:]                         # and no prediction, as there are no FP4 tensor cores
     expected = [c.name for c in bench.configurations(9)]
-    assert [row[:28].rstrip() for row in rows] == expected, out + warnings
+    assert [row[:28].rstrip() for row in rows] == expected, out + tables.stderr
     assert "does not compile" not in out
     assert tables.returncode == 0, out
     assert ".target sm_90a" in (directory / "sm_90a-both-ms_eden.ptx").read_text()
+
+    # What a recipe launches does not spill, and each recipe's kernels are among what is marked as used.
     spills = dict(zip(expected, [int(row[46:53]) for row in rows]))
     assert not any(spills[c.name] for c in bench.configurations(9) if c.used), out
     used = [c.name for c in bench.configurations(9) if c.used]
@@ -201,29 +208,27 @@ def test_every_mode_compiles_in_every_form_and_what_does_not_is_told(started):
         assert {f"quantize {row.x}", f"quantize {row.w}", f"requantize {row.dw.other}"} <= {*used}
     assert {name.split()[-1].removesuffix("_16x16") for name in expected} == {*kernels.MODES}
 
-    toys = commands["toy"]
-    out, warnings = toys.communicate()
-    assert toys.returncode == 0, out + warnings
-    rows = out.splitlines()[2:]
+
+def test_a_new_mode_compiles_in_every_form_and_what_does_not_is_told(compiled_toy, compiled_refused):
+    _, toys = compiled_toy
+    assert toys.returncode == 0, toys.stdout + toys.stderr
+    rows = toys.stdout.splitlines()[2:]
     assert [row[:28].rstrip() for row in rows] == ["quantize toy", "both toy", "requantize toy", "encode toy"]
 
     # The interpreter runs "refused": here is why compiling is tested, too.
-    refused = commands["refused"]
-    out, _ = refused.communicate()
+    _, refused = compiled_refused
     assert refused.returncode == 1
-    assert out.count("does not compile") == 3
-    assert "encode refused" in out
+    assert refused.stdout.count("does not compile") == 3
+    assert "encode refused" in refused.stdout
 
 
 # README.md's command, which test_quartet.py runs, compiles all for sm_100a.
-def test_what_quartet2_and_quintet_launch_compiles_for_sm_120a_without_spills(started):
-    directory, commands = started
-    main = commands["main"]
-    out, warnings = main.communicate()
-    assert main.returncode == 0, out + warnings
-    rows = re.findall("^(quantize|both|requantize|encode|gemm) ", out, re.M)
+def test_what_quartet2_and_quintet_launch_compiles_for_sm_120a_without_spills(compiled_main):
+    directory, main = compiled_main
+    assert main.returncode == 0, main.stdout + main.stderr
+    rows = re.findall("^(quantize|both|requantize|encode|gemm) ", main.stdout, re.M)
     assert sorted(rows) == ["both", "encode", "encode", "gemm", "quantize", "quantize", "requantize"]
-    assert "PREDICTED" in out
+    assert "PREDICTED" in main.stdout
     assert ".target sm_120a" in (directory / "sm_120a-both-ms_eden.ptx").read_text()
 
 

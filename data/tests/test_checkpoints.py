@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from small_runs import checkpoint, python, records, words, write_corpus
+from background import in_background, python
+from small_runs import checkpoint, records, words, write_corpus
 import train_gpt
 
+pytest_plugins = ["background"]
 KILLS = int(os.environ.get("KILLS", 3))
 KNOBS = dict(steps=20, eval_every=10, save_every=1, sample_tokens=1)
 
@@ -84,10 +86,15 @@ def main():
         assert len(values) == count
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_kills_at_random_moments_change_nothing(tmp_path):
+@in_background
+def killed_again_and_again(directory):
     # In a process of one thread: a fork has no threads but its own.
-    done = python(__file__, cwd=tmp_path)
+    return python(__file__, cwd=directory)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_kills_at_random_moments_change_nothing(killed_again_and_again):
+    done = killed_again_and_again
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -14,7 +14,8 @@ import torch.utils.checkpoint
 
 import quartet
 from quartet import RECIPES, Gemm, Linear, Recipe
-from small_runs import ROOT, python
+from background import in_background, python
+from small_runs import ROOT
 
 EDEN = Gemm("rht128", "ms_eden", "ms_eden")
 SR = Gemm(None, "sr", None)                  # the other operand as it is
@@ -307,12 +308,17 @@ def test_kernels_have_square_blocks_for_x_and_w_only():
     assert {name for name, mode in kernels.MODES.items() if mode.noise} == quartet.NOISY
 
 
-def test_another_package_named_kernels_is_not_taken_for_ours(tmp_path):
-    (tmp_path / "kernels.py").write_text("")
-    code = (f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; sys.path.append({str(ROOT)!r}); "
+@in_background
+def beside_another_package(directory):
+    (directory / "kernels.py").write_text("")
+    code = (f"import sys; sys.path[:0] = [{str(directory)!r}]; sys.path.append({str(ROOT)!r}); "
             "import quartet; print(quartet.load_kernels())")
-    done = python("-c", code, env=dict(TRITON_INTERPRET="1"))
-    assert f"cannot import name 'supports' from 'kernels' ({tmp_path}" in done.stdout, done.stderr
+    return directory, python("-c", code, cwd=directory, TRITON_INTERPRET="1")
+
+
+def test_another_package_named_kernels_is_not_taken_for_ours(beside_another_package):
+    directory, done = beside_another_package
+    assert f"cannot import name 'supports' from 'kernels' ({directory}" in done.stdout, done.stderr
 
 
 COMPILE_ONE = """
@@ -329,9 +335,12 @@ triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32))
 """
 
 
-def test_a_count_of_one_block_compiles(monkeypatch):
+@in_background
+def compiled_for_one(directory):
+    return python("-c", COMPILE_ONE, cwd=directory, PYTHONPATH=str(ROOT))
+
+
+def test_a_count_of_one_block_compiles(compiled_for_one):
     """Triton makes a constant of an argument that is 1, which has no dtype."""
     pytest.importorskip("triton")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    done = python("-c", COMPILE_ONE, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    assert compiled_for_one.returncode == 0, compiled_for_one.stderr

@@ -8,7 +8,6 @@ import runpy
 import shutil
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,9 @@ import prepare
 import quartet
 import train_gpt
 from quartet import RECIPES
-from small_runs import ROOT, checkpoint, go_back, logged, python, result, same, spoil_losses, train, words
+from background import in_background, python
+from small_runs import (
+    ROOT, checkpoint, go_back, logged, result, same, spoil_losses, train, words, write_corpus)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
 
@@ -343,7 +344,7 @@ def test_checkpoints_are_whole_or_not_there_and_the_last_two_are_kept():
 
 
 def test_a_loss_that_is_not_finite_leaves_a_good_checkpoint():
-    with pytest.raises(train_gpt.UserError, match="10 steps in a row.*first: .*--lr"):
+    with pytest.raises(train_gpt.UserError, match="10 steps in a row.*lower --lr than 1e.25"):
         train(lr=1e25, steps=12, save_every=1)
     assert checkpoint()["step"] == 1
     assert all(w.isfinite().all() for w in checkpoint()["model"].values())
@@ -578,29 +579,30 @@ def test_scripts_import_the_three_files_and_one_sibling_and_put_the_root_first()
             assert f"parents[{up}]" in source, path
 
 
-def test_packages_of_the_same_names_elsewhere_are_not_imported(place):
-    """Another folder, on Python's path, has packages of our names, which end the process."""
+@in_background
+def beside_other_packages(directory):
+    """What scripts print where a folder on Python's path has packages of our names, which end the process."""
+    write_corpus(directory)
     for name in ("launch", "files", "data", "prepare", "perplexity", "demonstrate", "train_gpt", "quartet",
                  "kernels"):
-        package = place / "other" / name
+        package = directory / "other" / name
         package.mkdir(parents=True)
         (package / "__init__.py").write_text("raise SystemExit(f'the other {__name__}')")
-    environment = dict(PYTHONPATH=str(place / "other"), TRITON_INTERPRET="1")
     evidence = ROOT / "data/evidence"
     path = f"sys.path[0] = {str(ROOT / 'data')!r}"
     commands = [
-        [ROOT / "train_gpt.py", *words(corpus=place / "tiny", steps=1)],
+        [ROOT / "train_gpt.py", *words(corpus=directory / "tiny", steps=1)],
         [evidence / "figures.py", "--base=nosuch"],
         [evidence / "experiments.py", "--help"],
         # A script of data/ finds our quartet.py, and this one our kernels.py.
         ["-c", f"import sys; {path}; import perplexity, quartet; print(quartet.load_kernels())"],
     ]
+    variables = dict(PYTHONPATH=str(directory / "other"), TRITON_INTERPRET="1")
+    return [python(*command, cwd=directory, **variables) for command in commands]
 
-    def run(command):
-        return python(*command, cwd=place, env=environment)
 
-    with ThreadPoolExecutor(2) as pool:
-        trained, drawn, helped, found = pool.map(run, commands)
+def test_packages_of_the_same_names_elsewhere_are_not_imported(beside_other_packages):
+    trained, drawn, helped, found = beside_other_packages
     assert trained.returncode == 0, trained.stderr
     assert "step 1/1" in trained.stdout
     assert "no row 'nosuch'" in drawn.stderr
