@@ -71,14 +71,15 @@ def leave_only(patch, *names):
     patch.setattr(kernels, "quantize_blocks", kernels.jit(blocks_with_toys))
     patch.setattr(kernels, "MODES", {name: Mode() for name in names})
     patch.setattr(quartet, "RECIPES", {name: recipe_of(name) for name in names})
+    patch.setattr(bench, "MAIN", names)
     patch.setattr(quartet, "QUANTIZERS", {name: quartet.rotated(toy) for name in names})
 
 
 def leave_main(patch):
     """Leave quartet2 and quintet and their quantizers, of which some make noise."""
-    names = {"four_six", "scale_search", "ms_eden"}
+    names = bench.main_quantizers()
     patch.setattr(kernels, "MODES", {name: mode for name, mode in kernels.MODES.items() if name in names})
-    patch.setattr(quartet, "RECIPES", {name: quartet.RECIPES[name] for name in ("quartet2", "quintet")})
+    patch.setattr(quartet, "RECIPES", {name: quartet.RECIPES[name] for name in bench.MAIN})
     patch.setattr(quartet, "QUANTIZERS", {name: quartet.QUANTIZERS[name] for name in names})
 
 
@@ -200,12 +201,12 @@ def test_every_mode_compiles_in_every_form(compiled_tables):
     assert tables.returncode == 0, out
     assert ".target sm_90a" in (directory / "sm_90a-both-ms_eden.ptx").read_text()
 
-    # What a recipe launches does not spill, and each recipe's kernels are among what is marked as used.
+    # What quartet2 and quintet launch does not spill.
     spills = dict(zip(expected, [int(row[46:53]) for row in rows]))
-    assert not any(spills[c.name] for c in bench.configurations(9) if c.used), out
-    used = [c.name for c in bench.configurations(9) if c.used]
-    for row in filter(None, quartet.RECIPES.values()):
-        assert {f"quantize {row.x}", f"quantize {row.w}", f"requantize {row.dw.other}"} <= {*used}
+    main = [c.name for c in bench.configurations(9) if c.main]
+    assert not any(spills[name] for name in main), out
+    for row in (quartet.RECIPES[name] for name in bench.MAIN):
+        assert {f"quantize {row.x}", f"quantize {row.w}", f"requantize {row.dw.other}"} <= {*main}
     assert {name.split()[-1].removesuffix("_16x16") for name in expected} == {*kernels.MODES}
 
 
