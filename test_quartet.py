@@ -1433,8 +1433,11 @@ def test_the_check_of_kernels_passes_and_sees_a_wrong_bit(monkeypatch, capsys):
 # For other GPUs: data/tests/test_bench.py
 def test_kernels_compile_for_fp4_tensor_cores_without_spills(compiled_for_fp4):
     directory, printed = compiled_for_fp4
-    rows = [line for line in printed.splitlines() if re.match("(quantize|both|requantize) ", line)]
-    assert len(rows) > 10
+    names = [c.name for c in bench.configurations(10)]
+    rows = printed.splitlines()[2:2 + len(names)]
+    assert [row[:28].rstrip() for row in rows] == names
+    assert not any(int(row[46:53]) for row, c in zip(rows, bench.configurations(10)) if c.main)
+    assert {name.split()[-1].removesuffix("_16x16") for name in names} == {*kernels.MODES, "gemm"}
     assert "PREDICTED" in printed
     assert ".target sm_100a" in (directory / "sm_100a-both-ms_eden.ptx").read_text()
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ import pytest
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 ENVIRONMENT["OMP_NUM_THREADS"] = "1"
 
+DATA = Path(__file__).resolve().parents[1]
 NICE = []      # on the command line: a core that is wanted here is left to this process
 if shutil.which("nice"):
     NICE = ["nice"]
@@ -69,6 +71,9 @@ def scripts(commands, directory):
 @pytest.fixture(scope="session", autouse=True)
 def background(request, tmp_path_factory):
     """A Future of each work that a test of this session waits for, by name."""
+    # The corpus is made before any of them, so that no two make it at once.
+    if not any(DATA.glob("python_val_*.bin")):
+        assert python(DATA / "prepare.py", "python", cwd=DATA).returncode == 0
     awaited = {name for item in request.session.items for name in item.fixturenames}
     pool = ThreadPoolExecutor(4)
     yield {name: pool.submit(work, tmp_path_factory.mktemp(name))

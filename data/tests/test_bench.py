@@ -172,12 +172,12 @@ def compile_in(directory, *words, target="sm_90a"):
 
 
 @in_background
-def compiled_tables(directory):
-    return compile_in(directory, ROOT / "kernels.py")
+def compiled_for_hopper(directory):
+    return compile_in(directory, __file__, "main")
 
 
 @in_background
-def compiled_main(directory):
+def compiled_for_rtx(directory):
     return compile_in(directory, __file__, "main", target="sm_120a")
 
 
@@ -189,25 +189,6 @@ def compiled_toy(directory):
 @in_background
 def compiled_refused(directory):
     return compile_in(directory, __file__, "refused")
-
-
-def test_every_mode_compiles_in_every_form(compiled_tables):
-    directory, tables = compiled_tables
-    out = tables.stdout
-    rows = out.splitlines()[2:]                         # and no prediction, as there are no FP4 tensor cores
-    expected = [c.name for c in bench.configurations(9)]
-    assert [row[:28].rstrip() for row in rows] == expected, out + tables.stderr
-    assert "does not compile" not in out
-    assert tables.returncode == 0, out
-    assert ".target sm_90a" in (directory / "sm_90a-both-ms_eden.ptx").read_text()
-
-    # What quartet2 and quintet launch does not spill.
-    spills = dict(zip(expected, [int(row[46:53]) for row in rows]))
-    main = [c.name for c in bench.configurations(9) if c.main]
-    assert not any(spills[name] for name in main), out
-    for row in (quartet.RECIPES[name] for name in bench.MAIN):
-        assert {f"quantize {row.x}", f"quantize {row.w}", f"requantize {row.dw.other}"} <= {*main}
-    assert {name.split()[-1].removesuffix("_16x16") for name in expected} == {*kernels.MODES}
 
 
 def test_a_new_mode_compiles_in_every_form_and_what_does_not_is_told(compiled_toy, compiled_refused):
@@ -223,14 +204,19 @@ def test_a_new_mode_compiles_in_every_form_and_what_does_not_is_told(compiled_to
     assert "encode refused" in refused.stdout
 
 
-# README.md's command, which test_quartet.py runs, compiles all for sm_100a.
-def test_what_quartet2_and_quintet_launch_compiles_for_sm_120a_without_spills(compiled_main):
-    directory, main = compiled_main
-    assert main.returncode == 0, main.stdout + main.stderr
-    rows = re.findall("^(quantize|both|requantize|encode|gemm) ", main.stdout, re.M)
-    assert sorted(rows) == ["both", "encode", "encode", "gemm", "quantize", "quantize", "requantize"]
-    assert "PREDICTED" in main.stdout
-    assert ".target sm_120a" in (directory / "sm_120a-both-ms_eden.ptx").read_text()
+# README.md's command, which test_quartet.py runs, compiles every mode in every form for sm_100a.
+def test_what_quartet2_and_quintet_launch_compiles_for_other_gpus_without_spills(
+        compiled_for_hopper, compiled_for_rtx):
+    forms = ["both", "encode", "encode", "quantize", "quantize", "requantize"]
+    for (directory, done), target in [(compiled_for_hopper, "sm_90a"), (compiled_for_rtx, "sm_120a")]:
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows = re.findall("^(quantize|both|requantize|encode) ", done.stdout, re.M)
+        assert sorted(rows) == forms
+        assert f".target {target}" in (directory / f"{target}-both-ms_eden.ptx").read_text()
+
+        # FP4 tensor cores have a GEMM, and a prediction.
+        fp4 = target == "sm_120a"
+        assert fp4 == ("PREDICTED" in done.stdout) == ("\ngemm " in done.stdout)
 
 
 if __name__ == "__main__":
