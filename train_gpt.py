@@ -111,14 +111,12 @@ class Config:
 
 
 PRESETS = {
-    # to try it out: minutes on two cores, minutes on one GPU
+    # to try it out: minutes on two cores
     "cpu": dict(layers=2, width=256, heads=2, hidden=384, sequence=128, batch=12, tokens_per_step=1536,
                 steps=220, lr=3e-3, eval_every=110, eval_tokens=2**14, save_every=110),
-    "gpu": dict(layers=8, width=1024, heads=8, hidden=2816, batch=128, tokens_per_step=2**16, steps=1200,
-                lr=9e-4),
     # the C4 runs of arXiv:2601.22813
-    "30m": dict(),
-    "50m": dict(layers=7, width=768, heads=6, hidden=2048, lr=1.2e-3, steps=4768),
+    "30m": {},
+    "50m": dict(layers=7, width=768, heads=6, hidden=2048, steps=4768),
     "100m": dict(layers=8, width=1024, heads=8, hidden=2816, lr=9e-4, steps=9536),
     "200m": dict(layers=10, width=1280, heads=10, hidden=3584, lr=7.2e-4, steps=19073),
     # nanoGPT's size, and a large one, for GPT-2's tokens
@@ -127,6 +125,9 @@ PRESETS = {
     "1.9b": dict(layers=32, width=2048, heads=16, hidden=5632, vocab_size=50304, sequence=2048, batch=8,
                  tokens_per_step=2**19, lr=3e-4, steps=71680, corpus="fineweb"),
 }
+
+# to try it out: minutes on one GPU
+PRESETS["gpu"] = PRESETS["100m"] | dict(batch=128, tokens_per_step=2**16, steps=1200)
 
 
 # ---- 2. The model ------------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def rotary(x, rope):
     rope (2, sequence, D / 2): cosines and sines. Source: RoPE, arXiv:2104.09864.
     """
     cos, sin = rope[:, :x.shape[2]]
-    even = x[..., 0::2]
+    even = x[..., ::2]
     odd = x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
 
@@ -394,8 +395,9 @@ def train(c, data, directory, stop, checkpoint=None):
         begin = time.perf_counter()
 
         # Take the recipe of this step: the last ones may train in bf16. On one GPU, record a CUDA graph.
-        if recipe != recipe_of(c, step):
-            recipe = recipe_of(c, step)
+        wanted = recipe_of(c, step)
+        if recipe != wanted:
+            recipe = wanted
             model.use_recipe(recipe, c.backend)
             run = micro_step
             if compiled and device == "cuda" and WORLD == 1:
@@ -464,11 +466,9 @@ def build(c, device, compiled, checkpoint):
 
     # Compile, then spread over processes. FSDP2 replaces parameters, so the optimizer is made after that.
     if compiled:
-        for block in model.blocks:      # all share one program
-            if c.shard == "true":
-                block.forward = torch.compile(block.forward, fullgraph=True)      # FSDP2's hooks stay outside
-            else:
-                block.compile(fullgraph=True)
+        for block in model.blocks:
+            # All share one program. Of a block only `forward` is compiled: FSDP2's hooks stay outside.
+            block.forward = torch.compile(block.forward, fullgraph=True)
         model.predict = torch.compile(model.predict, fullgraph=True)
     net = model
     if WORLD > 1:
@@ -536,7 +536,6 @@ def sample(model, tokens, c):
     # A generator of its own: a sample takes nothing from the noise of training.
     device = model.rope.device
     generator = torch.Generator(device).manual_seed(c.seed)
-    candidates = min(c.top_k, c.vocab_size)
     for _ in range(c.sample_tokens):
         # Compute the logits of the next token. In eager mode: else every length would compile anew.
         context = torch.tensor([tokens[-c.sequence:]], device=device)
@@ -547,7 +546,7 @@ def sample(model, tokens, c):
             return
 
         # Draw among the likeliest. Differences to the best keep a tiny temperature from overflowing.
-        best, index = logits.topk(candidates)
+        best, index = logits.topk(min(c.top_k, c.vocab_size))
         chances = ((best - best[0]) / max(c.temperature, 1e-9)).softmax(-1)
         token = index[torch.multinomial(chances, 1, generator=generator)].item()
         tokens = tokens + [token]
@@ -574,14 +573,13 @@ def sample_text(model, c):
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in itertools.chain(prompt, sample(model, prompt, c)):
         yield decoder.decode(bytes_of(token))
-    yield decoder.decode(b"", final=True)
 
 
 def eval_recipes(model, c, device):
     """Print the validation loss in nats by the forward pass of each recipe of c."""
     data = Shards(c, "val", device)
     losses = []
-    print("forward pass     loss  difference", flush=True)
+    print("forward pass     loss  difference")
     for recipe in c.recipe.split(","):
         model.use_recipe(recipe, c.backend)
         loss = evaluate(model, data, c)
@@ -763,7 +761,8 @@ class Log:
 
     Losses stay on the device until a line is due: to read one, the CPU must wait for the GPU.
     """
-    text = ""
+    start = 0             # the step that it goes on from
+    text = ""             # of the file
     val_loss = math.nan
     skipped = 0           # steps without a finite gradient
     bad_in_a_row = 0      # the last of these; from 10 on it stays, to end the run
@@ -771,11 +770,11 @@ class Log:
     def __init__(self, c, directory, saved, model, data, device):
         # What a run logs, and the records that are there if it goes on.
         self.c = c
-        self.start = saved["step"] if saved else 0
         self.path = directory / "log.jsonl"
         self.pending = []      # steps that are not written yet
         self.rates = []        # tokens/s
         if saved:
+            self.start = saved["step"]
             self.text, self.skipped, self.val_loss = saved["log"]
         # Drop what is done again, also from the first step on, and what a crash has torn.
         write(self.path, self.text)
@@ -867,7 +866,7 @@ def leave(directory, step, stop):
 def finish(c, directory, log, model):
     """Write result.json and sample.txt of a run that has come to its last step; print the sample."""
     # The speed is the median over the lines of the log, which is robust against pauses.
-    rate = float(np.median(log.rates or [math.nan]))
+    rate = np.median(log.rates or [math.nan])
     result = dict(recipe=c.recipe, val_loss=log.val_loss, skipped=log.skipped, tokens_per_s=rate,
                   peak_gib=math.nan)
     if model.rope.is_cuda:
@@ -1009,8 +1008,8 @@ def pick_device(c):
 
 def keep_freed_memory():
     """glibc hands large freed blocks back to the system; to keep them makes a CPU step 1.2 times as fast."""
-    if os.name == "posix":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda knob, value: None)
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**25)           # M_MMAP_THRESHOLD
         mallopt(-1, 2**31 - 1)       # M_TRIM_THRESHOLD
 
@@ -1040,7 +1039,7 @@ def compare(c, data, directory, stop, saved):
                 train(dataclasses.replace(c, recipe=recipe), data, run, stop, checkpoint)
         # null is what was not finite: a recipe that diverges does not end the others.
         result = read_json(run / "result.json")
-        results.append({key: math.nan if value is None else value for key, value in result.items()})
+        results.append({key: value or math.nan for key, value in result.items()})
 
     # Make the table.
     base = next((r["val_loss"] for r in results if r["recipe"] == "bf16"), math.nan)
@@ -1182,9 +1181,8 @@ def new_directory(c, preset):
     # Without a name, one is made that is new.
     name = c.name
     if not name:
-        # preset, recipe, time, and a number of four digits for what starts in the same second
-        recipe = c.recipe.replace(",", "+")
-        name = f"{preset}-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+        # The time, and four digits for what starts in the same second
+        name = f"{preset}-{c.recipe.replace(',', '+')}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise UserError(f"--name={name!r}: it takes letters, digits and . _ + -")
 

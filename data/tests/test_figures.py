@@ -230,11 +230,11 @@ def test_a_sample_streams_in_whole_characters_and_by_any_recipe(trained, monkeyp
     train_gpt.main(["sample", "a", "--recipe=rtn", "--seed=2"])
     assert capsys.readouterr().out.startswith("def ")
 
-    # Characters come at once, but bytes of one wait for the last of them.
+    # Characters come at once, but bytes of one wait for the last of them, which the sample may end before.
     c = train_gpt.Config(prompt="x")
     monkeypatch.setattr(train_gpt, "sample", lambda *_: iter([*"\u20ac".encode(), 0xff, 0xe2]))
     pieces = list(train_gpt.sample_text(None, c))
-    assert pieces == ["x", "", "", "\u20ac", "\ufffd", "", "\ufffd"]
+    assert pieces == ["x", "", "", "\u20ac", "\ufffd", ""]
 
 
 def test_a_prompt_of_tokens_that_the_model_has_not_got_is_left_out(monkeypatch):

@@ -17,6 +17,8 @@ from quartet import RECIPES, Gemm, Linear, Recipe
 from background import in_background, python
 from small_runs import ROOT
 
+pytest_plugins = ["background"]
+
 EDEN = Gemm("rht128", "ms_eden", "ms_eden")
 SR = Gemm(None, "sr", None)                  # the other operand as it is
 ROTATED_SR = Gemm("rht128", "sr", None)

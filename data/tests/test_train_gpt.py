@@ -22,6 +22,7 @@ from background import in_background, python
 from small_runs import (
     ROOT, checkpoint, go_back, logged, result, same, spoil_losses, train, words, write_corpus)
 
+pytest_plugins = ["background"]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
 
 # Each test trains in a directory of its own.
