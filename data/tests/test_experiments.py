@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,9 +84,14 @@ class Forked:
             os.kill(self.process.pid, signum)
 
 
+def replace_popen(patch, popen):
+    """Only in experiments.py: other threads of this process start commands, too."""
+    patch.setattr(experiments, "subprocess", SimpleNamespace(PIPE=None, STDOUT=None, Popen=popen))
+
+
 @pytest.fixture
 def forked(server, monkeypatch):
-    monkeypatch.setattr(experiments.subprocess, "Popen", Forked)
+    replace_popen(monkeypatch, Forked)
 
 
 # ---- The tests ---------------------------------------------------------------------------------------------
@@ -336,7 +342,7 @@ def test_words_and_knobs_stand_in_any_order(results, monkeypatch):
 def test_what_another_such_command_has_finished_meanwhile_is_not_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(experiments.subprocess, "Popen", fails_if_it_trains)
+    replace_popen(monkeypatch, fails_if_it_trains)
     experiments.log_of("tiny", "python", "rtn", 1).write_text("{}\n")
     experiments.train("tiny", "python", "rtn", 1, "", 1, {})
 
