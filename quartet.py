@@ -84,10 +84,10 @@ def round_to_grid(v, u=None, mantissa_bits=3, min_exp=-126, max_val=math.inf):
     return down * spacing
 
 
-# E2M1, E4M3, and what E4M3 rounds to whatever the exponent: 4 significant bits. Each (v, u=None) as above.
+# E2M1; E4M3; and the 4 significant bits of E4M3 without limits of the exponent. Each (v, u=None) as above.
 e2m1 = partial(round_to_grid, mantissa_bits=1, min_exp=0, max_val=E2M1_MAX)
-e4m3 = partial(round_to_grid, mantissa_bits=3, min_exp=-6, max_val=E4M3_MAX)
-round_scale = partial(round_to_grid, mantissa_bits=3, min_exp=-126)      # for v below 2^100; infinity -> NaN
+e4m3 = partial(round_to_grid, min_exp=-6, max_val=E4M3_MAX)
+round_scale = round_to_grid            # for v below 2^100; infinity -> NaN
 
 
 # Printed:
@@ -285,9 +285,8 @@ def best_scale(b, scales):
         if best is None:
             best = q, s, error
         else:
-            # Where this scale errs less, take its q, s and error.
-            *_, least_error = best
-            best = [torch.where(error < least_error, new, old) for new, old in zip((q, s, error), best)]
+            # Where this scale errs less than the best before, take its q, s and error.
+            best = [torch.where(error < best[2], new, old) for new, old in zip((q, s, error), best)]
     return best[:2]
 
 
@@ -684,8 +683,7 @@ def draw_noise(dy, row):
     """Fresh Noise for dx and for dw of a row of RECIPES, from the default generator of dy's device."""
     # Two rounds of signs at least, so that recipes of one round and of two get the same seeds from the same
     # generator. The seeds are that of the other operand and that of dy.
-    rounds = max([2] + [rounds for name, (size, rounds) in ROTATIONS.items()
-                        if name in (row.dx.rotation, row.dw.rotation)])
+    rounds = max([2] + [ROTATIONS[gemm.rotation][1] for gemm in (row.dx, row.dw) if gemm.rotation])
     words = draw(dy, 4 * rounds + 4).view(2, -1)      # for each GEMM 64 signs a word, then two seeds
     bits = words[:, :-2, None] >> torch.arange(64, device=dy.device) & 1
     signs = bits.view(2, rounds, GROUP) * 2.0 - 1.0
@@ -859,13 +857,25 @@ def dampen(model, share):
 # random bits, which are to be eager's; a GEMM with float32 sums; and a cast to bf16, which the compiler may
 # skip, computing on with the float32 value.
 
-@library.custom_op("quartet::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def draw(like: Tensor, words: int) -> Tensor:
-    """(words,) int64 of random bits from the default generator of like's device, the same compiled or not."""
+@library.custom_op("quartet::draw", mutates_args=("clock",))
+def draw_at(like: Tensor, words: int, clock: Tensor) -> Tensor:
+    """`draw`, which says that it changes clock."""
     return torch.randint(-2**63, 2**63 - 1, (words,), device=like.device)
 
 
-draw.register_fake(lambda like, words: like.new_empty(words, dtype=torch.int64))
+draw_at.register_fake(lambda like, words, clock: like.new_empty(words, dtype=torch.int64))
+CLOCK = torch.zeros(1)
+
+
+def draw(like, words):
+    """(words,) int64 of random bits from the default generator of like's device, the same compiled or not."""
+    # Of two calls with equal arguments the compiler would make one, or exchange them, whatever their tag
+    # says: two layers whose outputs are added have one dy. If each seems to change the clock, none is equal
+    # to another, and they stay in order.
+    clock = torch.empty(0)
+    if torch.compiler.is_compiling():
+        clock = CLOCK
+    return draw_at(like, words, clock)
 
 
 @library.custom_op("quartet::stored", mutates_args=())

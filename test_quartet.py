@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import bfloat16, equal, float8_e4m3fn, nn, tensor, uint8
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -1039,6 +1041,61 @@ def test_compiled_is_eager_to_the_bit(recipes, backend):
         # torch 2.11 made gradients 0 of a dtype that was kept by .to
         with torch.autocast(DEVICE, bfloat16):
             assert same(step(compiled, x, dy.bfloat16()), step(model, x, dy.bfloat16()))
+
+
+class Added(nn.Module):
+    """Two layers whose outputs are added, as attention and MLP are in GPT-J or PaLM: they get one dy."""
+
+    def __init__(self, recipe, checkpointed):
+        super().__init__()
+        self.a, self.b = [Linear(128, 128, recipe=recipe, device=DEVICE) for _ in range(2)]
+        self.b.load_state_dict(self.a.state_dict())        # only noise differs
+        self.checkpointed = checkpointed
+
+    def add(self, x):
+        return self.a(x) + self.b(x)
+
+    def forward(self, x):
+        if self.checkpointed:
+            return torch.utils.checkpoint.checkpoint(self.add, x, use_reentrant=False)
+        return self.add(x)
+
+
+# For a CPU inductor takes a minute each.
+@parametrize("checkpointed", [False, True])
+@parametrize("compiler", ["aot_eager_decomp_partition", pytest.param("inductor", marks=needs_gpu)])
+def test_no_two_layers_share_their_noise_also_compiled(compiler, checkpointed, monkeypatch):
+    """The compiler makes one of two equal calls; these must not be equal. Bits are those of eager."""
+    noisy = Gemm(None, dy="sr", other="bf16")
+    monkeypatch.setitem(RECIPES, "mine", Recipe("bf16", "bf16", noisy, noisy))      # soon compiled
+    torch._dynamo.reset()
+    model = Added("mine", checkpointed)
+    x = normal(32, 128).to(DEVICE).requires_grad_()
+    dy = normal(32, 128, seed=1).to(DEVICE)
+
+    def gradients(f):
+        torch.manual_seed(0)
+        return torch.autograd.grad(f(x), (x, model.a.weight, model.b.weight), dy)
+
+    dx, dw_a, dw_b = found = gradients(torch.compile(model, fullgraph=True, backend=compiler))
+    assert not equal(dw_a, dw_b)
+    assert same(found, gradients(model))
+
+
+@parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
+    not GPU and not shutil.which("g++"), reason="torch.compile needs a C++ compiler for a CPU"))])
+def test_no_two_calls_share_a_draw_and_they_stay_in_order(compiler):
+    def draws(x):
+        return quartet.draw(x, 4), quartet.draw(x, 4), quartet.draw(x + 1, 4)
+
+    def seeded(f):
+        torch.manual_seed(0)
+        return f(torch.ones(3, device=DEVICE))
+
+    torch._dynamo.reset()
+    found = seeded(torch.compile(draws, fullgraph=True, backend=compiler))
+    assert len(torch.stack(found).unique()) == 12
+    assert same(found, seeded(draws))
 
 
 # ---- B. Backends -------------------------------------------------------------------------------------------
