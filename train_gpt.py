@@ -15,7 +15,6 @@ import codecs
 import contextlib
 import ctypes
 import dataclasses
-import difflib
 import gc
 import glob
 import hashlib
@@ -61,6 +60,10 @@ class UserError(Exception):
     """What the user can put right: shown as one line. Any other exception keeps its traceback."""
 
 
+class Diverged(UserError):
+    """A run whose gradients are not finite any more."""
+
+
 # ---- 1. Config: one knob a line ----------------------------------------------------------------------------
 #
 # One Config says all that a run depends on. On the command line a knob is set as --name=value; the comments
@@ -90,7 +93,7 @@ class Config:
     steps: int = 2861               # optimizer steps; the paper's 30m, 25 tokens a parameter
     lr: float = 1.2e-3              # peak learning rate of AdamW: 10% linear warm-up, then cosine to a tenth
     weight_decay: float = 0.1       # on the weights of linear layers
-    clip: float = 1.0               # largest gradient norm
+    clip: float = 1.0               # largest gradient norm; 0: any
     seed: int = 1                   # of initialisation, data order and rounding noise
     init_from: str = ""             # a run, whose weights this one starts from
     # reports
@@ -119,7 +122,7 @@ PRESETS = {
     "50m": dict(layers=7, width=768, heads=6, hidden=2048, steps=4768),
     "100m": dict(layers=8, width=1024, heads=8, hidden=2816, lr=9e-4, steps=9536),
     "200m": dict(layers=10, width=1280, heads=10, hidden=3584, lr=7.2e-4, steps=19073),
-    # nanoGPT's size, and a large one, for GPT-2's tokens
+    # GPT-2's shape (its head is not tied here: 162 million parameters), and a large one, for its tokens
     "124m": dict(layers=12, width=768, heads=12, hidden=2048, vocab_size=50304, sequence=1024, batch=32,
                  tokens_per_step=2**19, lr=6e-4, steps=19073, corpus="fineweb"),
     "1.9b": dict(layers=32, width=2048, heads=16, hidden=5632, vocab_size=50304, sequence=2048, batch=8,
@@ -420,7 +423,7 @@ def train(c, data, directory, stop, checkpoint=None):
                 run(*train_data.random(step, micro))
 
         # Clip the gradient, and update the weights. A gradient that is not finite leaves all as it is.
-        norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip or math.inf)
         if c.shard == "true":
             norm = norm.full_tensor()
         update(optimizer, norm)
@@ -435,8 +438,8 @@ def train(c, data, directory, stop, checkpoint=None):
         saving = last or stopping or step % c.save_every == 0
         log.step(step, begin, mean(total), norm, lr, flush=evaluating or saving)
         if log.bad_in_a_row >= 10:
-            raise UserError(f"step {step}: 10 steps in a row had no finite gradient. Start a new run with a "
-                            f"lower --lr than {c.lr}")
+            raise Diverged(f"step {step}: 10 steps in a row had no finite gradient. Start a new run with a "
+                           f"lower --lr than {c.lr}")
         if evaluating:
             log.validation(step, evaluate(model, val_data, c))
         if saving and (last or stopping or not log.bad_in_a_row):
@@ -444,6 +447,8 @@ def train(c, data, directory, stop, checkpoint=None):
         if stopping:
             leave(directory, step, stop)
 
+    # Of a run that had ended but for its sample, the loop takes no step.
+    model.use_recipe(recipe_of(c, c.steps), c.backend)
     finish(c, directory, log, model)
 
 
@@ -584,7 +589,7 @@ def eval_recipes(model, c, device):
         model.use_recipe(recipe, c.backend)
         loss = evaluate(model, data, c)
         losses.append(loss)
-        print(f"{recipe:12}{loss:9.4f}{loss - losses[0]:12.4f}{bits_per_byte(c, loss)}", flush=True)
+        print(f"{recipe:12}{loss:9.4f}{loss - losses[0]:12.4f}{bits_per_byte(c, loss)}")
 
 
 # ============================================================================================================
@@ -625,7 +630,7 @@ def writing(path):
         yield
     except OSError as e:
         raise UserError(f"cannot write {path} ({e.strerror}): make room, or go to a directory that can be "
-                        "written; then start again, or resume the run") from None
+                        "written; then start again, or resume the run")
 
 
 @contextlib.contextmanager
@@ -671,7 +676,7 @@ def read_json(path):
     try:
         return json.loads(path.read_text())
     except ValueError:
-        raise UserError(f"{path} is damaged: remove it, then resume") from None
+        raise UserError(f"{path} is damaged: remove it, then resume")
 
 
 def save(directory, c, step, **state):
@@ -722,7 +727,7 @@ def load_checkpoint(word, names=CHECKPOINTS):
     try:
         Config(**checkpoint["config"])
     except (TypeError, LookupError):
-        raise UserError(f"{path} was not written by this version of train_gpt.py") from None
+        raise UserError(f"{path} was not written by this version of train_gpt.py")
     return path, checkpoint
 
 
@@ -747,7 +752,7 @@ def held(directory):
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(f)
-        raise UserError(f"another process trains in {directory}: wait until it ends, or stop it") from None
+        raise UserError(f"another process trains in {directory}: wait until it ends, or stop it")
     except OSError:
         pass      # this disk knows no locks
     try:
@@ -795,7 +800,7 @@ class Log:
             corpus=f"{c.corpus}, {sum(map(len, data[0].shards)):,} tokens, sha256 {identity(data)['corpus']}",
             versions=f"python {platform.python_version()}, torch {torch.__version__}, code {CODE}")
         for what, value in header.items():
-            print(f"{what:>10}  {value}", flush=True)
+            print(f"{what:>10}  {value}")
         self.write(start=self.start, config=vars(c), **header)
 
     def write(self, **record):
@@ -838,7 +843,7 @@ class Log:
         left = int((self.c.steps - step) * seconds)
         print(f"step {step:{len(str(self.c.steps))}}/{self.c.steps}  loss {loss:7.4f}  norm {norm:6.3f}  "
               f"lr {lr:.2e}  {seconds * 1e3:7.1f} ms  {rate / 1e3:7.1f} ktok/s  "
-              f"{left // 60:3d}:{left % 60:02d} left", flush=True)
+              f"{left // 60:3d}:{left % 60:02d} left")
 
     def state(self):
         """What a checkpoint holds of it."""
@@ -848,7 +853,7 @@ class Log:
         """Note a validation loss."""
         self.val_loss = loss
         self.write(step=step, val_loss=loss)
-        print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(self.c, loss)}", flush=True)
+        print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(self.c, loss)}")
 
 
 def leave(directory, step, stop):
@@ -1030,14 +1035,19 @@ def compare(c, data, directory, stop, saved):
         run.mkdir(exist_ok=True)
         if not (run / "result.json").exists():
             # Train it, or go on where it stopped.
-            print(f"\n==== {recipe}", flush=True)
+            print(f"\n==== {recipe}")
             torch._dynamo.reset()
             checkpoint = None
             if find(run, CHECKPOINTS):
                 _, checkpoint = load_checkpoint(run)
-            with held(run):
-                train(dataclasses.replace(c, recipe=recipe), data, run, stop, checkpoint)
-        # null is what was not finite: a recipe that diverges does not end the others.
+            try:
+                with held(run):
+                    train(dataclasses.replace(c, recipe=recipe), data, run, stop, checkpoint)
+            except Diverged as e:      # does not end the others
+                print(e)
+                none = as_json(recipe=recipe, val_loss=None, tokens_per_s=None, peak_gib=None)
+                write(run / "result.json", none)
+        # null is what was not finite.
         result = read_json(run / "result.json")
         results.append({key: value or math.nan for key, value in result.items()})
 
@@ -1065,18 +1075,15 @@ HARMLESS = {"log_every", "save_every", "device", "prompt", "sample_tokens", "tem
 
 
 def known(word, words, problem):
-    """UserError, with the closest of words as a hint, unless word is one of them."""
-    if word in words:
-        return
-    # The closest word may be what was meant.
-    hint = "".join(f"did you mean {close!r}? " for close in difflib.get_close_matches(word, words, 1))
-    raise UserError(f"{problem}: {hint}there are {', '.join(words) or 'none'}")
+    """UserError, which lists words, unless word is one of them."""
+    if word not in words:
+        raise UserError(f"{problem}: there are {', '.join(words) or 'none'}")
 
 
 def unchanged(knobs, saved, names, problem):
     """UserError if knobs differ from saved ones in one of names. It lists them."""
-    others = [f"--{name}={value} (saved: {saved[name]})" for name, value in knobs.items()
-              if name in names and value != saved[name]]
+    others = [f"--{name}={value} (saved: {saved.get(name)})" for name, value in knobs.items()
+              if name in names and value != saved.get(name)]
     if others:
         raise UserError(f"{problem}: {', '.join(others)}")
 
@@ -1091,14 +1098,12 @@ def parse(argv):
         if not arg.startswith("--"):
             words.append(arg)
             continue
-        name, equals, value = arg[2:].partition("=")
+        name, _, value = arg[2:].partition("=")
         known(name, types, f"unknown knob --{name}")
-        if not equals:
-            raise UserError(f"--{name} needs a value: --{name}=VALUE")
         try:
             knobs[name] = types[name](value)
         except ValueError:
-            raise UserError(f"--{name}={value}: it takes a value of type {types[name].__name__}") from None
+            raise UserError(f"--{name}={value}: it takes a value of type {types[name].__name__}")
 
     # The first word may be a mode. The other is a preset or a run.
     mode = "train"
@@ -1135,7 +1140,7 @@ def check(c):
     try:
         c.prompt.encode()
     except UnicodeEncodeError:
-        raise UserError("--prompt: it takes text in UTF-8") from None
+        raise UserError("--prompt: it takes text in UTF-8")
 
     # Every recipe must fit the shapes of the layers, which a model without memory tells.
     with torch.device("meta"):
@@ -1145,7 +1150,7 @@ def check(c):
         try:
             model.use_recipe(recipe, c.backend)
         except ValueError as e:
-            raise UserError(f"--width={c.width} --hidden={c.hidden}: {e}") from None
+            raise UserError(f"--width={c.width} --hidden={c.hidden}: {e}")
 
 
 def load(mode, word, knobs):
@@ -1277,7 +1282,7 @@ def run_training(c, preset, directory, saved):
                 train(c, data, directory, stop, saved)
     except torch.cuda.OutOfMemoryError as e:
         raise UserError("the GPU has too little memory, try a smaller --batch. "
-                        f"{str(e).splitlines()[0]}") from None
+                        f"{str(e).splitlines()[0]}")
     finally:
         # If nothing has begun, the name is free again.
         if fresh and not RANK and not any(directory.rglob("log.jsonl")):
@@ -1290,7 +1295,6 @@ def main(argv):
     if {"-h", "--help"} & set(argv):
         source = Path(__file__).read_text()
         print(__doc__, source[source.index("@dataclasses"):source.index("# ---- 2.")], sep="\n", end="")
-        print("RECIPES:", ", ".join(quartet.RECIPES))
         return
     # All else is a mode, a preset or a run, and knobs.
     keep_freed_memory()
@@ -1303,8 +1307,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    # A terminal may lack letters of the sample.
-    sys.stdout.reconfigure(errors="replace")
+    # A line is shown at once, also in a file. A terminal may lack letters of the sample.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
     except UserError as e:

@@ -229,7 +229,7 @@ def test_a_process_that_fails_ends_the_others_and_one_that_gets_a_signal_stops_t
     assert "broken on purpose" in trained
 
     # A weight that is not finite in rank 1 alone ends both, in each of two runs.
-    assert trained.count("UserError: step 10: 10 steps in a row had no finite gradient") == 4
+    assert trained.count("Diverged: step 10: 10 steps in a row had no finite gradient") == 4
 
     # 4 losses of training and 1 of validation.
     assert checkpoint("stop")["step"] == 4

@@ -253,11 +253,38 @@ def test_a_streak_of_bad_steps_leaves_the_checkpoint_from_before_it(monkeypatch)
 
 
 def test_a_recipe_that_diverges_does_not_end_the_others(capsys):
-    train(recipe="bf16,rtn", lr=1e30)
-    assert capsys.readouterr().out.count("its logits are not finite: no sample") == 2
-    assert len((RUN / "compare.txt").read_text().splitlines()) == 3
-    train_gpt.main(["sample", "a/rtn"])
+    # In too few steps to be noticed, and in enough
+    for steps, ended in [(4, 0), (14, 2)]:
+        train(recipe="bf16,rtn", lr=1e30, steps=steps, name=f"r{steps}")
+        said = capsys.readouterr().out
+        assert said.count("10 steps in a row") == ended
+        assert said.count("its logits are not finite: no sample") == 2 - ended
+        _, bf16, rtn = Path(f"runs/r{steps}/compare.txt").read_text().splitlines()
+        assert "nan" in bf16
+        assert "nan" in rtn
+    train_gpt.main(["sample", "r4/rtn"])
     assert "no sample" in capsys.readouterr().out
+
+
+def test_a_run_that_had_ended_but_for_its_sample_samples_by_its_recipe(monkeypatch):
+    train(recipe="rtn")
+    (RUN / "result.json").unlink()
+    monkeypatch.setattr(train_gpt, "sample_text", lambda model, c: model.blocks[0].up.recipe)
+    resume()
+    assert (RUN / "sample.txt").read_text() == "rtn"
+
+
+def test_a_clip_of_0_clips_nothing():
+    for clip in (0, 1e30):
+        train(clip=clip, name=f"clip-{clip:g}")
+    assert same(checkpoint("clip-0")["model"], checkpoint("clip-1e+30")["model"])
+
+
+def test_a_knob_that_a_checkpoint_has_not_is_refused_in_a_line(finished):
+    saved = checkpoint()
+    del saved["config"]["clip"]
+    torch.save(saved, RUN / "checkpoint.pt")
+    refused(r"--clip=2.0 \(saved: None\)", "resume", "a", "--clip=2")
 
 
 # ---- Damage ------------------------------------------------------------------------------------------------

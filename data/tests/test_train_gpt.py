@@ -387,12 +387,12 @@ def test_bad_checkpoints_are_named_and_never_executed():
     ("eval", "or else a run"),
     ("resume none", "no checkpoint"),
     # a knob alone
-    ("--steps", "needs a value"),
+    ("--steps", "--steps=: it takes a value of type int"),
     ("--steps=many", "steps=many.*int"),
     ("--steps=0", "be from 1"),
     ("--backend=cuda", "auto, torch"),
-    ("--recipes=bf16", "unknown knob --recipes: did you mean 'recipe'"),
-    ("--recipe=quartet", "unknown recipe 'quartet'.*did you mean 'quartet2'"),
+    ("--recipes=bf16", "unknown knob --recipes: there are recipe, "),
+    ("--recipe=quartet", "unknown recipe 'quartet'.*there are .*quartet2"),
     ("--init_from=none", "no checkpoint of none"),
     ("--prompt=\udce9", "--prompt.*UTF-8"),
     ("--name=taken", "runs/taken exists.*another"),
@@ -428,7 +428,7 @@ def test_help_is_whole(capsys):
     train_gpt.main(["--help"])
     text = capsys.readouterr().out
     knobs = [f"{field.name}: " for field in dataclasses.fields(train_gpt.Config)]
-    for word in [*knobs, *train_gpt.PRESETS, *RECIPES]:
+    for word in [*knobs, *train_gpt.PRESETS]:
         assert word in text
 
 
