@@ -4,8 +4,8 @@ come from tensor cores, and their last bits may differ.)
     python kernels.py                                   check against quartet.py, and time, on this GPU
     python kernels.py --target=sm_100a [--dump=DIR]     compile for a GPU that need not be here; count
 
-Read quartet.py first: what a function computes is explained there. Where names are the same, so is what they
-name, and sections 1 to 5 keep the order.
+Read quartet.py first: what a function computes is explained there. Functions that a comment here calls
+quartet's do the same, and the order is nearly that of quartet.py.
 
 A block of 16 values is final after one look at it, scale included, because the tensor scale is a power of
 two. So one kernel reads values and writes codes, block scales of 4 significant bits (as bf16, which holds
@@ -50,9 +50,9 @@ MODES = {
     "ms_eden_46": Mode(noise=1),
 }
 
-# Kernels see constants only as constexpr. Their arguments in capitals are constants, too: known when a kernel
-# is compiled, so that an `if` on them leaves one branch. INTERPRET: kernels run in Python, on a CPU
-# (TRITON_INTERPRET=1).
+# Kernels see constants only as constexpr. Their arguments in capitals, but for the sizes M, N, K and the
+# matrix R, are constants, too: known when a kernel is compiled, so that an `if` on them leaves one branch.
+# INTERPRET: kernels run in Python, on a CPU (TRITON_INTERPRET=1).
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 EXPONENT = tl.constexpr(quartet.EXPONENT)
 TINY = tl.constexpr(quartet.TINY)
@@ -206,7 +206,7 @@ def pack(q, FP4):
 @jit
 def tree(t, MAX):
     """t (B, 16) -> (B, 1): sums in the order of quartet.block_sum; or maxima, where NaN wins."""
-    # Two halves, 16, 8, 4 and 2 columns wide in turn, are split apart and joined by one operation.
+    # t is 16, 8, 4 and 2 columns wide in turn: its halves are split apart and joined by one operation.
     for _ in tl.static_range(4):
         low, high = tl.split(t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1))
         if MAX:
@@ -239,8 +239,9 @@ def divide_by(a, C):
     return v
 
 
-# b / s in three forms. s comes from round_scale: 4 significant bits, or 0, or NaN. For 0 and NaN the result
-# is 0, as in quartet.ratio. A division instruction would cost more than the rest of a quantizer.
+# b / s in three forms. s comes from round_scale: 4 significant bits, or 0, or NaN. For 0 the result is 0, as
+# in quartet.ratio; after NaN nothing of the tensor is kept. A division instruction would cost more than the
+# rest of a quantizer.
 
 @jit
 def ratio_interpreted(b, s):
@@ -391,7 +392,7 @@ def larger_cosine(v, q6, v6):
 @jit
 def ms_eden_blocks(b, amax, unit, first, i, seed, FOUR_SIX):
     """quartet.ms_eden of rotated b (B, 16); amax (B, 1) in units -> q, s in units."""
-    # Values in units of the first scale, which is not rounded. One division a block.
+    # Values in units of the first scale, which is not rounded: one division for a block's 16.
     s = divide_by(amax, EDEN_MAX)
     r = tl.div_rn(1.0, s)
     v = b * (tl.where(s > 0, r, 0.0) * inverse(unit))
@@ -416,7 +417,8 @@ def quantize_blocks(b, first, i, seed, QUANTIZER, ROWS, BF16):
 
     QUANTIZER: of MODES, or "bf16": b and 1. ROWS neighbouring rows of b share a scale. BF16: b holds bf16.
     """
-    # The unit of a block is a quarter of the power of two below its amax: scales then lie in [1/2, 2].
+    # The unit of a block is a quarter of the power of two below its amax. In units amax is in [4, 8), and the
+    # scales by which b is divided, amax / 6 to amax / 4 and its neighbours, are in [1/2, 2].
     amax = over_rows(tree(tl.abs(b), True), ROWS, True)
     amax = tl.where(amax < TINY, 0.0, amax)
     unit = tl.clamp(0.25 * power_of_two_below(amax), 0.25 * TINY, 2.0**125)
@@ -652,7 +654,7 @@ def quantize_tile(
     columns = N // 16
     if TRANSPOSE:
         columns = tl.num_programs(0) * 8
-    # A whole tile would take more registers than there are.
+    # On Hopper half a tile at a time: see tile_options.
     for h in tl.static_range(0, 128, H):
         # Load: rows of x, or columns as rows.
         if TRANSPOSE:

@@ -158,11 +158,12 @@ def transpose(t):
 # The usual way reads a tensor twice: once for its largest value, which fixes the tensor scale, and once to
 # round. NVFP4 does not ask for that. Let the tensor scale be a power of two. Dividing a block scale by it
 # changes the exponent of the block scale and none of its digits, so rounding to E4M3 means rounding to 4
-# significant bits whatever the tensor scale will be. Then a block is final after one look at its 16 values,
-# and the tensor scale is chosen at the end, from the largest block scale that came up. Example: block scales
-# of 3.5, 1.25 and 0.40625 have 4 significant bits. The tensor scale becomes 2^-7, and E4M3 stores 448, 160
-# and 52. Only scales at least 2^14 times smaller than the largest, where E4M3 has fewer bits, are rounded a
-# second time when they are stored, stochastically if the quantizer is stochastic.
+# significant bits whatever the tensor scale will be. Then codes and digits of a block's scale are final after
+# one look at its 16 values; the tensor scale is chosen at the end, from the largest block scale that came up,
+# and only shifts the exponents of the others, a sixteenth of the data. Example: block scales of 3.5, 1.25 and
+# 0.40625 have 4 significant bits. The tensor scale becomes 2^-7, and E4M3 stores 448, 160 and 52. Only scales
+# at least 2^14 times smaller than the largest, where E4M3 has fewer bits, are rounded a second time when they
+# are stored, stochastically if the quantizer is stochastic.
 
 TINY = 2.0**-120       # blocks of a smaller amax become zeros: scales stay clear of bf16's sub-normals
 
@@ -482,6 +483,8 @@ def rotate(x, R):
 #         by rht128      1.29    R R^T = 128 I, in bf16 too: True
 #         by rht128x2    3.00    R R^T = 16384 I, in bf16 too: True
 #         by rht128x3    2.57    R R^T = 2097152 I, in bf16 too: True
+# (One round makes such a group too flat, all 128 values +-constant; of normal numbers the largest of 128 is
+# 2.8 times the root mean square.)
 
 
 # ---- 8. MS-EDEN --------------------------------------------------------------------------------------------
@@ -490,7 +493,10 @@ def rotate(x, R):
 # to v, and round it to nearest: q. This shrinks v on average: <q, v> < <v, v>. Multiply by the EDEN factor S
 # = <v, v> / <v, q>, and the part of S q along v is v exactly. The rest of the error has no direction of its
 # own, because the rotation is random, and averages out. MS-EDEN does so for each block: S goes into the block
-# scale, and the rounding of that scale to E4M3 is the only stochastic one.
+# scale, and only that scale is rounded stochastically (twice, where it becomes sub-normal in E4M3).
+#
+# The two operands of a GEMM share their rotation, so that it cancels in the product. That the mean of the
+# product is right, too, does not follow from this: it was measured (data/evidence/README.md, section 5).
 #
 # The argument holds as far as the rotated error has no direction, and one round of RHT is not always enough.
 # A group that one large value dominates becomes +-constant: all 128 values lie close to one grid point or its
@@ -565,7 +571,7 @@ def ms_eden(x, R, seed, four_six=False):
 # therefore requantize: decode what the forward pass stored, transpose, rotate, quantize again. NVIDIA's never
 # quantizes twice: w comes in 16x16 blocks, whose transpose has the same codes, and x is kept in bf16 and
 # quantized from that for dw. To add a recipe, add a row; to add a quantizer, write a function and name it
-# here.
+# here, with _16x16 at the end if its blocks are such, and in NOISY if it draws.
 
 def unquantized(x, R, seed):
     """x R in bf16, in an NVFP4's place: for what a recipe leaves in bf16. `decode` takes it."""
@@ -605,7 +611,7 @@ class Recipe(NamedTuple):
     w: str                     #            quantizer of w, without noise
     dx: Gemm                   # dx = dy w
     dw: Gemm                   # dw = dy^T x
-    original: bool = False     # requantize w and x from their bf16 values, not from the stored NVFP4
+    original: bool = False     # quantize w and x again from their bf16 values, not from the stored NVFP4
     dampen: float = 0.0        # how strongly w is pulled towards its quantized value: section 12
 
 
@@ -772,9 +778,10 @@ class Linear(nn.Linear):
     """nn.Linear with its three GEMMs by a recipe. Same parameters, init and state dict; any leading shape.
 
     It computes on the bf16 values of x and weight; y has autocast's dtype or x's, dx x's dtype, dw the
-    weight's. Noise comes from the device's default generator, as for nn.Dropout. ValueError unless
-    in_features % 16 == 0 and out_features % 16 == 0, or % 128 where the recipe rotates dx. With a recipe that
-    dampens, call dampen(model, share) after steps of the optimizer.
+    weight's. Noise comes from the device's default generator, as for nn.Dropout. Unlike nn.Linear's, bias is
+    False by default. ValueError, except for bf16, unless in_features is a multiple of 16 and out_features of
+    16, or of 128 where the recipe rotates dx. With a recipe that dampens, call dampen(model, share) after
+    steps of the optimizer.
     """
     weight_nvfp4 = NOTHING    # within `quantized_weights` the quantized weight; else forward quantizes
     weight_place = ()         # its place in memory, always the same
@@ -822,8 +829,9 @@ class Linear(nn.Linear):
 #
 # This is CAGE (Tabesh et al. 2025, arXiv:2510.18784) in the form that moves the weights and leaves the
 # gradient as it is. Only the ramp is our own: CAGE's pull waits, and then grows along a line; here it grows
-# as (t/T)^4. After step t of T, quintet does w += min(1, 10 lr (t/T)^4) (Q(w) - w), lr being the learning
-# rate. To dampen oscillations, by a term of the loss, is the idea of Nagel et al. 2022, arXiv:2203.11086.
+# as (t/T)^4. After step t of T, a training loop lets quintet do w += min(1, 10 lr (t/T)^4) (Q(w) - w), lr
+# being the learning rate. To dampen oscillations, by a term of the loss, is the idea of Nagel et al. 2022,
+# arXiv:2203.11086.
 
 @torch.no_grad()
 def dampen(model, share):

@@ -117,7 +117,7 @@ PRESETS = {
     # to try it out: minutes on two cores
     "cpu": dict(layers=2, width=256, heads=2, hidden=384, sequence=128, batch=12, tokens_per_step=1536,
                 steps=220, lr=3e-3, eval_every=110, eval_tokens=2**14, save_every=110),
-    # the C4 runs of arXiv:2601.22813
+    # the sizes of arXiv:2601.22813
     "30m": {},
     "50m": dict(layers=7, width=768, heads=6, hidden=2048, steps=4768),
     "100m": dict(layers=8, width=1024, heads=8, hidden=2816, lr=9e-4, steps=9536),
@@ -237,8 +237,8 @@ class GPT(nn.Module):
 # ---- 3. Data -----------------------------------------------------------------------------------------------
 #
 # A corpus is a few large files of tokens, which are mapped into memory and read where a batch needs them. A
-# batch is windows at random places. The places are a function of seed and step alone: so all recipes see the
-# same batches, and a resumed run those that it would have seen without the stop.
+# batch is windows at random places, a function of seed, step and the number of a window: so all recipes see
+# the same batches, and a resumed run those that it would have seen without the stop.
 
 class Shards:
     """The tokens of a split: data/CORPUS_SPLIT_000000.bin and so on, in the format of llm.c.
@@ -407,7 +407,7 @@ def train(c, data, directory, stop, checkpoint=None):
                 # The graph takes quantized weights from their place in memory, as later steps will.
                 with quartet.quantized_weights(model):
                     run = as_graph(micro_step, *train_data.random(step, 0))
-                model.zero_grad(set_to_none=False)      # of what the recording has left
+                model.zero_grad(set_to_none=False)      # of what the steps before the recording have left
 
         # Set the learning rate of each group of parameters.
         lr = learning_rate(c, step - 1)
@@ -431,7 +431,7 @@ def train(c, data, directory, stop, checkpoint=None):
             quartet.dampen(model, DAMPEN_EVERY * lr * ramp(step / c.steps) * norm.isfinite())
         model.zero_grad(set_to_none=run is micro_step)      # a graph's gradients stay where they are
 
-        # Report, validate, save, unless the step was bad. A signal ends the run after this step, saved.
+        # Report and validate; save, unless the step was bad. A signal ends the run after this step, saved.
         last = step == c.steps
         stopping = any(gather(bool(stop))) and not last
         evaluating = last or step % c.eval_every == 0
@@ -1063,7 +1063,7 @@ def compare(c, data, directory, stop, saved):
 
 # ---- D. The command line -----------------------------------------------------------------------------------
 #
-# A mistake is refused before anything is written, in one line that names the value and the way out. From argv
+# A mistake is refused before anything is trained, in one line that names the value and the way out. From argv
 # the way goes through parse, load and check to run_training, or, to evaluate and sample, to read_out.
 
 # What a knob can be, what weights are made for, and what a resumed run may change.
