@@ -838,13 +838,14 @@ def dampen(model, share):
     """w += min(1, share * strength) * (Q(w) - w), w a Linear's weight, strength its recipe's dampen.
 
     share: float, or () tensor on the weights' device. After step t of T, the learning rate times (t/T)^4; or,
-    every few steps, the sum of these, which is cheaper.
+    every few steps, the sum of these, which is cheaper. Frozen weights stay; a weight of several layers moves
+    once.
     """
-    for m in quantized_layers(model):
+    for weight, m in {m.weight: m for m in quantized_layers(model)}.items():
         strength = RECIPES[m.recipe].dampen
-        if strength:
+        if strength and weight.requires_grad:
             # FSDP2 shards weights: take the rows that this process has, as a tensor of their own.
-            w = getattr(m.weight, "to_local", lambda: m.weight)()
+            w = getattr(weight, "to_local", lambda: weight)()
             values = backend_of(m).on_grid(w.bfloat16(), m.recipe)
             fraction = w.new_zeros(()) + share * strength      # a tensor, also of a float
             w.lerp_(values.to(w.dtype), fraction.clamp(max=1))

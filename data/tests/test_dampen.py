@@ -42,6 +42,18 @@ def test_weights_move_by_a_share_of_the_way_to_what_x_is_multiplied_by():
     assert (weight - quartet.on_grid(weight.bfloat16(), "quintet")).abs().max() < 1e-6
 
 
+def test_frozen_weights_stay_and_a_weight_of_two_layers_moves_once():
+    model = layers_of("quintet", "quintet", "quintet")
+    frozen, one, other = model
+    frozen.weight.requires_grad_(False)
+    other.weight = one.weight
+    before = [layer.weight.detach().clone() for layer in model]
+    quartet.dampen(model, 0.03)
+    assert torch.equal(frozen.weight, before[0])
+    values = quartet.on_grid(before[1].bfloat16(), "quintet").float()
+    assert torch.equal(one.weight, torch.lerp(before[1], values, 0.3))
+
+
 def test_weights_between_two_grid_points_flip_to_the_end_unless_dampened():
     assert demonstrate.flips("quartet2", steps=200) > 0.2
     assert demonstrate.flips("quintet", steps=200) < 0.02
