@@ -1091,13 +1091,17 @@ def quantized_weights(model):
     """
     layers = quantized_layers(model)
     form = lambda parts: [(t.shape, t.dtype, t.device) for t in parts]
-    versions = [m.weight._version for m in layers]
+    # What inference_mode has made has no version, and cannot be trained.
+    weights = [m.weight for m in layers if not m.weight.is_inference()]
+    versions = [w._version for w in weights]
     try:
         for m in layers:
             new = backend_of(m).quantized(m.weight.detach().bfloat16(), m.recipe)
             if form(m.weight_place) != form(new):
-                # Memory of its own: what an op has returned must not be written to.
-                m.weight_place = [*map(torch.empty_like, new)]
+                # Memory of its own: what an op has returned must not be written to. Also in inference_mode it
+                # is such that training can use it later.
+                with torch.inference_mode(False):
+                    m.weight_place = [torch.empty_like(t) for t in new]
             for place, t in zip(m.weight_place, new):
                 place.copy_(t)
             m.weight_nvfp4 = m.weight_place
@@ -1105,7 +1109,7 @@ def quantized_weights(model):
     finally:
         for m in layers:
             m.weight_nvfp4 = NOTHING
-    if versions != [m.weight._version for m in layers]:
+    if versions != [w._version for w in weights]:
         raise RuntimeError("a weight changed within quantized_weights: step the optimizer after it")
 
 

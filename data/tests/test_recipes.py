@@ -221,6 +221,29 @@ def test_a_bf16_weight_that_is_not_quantized_is_no_change_within_quantized_weigh
             assert torch.equal(layer(x), expected)
 
 
+def test_weights_quantized_once_in_inference_mode_leave_nothing_that_training_cannot_use():
+    def gradient(mode):
+        torch.manual_seed(0)
+        layer = Linear(128, 128)
+        x = torch.randn(4, 128)
+        with mode(), quartet.quantized_weights(layer):
+            layer(x)
+        with quartet.quantized_weights(layer):
+            layer(x).sum().backward()
+        return layer.weight.grad
+
+    assert torch.equal(gradient(torch.inference_mode), gradient(torch.no_grad))
+
+
+def test_a_model_made_in_inference_mode_can_have_its_weights_quantized_once():
+    with torch.inference_mode():
+        layer = Linear(128, 128)
+        x = torch.randn(4, 128)
+        with quartet.quantized_weights(layer):
+            y = layer(x)
+        assert torch.equal(y, layer(x))
+
+
 def test_quantized_weights_that_cannot_be_made_are_not_used(monkeypatch):
     model = torch.nn.Sequential(Linear(128, 128, recipe="rtn"), Linear(128, 128, recipe="rtn"))
     monkeypatch.setattr(model[1], "weight", None)
