@@ -1305,6 +1305,7 @@ class QuantizedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        quartet.check_order()
         row = ctx.row
         parts = ctx.parts
         saved = ctx.saved_tensors                      # read once: the rule of activation checkpointing

@@ -944,6 +944,7 @@ class QuantizedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        check_order()
         saved = ctx.saved_tensors                      # read once: the rule of activation checkpointing
         dy = stored(dy)
         dx = dw = None
@@ -994,6 +995,13 @@ def backend_of(layer):
 
 
 # ---- C. Checks ---------------------------------------------------------------------------------------------
+
+def check_order():
+    """RuntimeError in a backward pass that is to be differentiated again: it would leave out w, silently."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("a Linear in 4 bits has no second derivative (create_graph=True): use "
+                           "recipe='bf16' where a loss has gradients in it")
+
 
 def check_blocks(x, block):
     """ValueError unless a quantizer can cut x (..., M, K) into blocks."""

@@ -1134,6 +1134,21 @@ def test_what_cannot_be_done_is_an_error_that_names_the_way_out(call, error):
         call()
 
 
+@parametrize("backend", ["torch", "triton"])
+def test_a_gradient_of_a_gradient_is_an_error(backend):
+    linear = Linear(128, 128, backend=backend, device=DEVICE)
+    x = normal(2, 128).to(DEVICE).requires_grad_()
+    loss = linear(x).sum()
+    with pytest.raises(RuntimeError, match="no second derivative.*bf16"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+    # In bf16 there is one.
+    linear.recipe = "bf16"
+    gradient, = torch.autograd.grad(linear(x).sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert linear.weight.grad.any()
+
+
 # ---- D. Models ---------------------------------------------------------------------------------------------
 
 def transformer(head):
