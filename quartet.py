@@ -944,7 +944,7 @@ class QuantizedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        check_order()
+        refuse_second_derivative()
         saved = ctx.saved_tensors                      # read once: the rule of activation checkpointing
         dy = stored(dy)
         dx = dw = None
@@ -996,7 +996,7 @@ def backend_of(layer):
 
 # ---- C. Checks ---------------------------------------------------------------------------------------------
 
-def check_order():
+def refuse_second_derivative():
     """RuntimeError in a backward pass that is to be differentiated again: it would leave out w, silently."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("a Linear in 4 bits has no second derivative (create_graph=True): use "

@@ -398,9 +398,8 @@ def train(c, data, directory, stop, checkpoint=None):
         begin = time.perf_counter()
 
         # Take the recipe of this step: the last ones may train in bf16. On one GPU, record a CUDA graph.
-        wanted = recipe_of(c, step)
-        if recipe != wanted:
-            recipe = wanted
+        if recipe != recipe_of(c, step):
+            recipe = recipe_of(c, step)
             model.use_recipe(recipe, c.backend)
             run = micro_step
             if compiled and device == "cuda" and WORLD == 1:
@@ -447,8 +446,6 @@ def train(c, data, directory, stop, checkpoint=None):
         if stopping:
             leave(directory, step, stop)
 
-    # Of a run that had ended but for its sample, the loop takes no step.
-    model.use_recipe(recipe_of(c, c.steps), c.backend)
     finish(c, directory, log, model)
 
 
@@ -876,6 +873,8 @@ def finish(c, directory, log, model):
                   peak_gib=math.nan)
     if model.rope.is_cuda:
         result["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    # A run that goes on from its last step has taken none, and no recipe.
+    model.use_recipe(recipe_of(c, c.steps), c.backend)
     text = "".join(sample_text(model, c))
     write(directory / "sample.txt", text)
     write(directory / "result.json", as_json(**result))
