@@ -839,10 +839,13 @@ def dampen(model, share):
 
     share: float, or () tensor on the weights' device. After step t of T, the learning rate times (t/T)^4; or,
     every few steps, the sum of these, which is cheaper. Frozen weights stay; a weight of several layers moves
-    once.
+    once. ValueError for a weight that is no parameter, but computed from others, or not in memory.
     """
-    for weight, m in {m.weight: m for m in quantized_layers(model)}.items():
+    for weight, (name, m) in {m.weight: (name, m) for name, m in quantized_layers(model).items()}.items():
         strength = RECIPES[m.recipe].dampen
+        if strength and weight is not own_weight(m):
+            raise ValueError(f"the weight of {name or 'this Linear'} is pruned, parametrized or offloaded, and "
+                             f"cannot be dampened, as {m.recipe!r} asks: give this layer another recipe")
         if strength and weight.requires_grad:
             # FSDP2 shards weights: take the rows that this process has, as a tensor of their own.
             w = getattr(weight, "to_local", lambda: weight)()
@@ -1086,18 +1089,28 @@ def quantize_model(model, recipe, skip=(), backend="auto"):
 
 
 def quantized_layers(model):
-    """The Linears of a model whose recipe is not bf16."""
-    return [m for m in model.modules() if isinstance(m, Linear) and RECIPES[m.recipe] is not None]
+    """The Linears of a model whose recipe is not bf16, {name: Linear}."""
+    return {name: m for name, m in model.named_modules()
+            if isinstance(m, Linear) and RECIPES[m.recipe] is not None}
+
+
+def own_weight(m):
+    """The weight of a Linear, or None if it comes only when m is called: pruned, parametrized, offloaded."""
+    w = m._parameters.get("weight")
+    if w is None or w.is_meta or w.shape != (m.out_features, m.in_features):
+        return None
+    return w
 
 
 @contextlib.contextmanager
 def quantized_weights(model):
     """To accumulate gradients, or evaluate: within it each Linear takes its weight as quantized at the start.
 
-    The quantized weight has a fixed place in memory, as a CUDA graph wants it. RuntimeError at the end if a
-    weight has changed (a change through .data goes unnoticed).
+    The quantized weight has a fixed place in memory, as a CUDA graph wants it. A weight that is not here
+    outside of forward (sharded by FSDP2, pruned, parametrized, offloaded) is quantized in every forward, as
+    without this. RuntimeError at the end if a weight has changed (a change through .data goes unnoticed).
     """
-    layers = quantized_layers(model)
+    layers = [m for m in quantized_layers(model).values() if type(own_weight(m)) is nn.Parameter]
     form = lambda parts: [(t.shape, t.dtype, t.device) for t in parts]
     # What inference_mode has made has no version, and cannot be trained.
     weights = [m.weight for m in layers if not m.weight.is_inference()]

@@ -415,7 +415,7 @@ def train(c, data, directory, stop, checkpoint=None):
 
         # Forward and backward. Gradients of micro-batches add up; each weight is quantized once for them all.
         total.zero_()
-        with quantized_once(model, c):
+        with quartet.quantized_weights(model):
             for micro in range(accumulate):
                 if WORLD > 1:
                     net.require_backward_grad_sync = micro == accumulate - 1      # DDP: average only once
@@ -488,14 +488,6 @@ def build(c, device, compiled, checkpoint):
     return model, net, optimizer
 
 
-def quantized_once(model, c):
-    """Within it each weight is quantized once: all micro-batches of a step multiply by the same values."""
-    # With FSDP2 a process has whole weights within a pass only, and quantizes them in each pass.
-    if c.shard == "true":
-        return contextlib.nullcontext()
-    return quartet.quantized_weights(model)
-
-
 def update(optimizer, norm):
     """A step of the optimizer, unless norm () float32, that of the gradient, is not finite."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -518,7 +510,7 @@ def evaluate(model, data, c):
     # Sums stay on the device in float64; the CPU waits once, at the end.
     loss = 0.0
     tokens = 0
-    with quantized_once(model, c):
+    with quartet.quantized_weights(model):
         for x, y in data.in_order():
             loss = loss + model(x, y).double() * y.numel()
             tokens += y.numel()

@@ -54,6 +54,14 @@ def test_frozen_weights_stay_and_a_weight_of_two_layers_moves_once():
     assert torch.equal(one.weight, torch.lerp(before[1], values, 0.3))
 
 
+def test_a_weight_that_is_computed_is_not_dampened_in_silence():
+    model = layers_of("quartet2", "quintet")
+    for layer in model:
+        torch.nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(ValueError, match="weight of 1 is .* another recipe"):
+        quartet.dampen(model, 0.03)
+
+
 def test_weights_between_two_grid_points_flip_to_the_end_unless_dampened():
     assert demonstrate.flips("quartet2", steps=200) > 0.2
     assert demonstrate.flips("quintet", steps=200) < 0.02

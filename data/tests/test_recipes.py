@@ -1,4 +1,5 @@
 """Tests of quartet.py beside test_quartet.py: rows that cannot be computed, and where its layers are used."""
+import contextlib
 import copy
 import os
 import pickle
@@ -11,6 +12,7 @@ import warnings
 import pytest
 import torch
 import torch.utils.checkpoint
+from torch.nn.utils import parametrizations, prune
 
 import quartet
 from quartet import RECIPES, Gemm, Linear, Recipe
@@ -246,11 +248,55 @@ def test_a_model_made_in_inference_mode_can_have_its_weights_quantized_once():
 
 def test_quantized_weights_that_cannot_be_made_are_not_used(monkeypatch):
     model = torch.nn.Sequential(Linear(128, 128, recipe="rtn"), Linear(128, 128, recipe="rtn"))
-    monkeypatch.setattr(model[1], "weight", None)
-    with pytest.raises(AttributeError):
+    calls = []
+
+    def quantized(w, recipe):
+        calls.append(w)
+        if len(calls) == 2:
+            raise MemoryError
+        return quartet.rtn(w)
+
+    monkeypatch.setattr(quartet, "quantized", quantized)
+    with pytest.raises(MemoryError):
         with quartet.quantized_weights(model):
             pass
     assert model[0].weight_nvfp4 == quartet.NOTHING
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return layer.weight_orig
+
+
+def spectral(layer):
+    parametrizations.spectral_norm(layer)      # in training each look at the weight changes it
+    return layer.parametrizations.weight.original
+
+
+def offloaded(layer):
+    """Its weight comes to memory when the layer is called, and goes again."""
+    here = layer.weight
+    away = torch.nn.Parameter(here.detach().to("meta"))
+    layer.weight = away
+    layer.register_forward_pre_hook(lambda m, x: setattr(m, "weight", here))
+    layer.register_forward_hook(lambda m, x, y: setattr(m, "weight", away))
+    return here
+
+
+@pytest.mark.parametrize("form", [pruned, spectral, offloaded])
+def test_a_weight_that_comes_when_its_layer_is_called_is_that_of_the_call(form):
+    def output(within):
+        torch.manual_seed(0)
+        layer = Linear(128, 128)
+        source = form(layer)
+        x = torch.randn(4, 128)
+        layer(x)
+        with torch.no_grad():
+            source.add_(torch.randn_like(source))      # a step of the optimizer
+        with within(layer):
+            return layer(x)
+
+    assert torch.equal(output(quartet.quantized_weights), output(contextlib.nullcontext))
 
 
 # ---- Other people's models ---------------------------------------------------------------------------------
