@@ -267,7 +267,8 @@ def test_memory_that_a_graph_keeps_is_counted(tmp_path, monkeypatch):
     replay(x)
     monkeypatch.setattr(train_gpt, "sample_text", lambda model, c: "")
     log = SimpleNamespace(val_loss=0.0, skipped=0, rates=[])
-    train_gpt.finish(train_gpt.Config(), tmp_path, log, SimpleNamespace(rope=x))
+    model = SimpleNamespace(rope=x, use_recipe=lambda recipe, backend: None)
+    train_gpt.finish(train_gpt.Config(), tmp_path, log, model)
     assert json.loads((tmp_path / "result.json").read_text())["peak_gib"] >= 2
 
 
