@@ -479,17 +479,16 @@ def store_blocks(
     codes_ptr,
     scale_ptr,
     decoded_ptr,
-    inverse_n,
     FP4
 ):
-    """Write blocks number first + i: scales as bf16, codes and decoded values / n where there is a place."""
+    """Write blocks number first + i: scales as bf16, codes and decoded values where there is a place."""
     # From tile_kernel first is int64 and i is small: most of the addresses are computed in 32 bits.
     tl.store(scale_ptr + first + i, s.to(tl.bfloat16), mask)
     if codes_ptr is not None:
         words = (codes_ptr + 8 * first).to(tl.pointer_type(tl.uint32))
         tl.store(words + (2 * i + across(2)), pack(q, FP4), mask)
     if decoded_ptr is not None:
-        value = (q * (s * inverse_n)).to(tl.bfloat16)
+        value = (q * s).to(tl.bfloat16)
         tl.store(decoded_ptr + 16 * first + (16 * i + across(16)), value, mask)
 
 
@@ -545,7 +544,7 @@ def quantize_kernel(
     q, s = quantize_blocks(b.reshape(B, 16), 0, i, seed, QUANTIZER, ROWS, BF16)
 
     # Store. Bits of numbers that are not negative order like the numbers, so an integer maximum will do.
-    store_blocks(q, s, 0, i, mask, codes_ptr, scale_ptr, decoded_ptr, 1.0, FP4)
+    store_blocks(q, s, 0, i, mask, codes_ptr, scale_ptr, decoded_ptr, FP4)
     tl.atomic_max(largest_ptr, tl.max(magnitude_bits(s)), sem="relaxed")
 
 
@@ -632,7 +631,6 @@ def quantize_tile(
     scale_ptr,
     largest_ptr,
     decoded_ptr,
-    inverse_n,
     # known when it is compiled
     QUANTIZER,
     TRANSPOSE,
@@ -668,7 +666,7 @@ def quantize_tile(
         # Rotate, quantize, store.
         i = row * columns + k
         q, s = quantize_blocks(rotate_tile(x, R), first, i, seed, QUANTIZER, 1, False)
-        store_blocks(q, s, first, i, mask, codes_ptr, scale_ptr, decoded_ptr, inverse_n, FP4)
+        store_blocks(q, s, first, i, mask, codes_ptr, scale_ptr, decoded_ptr, FP4)
         if h == 0:
             largest = magnitude_bits(s)
         else:
@@ -698,7 +696,6 @@ def tile_kernel(
     col_scale,
     col_largest,
     col_decoded,
-    inverse_n,
     # known when it is compiled
     ROW: tl.constexpr,
     COL: tl.constexpr,
@@ -709,8 +706,8 @@ def tile_kernel(
     """Rotate and quantize a 128 x 128 tile of x (M, N) along N by ROW and along M by COL.
 
     ROW and COL are of MODES, or "bf16", or "" for none. x is bf16, or NVFP4, its scales SWIZZLED or not. The
-    second result's rows are columns of x, padded with zeros to whole tiles. inverse_n goes into the second's
-    values. Both passes load the tile: memory is read once, then a cache.
+    second result's rows are columns of x, padded with zeros to whole tiles. Both passes load the tile: memory
+    is read once, then a cache.
     """
     m0 = tl.program_id(0) * 128
     n0 = tl.program_id(1) * 128
@@ -719,14 +716,14 @@ def tile_kernel(
         quantize_tile(
             x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N,
             row_R, row_seed,
-            row_codes, row_scale, row_largest, row_decoded, 1.0,
+            row_codes, row_scale, row_largest, row_decoded,
             ROW, False, True, SWIZZLED, FP4, H)
     # Columns: blocks lie along M. N % 128 == 0 is known only if rows were rotated, too.
     if COL != "":
         quantize_tile(
             x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N,
             col_R, col_seed,
-            col_codes, col_scale, col_largest, col_decoded, inverse_n,
+            col_codes, col_scale, col_largest, col_decoded,
             COL, True, ROW != "", SWIZZLED, FP4, H)
 
 
@@ -765,9 +762,8 @@ def encode_again(
     # store
     codes_ptr,
     decoded_ptr,
-    # shape, and a factor of the values
+    # shape
     count,
-    inverse_n,
     # known when it is compiled
     NOISE
 ):
@@ -789,8 +785,8 @@ def encode_again(
     # Decoded values were q * s: take q out of them, exactly, and multiply by the scale as it is stored.
     if decoded_ptr is not None:
         value = decoded_ptr + (16 * i + across(16))
-        q = tl.div_rn(tl.load(value, mask, 0.0).to(tl.float32), tl.where(s > 0, s * inverse_n, 1.0))
-        factor = tl.where(finite, scale * tensor_scale * inverse_n, float("nan"))
+        q = tl.div_rn(tl.load(value, mask, 0.0).to(tl.float32), tl.where(s > 0, s, 1.0))
+        factor = tl.where(finite, scale * tensor_scale, float("nan"))
         tl.store(value, (q * factor).to(tl.bfloat16), mask)
     return scale
 
@@ -807,11 +803,10 @@ def encode_kernel(
     tensor_scale_ptr,
     codes_ptr,
     decoded_ptr,
-    # shape, and a factor of the tensor scale
+    # shape
     count,
     columns,
     size,
-    inverse_n,
     # known when it is compiled
     NOISE: tl.constexpr,
     SWIZZLED: tl.constexpr,
@@ -835,7 +830,7 @@ def encode_kernel(
     power = from_bits(largest + 2**20 & EXPONENT)
     tensor_scale = tl.where((largest > 0) & finite, tl.maximum(power * 2.0**-8, 2.0**-123), 1.0)
     if tl.program_id(0) == 0:
-        tl.store(tensor_scale_ptr, tl.where(finite, tensor_scale * inverse_n, float("nan")))
+        tl.store(tensor_scale_ptr, tl.where(finite, tensor_scale, float("nan")))
 
     # The usual path: no scale is sub-normal.
     scale = tl.load(scale_ptr + i, there, 0.0).to(tl.float32) * inverse(tensor_scale)
@@ -853,7 +848,7 @@ def encode_kernel(
             if tl.max(rare.to(tl.int32)) > 0:
                 scale_j = encode_again(
                     s, scale_j, i_j, rare, tensor_scale, finite,
-                    seed_ptr, codes_ptr, decoded_ptr, count, inverse_n, NOISE)
+                    seed_ptr, codes_ptr, decoded_ptr, count, NOISE)
             tl.store(block_scale_ptr + place_j, e4m3_byte(scale_j), place_j < size)
 
 
@@ -1021,14 +1016,14 @@ def swizzle(scale):
     return tiles.unflatten(1, (-1, 4)).unflatten(0, (-1, 4, 32)).permute(0, 3, 2, 1, 4).flatten()
 
 
-def encode(buffers, quantizer, seed, inverse_n=1.0):
-    """Run encode_kernel on Buffers, the tensor scale times inverse_n -> their `operand`."""
+def encode(buffers, quantizer, seed):
+    """Run encode_kernel on Buffers -> their `operand`."""
     # One program at least: it stores the tensor scale, also that of an empty tensor. "bf16" is no mode.
     size = buffers.block_scale.numel()
     encode_kernel[(max(1, cdiv(size, SCALES)),)](
         buffers.scale, buffers.largest, seed,
         buffers.block_scale, buffers.tensor_scale, buffers.codes, buffers.decoded,
-        buffers.scale.numel(), buffers.scale.shape[1], size, inverse_n,
+        buffers.scale.numel(), buffers.scale.shape[1], size,
         MODES.get(quantizer, Mode()).noise, buffers.block_scale.dim() == 1, SCALES, **LAUNCH)
     return buffers.operand()
 
@@ -1076,13 +1071,13 @@ def tile_buffers(x, row, col, codes, decoded, swizzled=False):
 @library.custom_op("quartet::rotate_quantize", mutates_args=())
 def rotate_quantize(
         x: list[Tensor], row: str, row_R: Tensor | None, row_seed: Tensor | None,
-        col: str, col_R: Tensor | None, col_seed: Tensor | None, inverse_n: float,
+        col: str, col_R: Tensor | None, col_seed: Tensor | None,
         codes: bool, decoded: bool, swizzled: bool = False) -> list[Tensor]:
     """One read of x -> Operand of x row_R by quantizer row, then Operand of x^T col_R by col; "" for none.
 
     x: codes, block_scale, tensor_scale of an Operand (M, N), or one bf16 (M, N), alone or in the place of
-    codes. R (128, 128) bf16, `permuted`; seeds () int64. x^T (N, M) gets zeros up to M % 128 == 0. inverse_n,
-    1 / n of its rotation, is a factor of the second. codes, decoded, swizzled: the parts wanted of both.
+    codes. R (128, 128) bf16, `permuted`; seeds () int64. x^T (N, M) gets zeros up to M % 128 == 0. codes,
+    decoded, swizzled: the parts wanted of both.
     """
     M, N, first, second = tile_buffers(x, row, col, codes, decoded, swizzled)
     # An Operand has three parts; a bf16 tensor is one, and the kernel takes None for the others.
@@ -1096,18 +1091,18 @@ def rotate_quantize(
             tile_kernel[(cdiv(M, GROUP), cdiv(N, GROUP))](
                 *source, M, N,
                 row_R, row_seed, *first[:4],
-                col_R, col_seed, *second[:4], inverse_n,
+                col_R, col_seed, *second[:4],
                 row, col, packed and x[1].dim() == 1,
                 **tile_options(major(x[0].device)), **LAUNCH)
         if row:
             found += encode(first, row, row_seed)
         if col:
-            found += encode(second, col, col_seed, inverse_n)
+            found += encode(second, col, col_seed)
     return found
 
 
 @rotate_quantize.register_fake
-def _(x, row, row_R, row_seed, col, col_R, col_seed, inverse_n, *parts):
+def _(x, row, row_R, row_seed, col, col_R, col_seed, *parts):
     *_, first, second = tile_buffers(x, row, col, *parts)
     return [t for buffers in (first, second) if buffers is not NO_BUFFERS for t in buffers.operand()]
 
@@ -1139,7 +1134,7 @@ def quantized_as(quantizer, x, block=(1, BLOCK), seed=0, R=None):
     seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
     flat = x.reshape(-1, x.shape[-1])
     if R is not None:
-        found = rotate_quantize([flat], quantizer, permuted(R), seed, "", None, None, 1.0, *NVFP4_PARTS)
+        found = rotate_quantize([flat], quantizer, permuted(R), seed, "", None, None, *NVFP4_PARTS)
     else:
         if x.dtype != torch.bfloat16:
             flat = flat.float()
@@ -1217,10 +1212,12 @@ def gemm(a, b):
     return y
 
 
-def matmul(a, b):
-    """Operands a (M, K), b (N, K or more) -> a b^T (M, N) bf16: of decoded values if there, else FP4."""
+def matmul(a, b, n=1):
+    """Operands a (M, K), b (N, K or more) -> a b^T / n (M, N) bf16: of decoded values if there, else FP4."""
     if a.decoded.dim() == 2:
-        return quartet.gemm(a.decoded, b.decoded[:, :a.decoded.shape[1]])
+        return quartet.gemm(a.decoded, b.decoded[:, :a.decoded.shape[1]], n)
+    if n > 1:
+        b = b._replace(tensor_scale=b.tensor_scale / n)
     return scaled_mm(list(a[:3]), list(b[:3]))
 
 
@@ -1257,11 +1254,11 @@ def on_grid(w, recipe):
 
 
 def rotation(name, signs):
-    """quartet.rotation_from's R, permuted, and 1 / n. Of None: I, by which a product is exact."""
+    """quartet.rotation_from's R, permuted, and n. Of None: I, by which a product is exact."""
     if name is None:
-        return permuted(torch.eye(GROUP, device=signs.device)), 1.0
+        return permuted(torch.eye(GROUP, device=signs.device)), 1
     R, n = quartet.rotation_from(name, signs)
-    return permuted(R), 1.0 / n
+    return permuted(R), n
 
 
 def with_values(w_q):
@@ -1313,13 +1310,13 @@ class QuantizedMatmul(torch.autograd.Function):
         dx = dw = None
         with torch.autocast(dy.device.type, enabled=False):
             noise_dx, noise_dw = quartet.draw_noise(dy, row)
-            R_dx, inverse_dx = rotation(row.dx.rotation, noise_dx.signs)
-            R_dw, inverse_dw = rotation(row.dw.rotation, noise_dw.signs)
+            R_dx, n_dx = rotation(row.dx.rotation, noise_dx.signs)
+            R_dw, n_dw = rotation(row.dw.rotation, noise_dw.signs)
 
             # dy by one read: rotated along N for dx, and transposed and rotated along M for dw.
             dx_dy = row.dx.dy if need_dx and row.dx.rotation else ""
             dw_dy = row.dw.dy if need_dw else ""
-            dy_q = rotate_quantize([dy], dx_dy, R_dx, noise_dx.dy, dw_dy, R_dw, noise_dw.dy, 1.0, *parts)
+            dy_q = rotate_quantize([dy], dx_dy, R_dx, noise_dx.dy, dw_dy, R_dw, noise_dw.dy, *parts)
 
             # --- dx = dy w, summed over N ---
             if need_dx:
@@ -1331,17 +1328,17 @@ class QuantizedMatmul(torch.autograd.Function):
                 # w is requantized along N, or, in 16x16 blocks, transposed as it is.
                 if row.dx.other:
                     w_q = Operand(*rotate_quantize(                                    # (K, N)
-                        saved[:3], "", None, None, row.dx.other, R_dx, noise_dx.other, inverse_dx, *parts))
+                        saved[:3], "", None, None, row.dx.other, R_dx, noise_dx.other, *parts))
                 else:
                     w_q = transposed(Operand(*saved[:3], None), parts)
-                dx = matmul(dy_dx, w_q)                                                # (M, K)
+                dx = matmul(dy_dx, w_q, n_dx)                                          # (M, K)
 
             # --- dw = dy^T x, summed over M ---
             if need_dw:
                 dy_dw = Operand(*dy_q[-4:])                                            # (N, M)
                 x_q = Operand(*rotate_quantize(                                        # (K, M)
-                    saved[3:], "", None, None, row.dw.other, R_dw, noise_dw.other, inverse_dw, *parts))
-                dw = matmul(dy_dw, x_q)                                                # (N, K)
+                    saved[3:], "", None, None, row.dw.other, R_dw, noise_dw.other, *parts))
+                dw = matmul(dy_dw, x_q, n_dw)                                          # (N, K)
         return dx, dw, None, None, None, None
 
 

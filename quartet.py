@@ -21,6 +21,9 @@ add in a way of their own. By the published probe (arXiv:2609.02846) they round 
 and then add these totals, rounding toward zero. What decides something here (which scale errs less, which way
 a value goes) is specified to the bit: float32, true division, sums in a fixed order. So kernels.py gives the
 same codes and scales, but for the last bits of a rotation's sums.
+
+Finite values can overflow, to infinity or NaN: inputs beyond 3e38, near float32's end; beyond 1e34 if they
+are rotated; gradients beyond 1e32, as sums of rotated values are divided by n last (section 7).
 """
 import contextlib
 import math
@@ -132,8 +135,7 @@ def unpack(codes, dtype=torch.float32):
 def decode(t, dtype=torch.float32):
     """t NVFP4 of (..., K) -> (..., K), its values: exact in float32 and in bfloat16.
 
-    Also takes what `unquantized` (section 9) makes. Inputs above 3e38, near float32's end, may decode to
-    infinity.
+    Also takes what `unquantized` (section 9) makes.
     """
     if t.codes.dtype == torch.bfloat16:
         return (t.codes * t.tensor_scale).to(dtype)
@@ -707,8 +709,7 @@ def matmul(a, b, n=1):
     Decoded values are exact, so this multiplies what FP4 tensor cores multiply; its sums are float32.
     """
     dtype = CPU_DTYPE if a.codes.device.type == "cpu" else torch.bfloat16
-    b = b._replace(tensor_scale=b.tensor_scale / n)    # exact
-    return gemm(decode(a, dtype), decode(b, dtype))    # a b^T, in the appendix
+    return gemm(decode(a, dtype), decode(b, dtype), n)    # in the appendix
 
 
 def whole_groups(t):
@@ -900,19 +901,20 @@ stored.register_fake(torch.empty_like)
 
 
 @library.custom_op("quartet::gemm", mutates_args=())
-def gemm(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K), b (N, K) of bf16 values -> a b^T (M, N) bf16, from sums in float32 throughout."""
+def gemm(a: Tensor, b: Tensor, n: int = 1) -> Tensor:
+    """a (M, K), b (N, K) of bf16 values -> a b^T / n (M, N) bf16, from sums in float32 throughout."""
     cublas = torch.backends.cuda.matmul
     before = cublas.allow_bf16_reduced_precision_reduction
     cublas.allow_bf16_reduced_precision_reduction = False      # else partial sums may be added in bf16
     try:
         with torch.autocast(a.device.type, enabled=False):
-            return F.linear(a, b).bfloat16()
+            # The sum is divided: an operand could become sub-normal, where bf16 has fewer bits.
+            return torch.addmm(a.new_empty(len(b)), a, b.T, beta=0, alpha=1 / n).bfloat16()
     finally:
         cublas.allow_bf16_reduced_precision_reduction = before
 
 
-gemm.register_fake(lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16))
+gemm.register_fake(lambda a, b, n=1: a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16))
 
 
 # A CPU without bf16 units multiplies faster in float32, and as exactly.

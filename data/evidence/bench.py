@@ -404,7 +404,7 @@ def both_case(mode, x, R, seed, seed_t):
         f"{mode}, both ways",
         [x],
         lambda decoded: kernels.rotate_quantize(
-            [x], mode, P, seed, mode, P, seed_t, 1.0, not decoded, decoded),
+            [x], mode, P, seed, mode, P, seed_t, not decoded, decoded),
         lambda: [f(x, R, seed), f(quartet.whole_groups(x).T, R, seed_t)])
 
 
@@ -417,7 +417,7 @@ def requantized_case(mode, t, R, seed):
         f"{mode}, requantized",
         packed,
         lambda decoded: kernels.rotate_quantize(
-            packed, "", None, None, mode, P, seed, 1.0, not decoded, decoded),
+            packed, "", None, None, mode, P, seed, not decoded, decoded),
         lambda: [f(quartet.whole_groups(quartet.decode(t, torch.bfloat16)).T, R, seed)])
 
 

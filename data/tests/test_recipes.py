@@ -397,7 +397,7 @@ import kernels
 import triton
 
 types = dict(scale="*bf16", largest="*i32", seed="*i64", block_scale="*u8", tensor_scale="*fp32", codes="*u8",
-             decoded="*bf16", columns="i32", size="i32", inverse_n="fp32")
+             decoded="*bf16", columns="i32", size="i32")
 constants = dict(count=1, NOISE=16, SWIZZLED=False, B=128)
 kernel = kernels.encode_kernel
 signature = {name: types.get(name.removesuffix("_ptr"), "constexpr") for name in kernel.arg_names}
