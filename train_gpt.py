@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -51,9 +52,16 @@ except ImportError:
 
 DATA = Path(__file__).resolve().parent / "data"
 
+
+def in_environment(name, default):
+    """A number in an environment variable; the default if none is there, or none that makes sense."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
+
+
 # Who this process is among those that torchrun starts. Alone: rank 0 of 1.
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = in_environment("RANK", 0)
+WORLD = in_environment("WORLD_SIZE", 1)
 
 
 class UserError(Exception):
@@ -381,8 +389,10 @@ def ramp(t):
 def train(c, data, directory, stop, checkpoint=None):
     """Train as c says on data, Shards (train, val), or on from a checkpoint. A signal fills the list stop."""
     train_data, val_data = data
-    device, compiled = pick_device(c)
-    model, net, optimizer = build(c, device, compiled, checkpoint)
+    device = pick_device(c)
+    compiled = pick_compile(c, device)
+    model, net, optimizer = build(c, directory, checkpoint, device, compiled)
+    need_room(directory, model)
     log = Log(c, directory, checkpoint, model, data, device)
     # A step may have more tokens than a forward pass can take. Then gradients of micro-batches add up.
     accumulate = c.tokens_per_step // (c.batch * c.sequence * WORLD)
@@ -447,9 +457,12 @@ def train(c, data, directory, stop, checkpoint=None):
             leave(directory, step, stop)
 
     finish(c, directory, log, model)
+    if not math.isfinite(log.val_loss):
+        raise Diverged(f"{directory}: its validation loss is not finite. Start a new run with a lower --lr "
+                       f"than {c.lr}")
 
 
-def build(c, device, compiled, checkpoint):
+def build(c, directory, checkpoint, device, compiled):
     """-> the model, what to call for its loss, its optimizer: as a checkpoint holds them, or at the start."""
     if device == "cuda":
         # Every sum in one order, so that a resumed run is the same to the bit. No leftovers of a run before.
@@ -484,7 +497,7 @@ def build(c, device, compiled, checkpoint):
     if RANK:
         torch.manual_seed((c.seed << 20) + RANK)
     if checkpoint:
-        restore(model, optimizer, checkpoint)
+        restore(model, optimizer, checkpoint, directory)
     return model, net, optimizer
 
 
@@ -595,6 +608,16 @@ def eval_recipes(model, c, device):
 # processes: with these it goes on to the same bits, and with others not at all.
 
 CHECKPOINTS = ("checkpoint.pt", "previous.pt")     # the last one, and the one before
+
+# What files of a run hold, {name: type}
+NUMBER = int, float
+KNOBS = {name: NUMBER if kind is float else kind for name, kind in Config.__annotations__.items()}
+COMPARISON = dict(config=dict, corpus=str, code=str, processes=int)
+CHECKPOINT = COMPARISON | dict(step=int, log=dict, model=dict, optimizer=dict, generators=list)
+LOG = dict(text=str, skipped=int, val_loss=NUMBER)
+OR_NULL = *NUMBER, type(None)
+RESULT = dict(recipe=str, val_loss=OR_NULL, skipped=OR_NULL, tokens_per_s=OR_NULL, peak_gib=OR_NULL)
+
 SOURCES = [Path(__file__).with_name(name) for name in ("quartet.py", "kernels.py", "train_gpt.py")]
 CODE = digest(*[path.read_bytes() for path in SOURCES if path.exists()])
 
@@ -612,14 +635,38 @@ def refuse_another(saved, data, directory):
                             "back, or start a new run, which may take weights from one, --init_from=RUN")
 
 
+def whole(directory):
+    """The directory to resume for a run: that of its comparison, if it belongs to one."""
+    if (directory.parent / "compare.json").exists():
+        return directory.parent
+    return directory
+
+
+def begun(directory):
+    """Whether a run, or a comparison, has a checkpoint to go on from."""
+    return any(directory.rglob(CHECKPOINTS[0]))
+
+
 @contextlib.contextmanager
 def writing(path):
     """Turn what a disk refuses into one line."""
     try:
         yield
     except OSError as e:
+        again = "resume the run" if begun(whole(path.parent)) else "start again"
         raise UserError(f"cannot write {path} ({e.strerror}): make room, or go to a directory that can be "
-                        "written; then start again, or resume the run")
+                        f"written; then {again}")
+
+
+def need_room(directory, model):
+    """UserError if the disk of a run has no room for checkpoints: the last two, and one that is written."""
+    # Of each parameter, weight and two moments in float32
+    needed = 3 * 12 * sum(p.numel() for p in model.parameters())
+    there = sum(path.stat().st_size for path in directory.glob("*.pt"))
+    room = shutil.disk_usage(directory).free + there
+    if room < needed:
+        raise UserError(f"{directory} needs {needed / 1e6:,.0f} MB for checkpoints, and the disk has room for "
+                        f"{room / 1e6:,.0f}: remove old runs, or go to another directory")
 
 
 @contextlib.contextmanager
@@ -660,12 +707,21 @@ def as_json(**record):
     return json.dumps(record) + "\n"
 
 
-def read_json(path):
-    """The record in a file. UserError if it is damaged."""
+def read_json(path, kinds):
+    """The record in a file, of these kinds, {name: type}. UserError if it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except ValueError:
+        record = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        record = None
+    if not fits(record, kinds):
         raise UserError(f"{path} is damaged: remove it, then resume")
+    return record
+
+
+def fits(record, kinds):
+    """Whether a record is a dict of just these kinds, {name: type}."""
+    return (isinstance(record, dict) and record.keys() == kinds.keys()
+            and all(isinstance(record[name], kind) for name, kind in kinds.items()))
 
 
 def save(directory, c, step, **state):
@@ -696,7 +752,8 @@ def load_checkpoint(word, names=CHECKPOINTS):
     """
     path = find(word, names)
     if not path:
-        runs = {str(path.parent.relative_to("runs")) for path in Path("runs").rglob(CHECKPOINTS[0])}
+        runs = {str(path.parent.relative_to("runs")) for path in Path("runs").rglob(CHECKPOINTS[0])
+                if path.is_file()}
         known(word, sorted(runs), f"no checkpoint of {word}: in runs/")
 
     # The file is a zip archive, and torch.load does not look at its checksums: do it here. They do not cover
@@ -704,20 +761,47 @@ def load_checkpoint(word, names=CHECKPOINTS):
     try:
         with zipfile.ZipFile(path) as z:
             strange = [entry for entry in z.infolist() if entry.compress_type or entry.external_attr]
-            whole = not z.testzip() and not strange
+            good = not strange and not z.testzip()
     except Exception:       # whatever a damaged file leads to
-        whole = False
-    if not whole:
+        good = False
+    if not good:
         raise UserError(f"{path} is not a whole checkpoint: remove it, and previous.pt beside it, if it is "
                         "there, is taken instead")
 
-    # weights_only: nothing in the file is executed. Its config must have no knobs but ours.
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    # weights_only: nothing in the file is executed.
     try:
-        Config(**checkpoint["config"])
-    except (TypeError, LookupError):
-        raise UserError(f"{path} was not written by this version of train_gpt.py")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        if "allocate" in str(e):      # too little memory: the file is not to blame
+            raise
+        checkpoint = None
+    c = config_in(path, checkpoint, CHECKPOINT)
+    if not fits(checkpoint["log"], LOG) or not 0 <= checkpoint["step"] <= c.steps:
+        raise UserError(f"{path} holds a log, or a step, that is none of a run")
+
+    # The model is not built unless the file holds it: a config alone could ask for any memory.
+    with torch.device("meta"):
+        model = GPT(c).state_dict()
+    if shapes(checkpoint["model"]) != shapes(model):
+        raise UserError(f"{path} holds other weights than its config says")
     return path, checkpoint
+
+
+def config_in(path, record, kinds):
+    """The Config in a record that was read from a file. UserError unless it could be that of a run."""
+    if not fits(record, kinds) or not fits(record["config"], KNOBS):
+        raise UserError(f"{path} was not written by this version of train_gpt.py")
+    c = Config(**record["config"])
+    try:
+        check_knobs(c)
+    except UserError as e:
+        raise UserError(f"{path}: {e}")
+    return c
+
+
+def shapes(tensors):
+    """{name: tensor} -> {name: its shape, or None of what is no tensor}."""
+    return {name: getattr(t, "shape", None) for name, t in tensors.items()}
 
 
 def weights_of(run, c):
@@ -769,7 +853,7 @@ class Log:
         self.rates = []        # tokens/s
         if saved:
             self.start = saved["step"]
-            self.text, self.skipped, self.val_loss = saved["log"]
+            vars(self).update(saved["log"])
         # Drop what is done again, also from the first step on, and what a crash has torn.
         write(self.path, self.text)
 
@@ -836,7 +920,7 @@ class Log:
 
     def state(self):
         """What a checkpoint holds of it."""
-        return self.text, self.skipped, self.val_loss
+        return {name: getattr(self, name) for name in LOG}
 
     def validation(self, step, loss):
         """Note a validation loss."""
@@ -847,12 +931,11 @@ class Log:
 
 def leave(directory, step, stop):
     """End the process where a signal has stopped a run."""
-    # A run of a comparison goes on with all of it.
-    if (directory.parent / "compare.json").exists():
-        directory = directory.parent
     command = "python train_gpt.py"
     if WORLD > 1:
         command = f"torchrun --nproc_per_node={WORLD} train_gpt.py"
+    # A run of a comparison goes on with all of it.
+    directory = shlex.quote(str(whole(directory)))
     print(f"stopped after step {step}, saved. To go on: {command} resume {directory}")
     sys.exit(130 if signal.SIGINT in stop else 0)
 
@@ -881,6 +964,16 @@ def finish(c, directory, log, model):
 # (DDP), or, with --shard=true, an N-th of weights, gradients and optimizer, and of the other weights a block
 # at a time (FSDP2). Rank 0 prints and writes. On one GPU a step is recorded as a CUDA graph instead, which
 # makes hundreds of launches one.
+
+def check_processes():
+    """UserError where the environment says only in part, or wrongly, who this process is."""
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+    said = [os.environ.get(name, "") for name in names]
+    if any(said[:2]) and not (all(said) and "".join(said[:3]).isdecimal() and RANK < WORLD):
+        found = ", ".join(map("=".join, zip(names, said)))
+        raise UserError(f"the environment has {found}: torchrun sets them all; unset RANK and WORLD_SIZE to "
+                        "train with one process")
+
 
 def start_processes(device, shard):
     """Join the other processes, if there are any, on this one's GPU; only rank 0 prints."""
@@ -942,18 +1035,32 @@ def snapshot(model, optimizer):
     return dict(model=weights, optimizer=moments, generators=gather(generators))
 
 
-def restore(model, optimizer, saved):
+def restore(model, optimizer, saved, directory):
     """Undo `snapshot`. saved loses weights and moments, so that no process keeps a copy of them."""
     # If weights are sharded, each process takes its part of the whole.
     options = StateDictOptions(full_state_dict=saved["config"]["shard"] == "true")
-    set_state_dict(model, optimizer, model_state_dict=saved.pop("model"),
-                   optim_state_dict=saved.pop("optimizer"), options=options)
+    try:
+        # What is missing would stay as it is, without a word.
+        _, moments = get_state_dict(model, optimizer)
+        if form_of(saved["optimizer"]) != form_of(moments):
+            raise ValueError("its optimizer holds another state")
+        set_state_dict(model, optimizer, model_state_dict=saved.pop("model"),
+                       optim_state_dict=saved.pop("optimizer"), options=options)
 
-    # The noise goes on where it was.
-    generators = saved["generators"][RANK]
-    torch.set_rng_state(generators["cpu"])
-    if model.rope.is_cuda and generators["cuda"] is not None:
-        torch.cuda.set_rng_state(generators["cuda"])
+        # The noise goes on where it was.
+        generators = saved["generators"][RANK]
+        torch.set_rng_state(generators["cpu"])
+        if model.rope.is_cuda and generators["cuda"] is not None:
+            torch.cuda.set_rng_state(generators["cuda"])
+    except Exception as e:
+        raise UserError(f"the checkpoint of {directory} cannot be restored: {type(e).__name__}, "
+                        f"{str(e).partition(chr(10))[0]}")
+
+
+def form_of(moments):
+    """What an optimizer's state is of: parameters and settings of groups, and the shapes that it keeps."""
+    groups = [(group["params"], group.keys()) for group in moments["param_groups"]]
+    return groups, {name: shapes(state) for name, state in moments["state"].items()}
 
 
 def as_graph(f, *args):
@@ -987,19 +1094,21 @@ def as_graph(f, *args):
 
 
 def pick_device(c):
-    """-> the device that a Config means, "cuda" or "cpu", and whether to compile for it."""
-    device = c.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    """The device that a Config means, "cuda" or "cpu"."""
+    if c.device != "auto":
+        return c.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
-    # On a GPU torch.compile needs what our kernels need, such as a C compiler.
-    compiled = c.compile == "on"
-    if c.compile == "auto" and device == "cuda":
-        lacks = quartet.load_kernels()
-        compiled = not lacks
-        if lacks:
-            print(f"torch.compile needs {lacks}: slower without")
-    return device, compiled
+
+def pick_compile(c, device):
+    """Whether a Config means to compile for a device."""
+    if c.compile != "auto" or device == "cpu":
+        return c.compile == "on"
+    # torch.compile needs what our kernels need, such as a C compiler.
+    lacks = quartet.load_kernels()
+    if lacks:
+        print(f"torch.compile needs {lacks}: slower without")
+    return not lacks
 
 
 def keep_freed_memory():
@@ -1036,10 +1145,9 @@ def compare(c, data, directory, stop, saved):
                     train(dataclasses.replace(c, recipe=recipe), data, run, stop, checkpoint)
             except Diverged as e:      # does not end the others
                 print(e)
-                none = as_json(recipe=recipe, val_loss=None, tokens_per_s=None, peak_gib=None)
-                write(run / "result.json", none)
+                write(run / "result.json", as_json(**dict.fromkeys(RESULT) | dict(recipe=recipe)))
         # null is what was not finite.
-        result = read_json(run / "result.json")
+        result = read_json(run / "result.json", RESULT)
         results.append({key: value or math.nan for key, value in result.items()})
 
     # Make the table.
@@ -1061,6 +1169,7 @@ def compare(c, data, directory, stop, saved):
 CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
                device=("auto", "cpu", "cuda"), shard=("true", "false"))
 NUMBERS = {int: (1, 10**12), float: (0, 1e38)}                    # bounds, if a knob has no others
+LIMITS = dict.fromkeys(["width", "hidden", "vocab_size", "sequence"], (1, 2**20)) | dict(layers=(1, 1000))
 SHAPE = {"layers", "width", "heads", "hidden", "vocab_size"}      # what weights are made for
 HARMLESS = {"log_every", "save_every", "device", "prompt", "sample_tokens", "temperature", "top_k"}
 
@@ -1073,8 +1182,8 @@ def known(word, words, problem):
 
 def unchanged(knobs, saved, names, problem):
     """UserError if knobs differ from saved ones in one of names. It lists them."""
-    others = [f"--{name}={value} (saved: {saved.get(name)})" for name, value in knobs.items()
-              if name in names and value != saved.get(name)]
+    others = [f"--{name}={value} (saved: {saved[name]})" for name, value in knobs.items()
+              if name in names and value != saved[name]]
     if others:
         raise UserError(f"{problem}: {', '.join(others)}")
 
@@ -1109,23 +1218,30 @@ def parse(argv):
     return mode, words[0], knobs
 
 
-def check(c):
-    """UserError where a Config cannot run."""
+def check_knobs(c):
+    """UserError where a Config could not be a run's on any machine."""
     # Each knob alone
     for name, choices in CHOICES.items():
         known(getattr(c, name), choices, f"--{name}={getattr(c, name)}")
-    bounds = dict(bf16_blocks=(0, c.layers - 1), bf16_end=(0, 1), seed=(0, 10**12))
+    bounds = LIMITS | dict(bf16_blocks=(0, c.layers - 1), bf16_end=(0, 1), seed=(0, 10**12))
     for name, kind in Config.__annotations__.items():
         if kind is not str:
             least, most = bounds.get(name, NUMBERS[kind])
             if not least <= getattr(c, name) <= most:
                 raise UserError(f"--{name}={getattr(c, name)}: it must be from {least} to {most}")
 
-    # Knobs together, and with this machine
-    if c.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda: PyTorch sees no GPU here; --device=cpu runs on the CPU")
+    # Knobs together
     if c.width % (2 * c.heads):
         raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
+    if c.batch * c.sequence > 2**28:
+        raise UserError(f"--batch={c.batch} --sequence={c.sequence}: more than 2^28 tokens at a time")
+
+
+def check(c):
+    """UserError where a Config cannot run here."""
+    check_knobs(c)
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: PyTorch sees no GPU here; --device=cpu runs on the CPU")
 
     # A prompt from a terminal of another encoding would fail at the end of training.
     try:
@@ -1164,7 +1280,8 @@ def load(mode, word, knobs):
         names = CHECKPOINTS
         path = find(word, ["compare.json"])
     if path:
-        saved = read_json(path)
+        saved = read_json(path, COMPARISON)
+        config_in(path, saved, COMPARISON)
     else:
         path, saved = load_checkpoint(word, names)
     unchanged(knobs, saved["config"], fixed, "a run keeps what it began with (a new one may start from its "
@@ -1185,7 +1302,8 @@ def new_directory(c, preset):
     # Make the directory.
     path = Path("runs") / name
     if path.exists():
-        raise UserError(f"{path} exists: resume it, remove it, or take another --name")
+        state = "resume it" if begun(path) else "it has no checkpoint"
+        raise UserError(f"{path} exists: {state}, remove it, or take another --name")
     with writing(path):
         # Of two processes that come here at once, one fails.
         path.mkdir(parents=True)
@@ -1203,7 +1321,7 @@ def read_out(mode, c, step, knobs, weights):
     check(c)
 
     # Make the model, and read it out.
-    device, _ = pick_device(c)
+    device = pick_device(c)
     model = GPT(c).to(device)
     model.load_state_dict(weights)
     if mode == "eval":
@@ -1244,7 +1362,7 @@ def run_training(c, preset, directory, saved):
     # Signals from here on end the run after a step. Join the other processes.
     stop = []
     listen(stop)
-    device, _ = pick_device(c)
+    device = pick_device(c)
     start_processes(device, c.shard == "true")
 
     # Rank 0 reads the corpus first, since it may have to be made. The others wait: two calls of gather meet.
@@ -1271,13 +1389,16 @@ def run_training(c, preset, directory, saved):
                 print(f"{directory} has ended: see its result.json and sample.txt")
             else:
                 train(c, data, directory, stop, saved)
-    except torch.cuda.OutOfMemoryError as e:
-        raise UserError("the GPU has too little memory, try a smaller --batch. "
-                        f"{str(e).splitlines()[0]}")
-    finally:
-        # If nothing has begun, the name is free again.
-        if fresh and not RANK and not any(directory.rglob("log.jsonl")):
+    except Exception as e:
+        # If there is nothing to go on from, the name is free again. What has diverged can be looked at.
+        if fresh and not RANK and not isinstance(e, Diverged) and not begun(directory):
             shutil.rmtree(directory)
+        if isinstance(e, torch.cuda.OutOfMemoryError):
+            raise UserError("the GPU has too little memory, try a smaller --batch. "
+                            f"{str(e).splitlines()[0]}")
+        if WORLD > 1 and re.search("gloo|nccl|connection", str(e), re.IGNORECASE):
+            raise UserError("another process of this run has ended, see what it says; then resume the run")
+        raise
 
 
 def main(argv):
@@ -1288,6 +1409,7 @@ def main(argv):
         print(__doc__, source[source.index("@dataclasses"):source.index("# ---- 2.")], sep="\n", end="")
         return
     # All else is a mode, a preset or a run, and knobs.
+    check_processes()
     keep_freed_memory()
     mode, word, knobs = parse(argv)
     c, directory, saved = load(mode, word, knobs)

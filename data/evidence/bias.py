@@ -238,7 +238,7 @@ def load(options):
     train_gpt.check(c)
 
     # As a checkpoint is evaluated, but trained for one backward pass.
-    device, _ = train_gpt.pick_device(c)
+    device = train_gpt.pick_device(c)
     torch.manual_seed(c.seed)
     model = train_gpt.GPT(c).to(device)
     model.use_recipe(recipe, c.backend)

@@ -230,7 +230,7 @@ def branch(start, run, recipe, knobs):
     _, _, changed = train_gpt.parse(knobs)
     saved["config"] |= dict(recipe=recipe, name="run", save_every=1000000) | changed
     # Its log begins at that step: no text yet, no skipped step, no validation loss.
-    saved["log"] = ("", 0, math.nan)
+    saved["log"] = dict(text="", skipped=0, val_loss=math.nan)
     torch.save(saved, run / "checkpoint.pt")
 
 

@@ -88,6 +88,13 @@ def checkpoint(run="a", name="checkpoint.pt"):
     return torch.load(f"runs/{run}/{name}", weights_only=True)
 
 
+def write_checkpoint(path, c, step=1):
+    """Write a checkpoint of a new model of Config c, which can be read, and cannot go on."""
+    log = dict(text="", skipped=0, val_loss=math.nan)
+    torch.save(dict(config=vars(c), step=step, log=log, model=train_gpt.GPT(c).state_dict(), optimizer={},
+                    generators=[], corpus="", code="", processes=1), path)
+
+
 def go_back(run="a"):
     """Make the checkpoint before the last one the last."""
     os.replace(f"runs/{run}/previous.pt", f"runs/{run}/checkpoint.pt")

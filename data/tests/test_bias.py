@@ -8,6 +8,7 @@ import torch
 import bias
 import prepare
 import quartet
+import small_runs
 import train_gpt
 
 KNOBS = dict(layers=1, width=128, heads=1, hidden=128, sequence=64, steps=1, device="cpu")
@@ -94,8 +95,7 @@ def run(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 256, 1000)
     prepare.write_shard(tmp_path / "my_val_000000.bin", tokens)
     c = train_gpt.Config(**KNOBS, recipe="bf16", corpus=str(tmp_path / "my"))
-    checkpoint = dict(config=vars(c), model=train_gpt.GPT(c).state_dict())
-    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    small_runs.write_checkpoint(tmp_path / "checkpoint.pt", c)
     return tmp_path
 
 

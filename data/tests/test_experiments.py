@@ -17,6 +17,7 @@ import torch
 import experiments
 import figures
 import quartet
+import small_runs
 import train_gpt
 from train_gpt import UserError
 
@@ -183,8 +184,7 @@ def test_a_log_or_start_of_other_knobs_is_an_error_before_anything_is_trained(re
 
     # A checkpoint to start from
     _, _, knobs = train_gpt.parse([*experiments.SIZES["tiny"].split(), "--steps=9"])
-    config = vars(train_gpt.Config(**knobs))
-    torch.save(dict(config=config, step=1), experiments.RUNS / "tiny-a-rtn-from-1-1.pt")
+    small_runs.write_checkpoint(experiments.RUNS / "tiny-a-rtn-from-1-1.pt", train_gpt.Config(**knobs))
     with pytest.raises(UserError, match="tiny-a-rtn-from-1-1.pt has --steps=9, not 8: move"):
         experiments.main(["tiny", "rtn@1+bf16", "--corpus=a", "--steps=8"])
 

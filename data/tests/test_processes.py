@@ -30,8 +30,8 @@ def be_a_process(rank, processes, port, name, command, random):
     try:
         train_gpt.RANK = rank
         train_gpt.WORLD = processes
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=port)
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         os.dup2(os.open(f"{name}-{rank}.out", os.O_WRONLY | os.O_CREAT), 1)
         if random and rank == 1:
             train_gpt.Shards.random = random
@@ -88,6 +88,13 @@ def stop(data, step, micro):
     return RANDOM(data, step, micro)
 
 
+def die(data, step, micro):
+    """Rank 1 is killed in step 4."""
+    if step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return RANDOM(data, step, micro)
+
+
 def spoil(data, step, micro):
     """A weight of rank 1 alone, or of its share of the weights, is not finite."""
     weight = the_model().blocks[0].up.weight
@@ -132,6 +139,7 @@ def main():
     for shard in ("false", "true"):
         assert all(run(f"spoil-{shard}", 2, random=spoil, recipe="bf16", steps=11, shard=shard))
     assert all(run("fail", 2, random=fail))
+    assert all(run("die", 2, random=die, recipe="bf16"))
     assert run("stop", 2, random=stop, recipe="bf16") == [0, 0]
 
 
@@ -227,6 +235,7 @@ def test_only_rank_0_prints_and_writes(trained):
 
 def test_a_process_that_fails_ends_the_others_and_one_that_gets_a_signal_stops_them_all_at_one_step(trained):
     assert "broken on purpose" in trained
+    assert trained.count("UserError: another process of this run has ended, see what it says") >= 2
 
     # A weight that is not finite in rank 1 alone ends both, in each of two runs.
     assert trained.count("Diverged: step 10: 10 steps in a row had no finite gradient") == 4

@@ -139,6 +139,18 @@ def test_a_run_goes_on_with_its_own_knobs_and_those_that_change_no_number(finish
     assert checkpoint()["step"] == 4
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_not_said_to_go_on():
+    RUN.mkdir(parents=True)
+    (RUN / "log.jsonl").write_text("{}")
+    refused("runs/a exists: it has no checkpoint, remove it, or take another --name", *words())
+
+
+def test_a_command_that_is_printed_is_one_for_a_shell(capsys):
+    with pytest.raises(SystemExit):
+        train_gpt.leave(Path("my runs/a$b"), 3, [])
+    assert capsys.readouterr().out.endswith("train_gpt.py resume 'my runs/a$b'\n")
+
+
 def test_a_name_that_is_taken_is_refused():
     Path("runs/begun").mkdir(parents=True)
     refused("runs/begun exists: .*remove it", *words(name="begun"))
@@ -252,6 +264,14 @@ def test_a_streak_of_bad_steps_leaves_the_checkpoint_from_before_it(monkeypatch)
         assert all(w.isfinite().all() for w in kept["model"].values())
 
 
+def test_a_run_whose_last_validation_is_not_finite_ends_as_diverged(monkeypatch, capsys):
+    monkeypatch.setattr(train_gpt, "evaluate", lambda model, data, c: math.nan)
+    refused("runs/a: its validation loss is not finite.*lower --lr", *words())
+    assert result()["val_loss"] is None
+    assert result()["tokens_per_s"]
+    assert (RUN / "sample.txt").exists()
+
+
 def test_a_recipe_that_diverges_does_not_end_the_others(capsys):
     # In too few steps to be noticed, and in enough
     for steps, ended in [(4, 0), (14, 2)]:
@@ -278,13 +298,6 @@ def test_a_clip_of_0_clips_nothing():
     for clip in (0, 1e30):
         train(clip=clip, name=f"clip-{clip:g}")
     assert same(checkpoint("clip-0")["model"], checkpoint("clip-1e+30")["model"])
-
-
-def test_a_knob_that_a_checkpoint_has_not_is_refused_in_a_line(finished):
-    saved = checkpoint()
-    del saved["config"]["clip"]
-    torch.save(saved, RUN / "checkpoint.pt")
-    refused(r"--clip=2.0 \(saved: None\)", "resume", "a", "--clip=2")
 
 
 # ---- Damage ------------------------------------------------------------------------------------------------
@@ -369,11 +382,76 @@ def test_a_damaged_checkpoint_names_the_one_before_which_is_kept(finished):
     assert PREVIOUS.read_bytes() == previous
 
 
-def test_a_checkpoint_with_a_knob_that_is_gone_says_so(finished):
-    saved = checkpoint()
-    saved["config"]["dropout"] = 0.1
+GONE = object()
+UNKNOWN = "was not written by this version of train_gpt.py"
+
+
+@pytest.mark.parametrize("where, value, message", [
+    # what a checkpoint of other code, or somebody, may have
+    ("config dropout", 0.1, UNKNOWN),
+    ("config clip", GONE, UNKNOWN),
+    ("config layers", "1", UNKNOWN),
+    ("config lr", None, UNKNOWN),
+    ("config", [1], UNKNOWN),
+    ("model", GONE, UNKNOWN),
+    ("step", "3", UNKNOWN),
+    ("processes", None, UNKNOWN),
+    ("extra", 1, UNKNOWN),
+    ("config layers", 10**12, "--layers=1000000000000: it must be from 1 to 1000"),
+    ("config width", 10**12, "--width=1000000000000: it must be"),
+    ("config vocab_size", 2**30, "--vocab_size=1073741824: it must be"),
+    ("config heads", 7, "multiple of twice the heads"),
+    ("config lr", math.nan, "--lr=nan: it must be"),
+    ("config batch", 2**30, "more than 2\\^28 tokens"),
+    ("config device", "tpu", "--device=tpu: there are"),
+    ("step", -1, "a log, or a step"),
+    ("step", 5, "a log, or a step"),
+    ("log", {}, "a log, or a step"),
+    ("log text", 1, "a log, or a step"),
+    ("config hidden", 256, "other weights than its config says"),
+    ("model head.weight", GONE, "other weights"),
+    ("model head.weight", torch.zeros(1), "other weights"),
+    ("model head.weight", 1, "other weights"),
+    # what only a run that goes on takes
+    ("optimizer", {}, "cannot be restored: "),
+    ("optimizer state", {"head.weight": {"exp_avg": torch.zeros(1)}}, "cannot be restored: "),
+    ("optimizer state", {}, "cannot be restored: "),
+    ("optimizer state head.weight exp_avg", torch.zeros(1), "cannot be restored: "),
+    ("optimizer state head.weight exp_avg", GONE, "cannot be restored: "),
+    ("optimizer param_groups", [], "cannot be restored: "),
+    ("generators", [], "cannot be restored: IndexError"),
+    ("generators", [{"cpu": torch.zeros(3)}], "cannot be restored: "),
+])
+def test_what_a_checkpoint_cannot_hold_is_one_line_that_names_it(finished, where, value, message):
+    saved = checkpoint(name="previous.pt")
+    *outer, last = where.split()
+    holder = saved
+    for name in outer:
+        holder = holder[name]
+    holder[last] = value
+    if value is GONE:
+        del holder[last]
     torch.save(saved, LAST)
-    refused("not written by this version", "sample", "a")
+    (RUN / "result.json").unlink()
+    refused(f"runs/a.*{message}", "resume", "a")
+
+
+@pytest.mark.parametrize("content", [
+    "", "[]", "{}", "null", "[" * 10**5, '{"config": {}}', "\\xff",
+    '{"config": {}, "corpus": "", "code": "", "processes": 1}',
+])
+def test_a_damaged_comparison_is_one_line_that_names_the_file(place, content):
+    Path("runs/c").mkdir(parents=True)
+    Path("runs/c/compare.json").write_bytes(content.encode("latin-1"))
+    refused("runs/c/compare.json (is damaged: remove it|was not written by)", "resume", "c")
+
+
+def test_what_is_no_file_is_no_checkpoint(place):
+    RUN.mkdir(parents=True)
+    os.mkfifo(LAST)
+    PREVIOUS.symlink_to("/dev/zero")
+    refused("no checkpoint of a", "eval", "a")
+    refused("no checkpoint of /dev/zero", "eval", "/dev/zero")
 
 
 def test_what_cannot_be_read_now_is_not_said_to_be_broken(finished, monkeypatch):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -437,18 +438,19 @@ def test_without_a_c_compiler_auto_compiles_nothing_and_says_so(monkeypatch, cap
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    c = train_gpt.Config(device="cuda")
+    c = train_gpt.Config()
+    assert train_gpt.pick_device(c) == "cuda"
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "which", lambda name: None)
-        assert train_gpt.pick_device(c) == ("cuda", False)
+        assert not train_gpt.pick_compile(c, "cuda")
         assert "torch.compile needs a C compiler (apt install gcc)" in capsys.readouterr().out
-    assert train_gpt.pick_device(dataclasses.replace(c, compile="off")) == ("cuda", False)
-    assert train_gpt.pick_device(dataclasses.replace(c, compile="on")) == ("cuda", True)
+    assert not train_gpt.pick_compile(dataclasses.replace(c, compile="off"), "cuda")
+    assert train_gpt.pick_compile(dataclasses.replace(c, compile="on"), "cuda")
 
     # With one, and on a CPU
     monkeypatch.setattr(quartet, "load_kernels", lambda: None)
-    assert train_gpt.pick_device(c) == ("cuda", True)
-    assert train_gpt.pick_device(train_gpt.Config(device="cpu")) == ("cpu", False)
+    assert train_gpt.pick_compile(c, "cuda")
+    assert not train_gpt.pick_compile(c, "cpu")
     assert capsys.readouterr().out == ""
 
 
@@ -462,7 +464,55 @@ def test_a_failed_start_leaves_the_name_free(monkeypatch):
             with pytest.raises(train_gpt.UserError, match="too little memory, try a smaller --batch"):
                 train(steps=1, recipe=recipe)
             assert not Path("runs/a").exists()
-    train(steps=1)
+
+    # A bug in the first steps, of which there is no checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "update", fails_in_step_3())
+        with pytest.raises(RuntimeError, match="a bug"):
+            train()
+    assert not Path("runs/a").exists()
+
+    # With one, the run stays.
+    monkeypatch.setattr(train_gpt, "update", fails_in_step_3())
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(save_every=2)
+    assert checkpoint()["step"] == 2
+
+
+def fails_in_step_3():
+    steps = iter(range(1, 4))
+
+    def update(optimizer, norm):
+        if next(steps) == 3:
+            raise RuntimeError("a bug")
+
+    return update
+
+
+def test_a_disk_without_room_for_checkpoints_is_told_at_the_start(monkeypatch):
+    train(steps=2, save_every=1, name="before")
+    size = Path("runs/before/checkpoint.pt").stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * size))
+    with pytest.raises(train_gpt.UserError, match="needs 7 MB for checkpoints, .* room for 4: remove"):
+        train(steps=1)
+    assert not Path("runs/a").exists()
+
+    # A run that goes on has two of them already.
+    Path("runs/before/result.json").unlink()
+    train_gpt.main(["resume", "before"])
+
+
+@pytest.mark.parametrize("variables", [
+    dict(RANK="1"),
+    dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0"),
+    dict(RANK="two", WORLD_SIZE="4", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1"),
+])
+def test_a_process_of_a_group_that_is_not_told_whole_is_refused(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(train_gpt.UserError, match="RANK=.*, WORLD_SIZE=.*torchrun sets them all; unset RANK"):
+        train()
+
 
 
 # ---- Forks of it -------------------------------------------------------------------------------------------
