@@ -13,6 +13,7 @@ package safetensors.
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -229,14 +230,20 @@ def export(run, directory, packed):
     if c.vocab_size == 256:
         files["tokenizer.json"], files["tokenizer_config.json"] = byte_tokenizer()
     part = directory.with_name(directory.name + ".part")
-    part.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (part / name).write_text(json.dumps(content, indent=1) + "\n")
-    try:
-        save_file(found, part / "model.safetensors", metadata=dict(format="pt"))
-    except SafetensorError as e:
-        raise UserError(f"cannot write {part}, remove it: {e}") from None
-    part.rename(directory)
+    with train_gpt.writing(part):
+        # Remove what an export that was broken off, or somebody's link, has left there.
+        if part.is_symlink():
+            part.unlink()
+        elif part.exists():
+            shutil.rmtree(part)
+        part.mkdir(parents=True)
+        for name, content in files.items():
+            (part / name).write_text(json.dumps(content, indent=1) + "\n")
+        try:
+            save_file(found, part / "model.safetensors", metadata=dict(format="pt"))
+        except SafetensorError as e:
+            raise UserError(f"cannot write {part}: {e}") from None
+        part.rename(directory)
 
     # Say how large it is.
     size = sum(t.nbytes for t in found.values())

@@ -668,6 +668,9 @@ def draw(runs):
 
 # ---- 7. Your own runs --------------------------------------------------------------------------------------
 
+NEEDED = dict(recipe=str, steps=int, tokens_per_step=int)      # of a config
+
+
 class Own(NamedTuple):
     """A run of train_gpt.py, going on or done."""
     config: dict
@@ -693,13 +696,17 @@ def records(log):
 def read_own(log):
     """The run that writes a log.jsonl; None before its first record."""
     lines = records(log)
-    configs = [r["config"] for r in lines if "config" in r]
+    configs = [r["config"] for r in lines if isinstance(r.get("config"), dict)]
     if not configs:
         return None
+    config = configs[-1]
+    if not train_gpt.fits({name: config.get(name) for name in NEEDED}, NEEDED):
+        sys.exit(f"figures.py: {log} has a config that train_gpt.py does not write")
     values = []
     for name in ("loss", "val_loss", "ms"):
-        values.append({r["step"]: r[name] for r in lines if r.get(name)})
-    return Own(configs[-1], *values)
+        values.append({r["step"]: r[name] for r in lines
+                       if isinstance(r.get(name), train_gpt.NUMBER) and isinstance(r.get("step"), int)})
+    return Own(config, *values)
 
 
 def gaps_of(run, runs):

@@ -168,6 +168,20 @@ def test_another_model_is_not_exported_as_a_llama():
 
 
 @needs_safetensors
+def test_a_link_that_is_there_already_is_not_followed(run):
+    other = Path("other.txt")
+    other.write_text("keep")
+    Path("new.part").mkdir()
+    Path("new.part/config.json").symlink_to(other.absolute())
+    export.main(["a", "new"])
+    Path("newer.part").symlink_to("new")
+    export.main(["a", "newer"])
+    assert other.read_text() == "keep"
+    assert not Path("new/config.json").is_symlink()
+    assert not Path("newer").is_symlink()
+
+
+@needs_safetensors
 def test_a_full_disk_is_told(run):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
