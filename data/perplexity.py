@@ -4,8 +4,9 @@
 
 As usual for WikiText-2, the text is one sequence of tokens, cut into windows without overlap; each token but
 a window's first is predicted from those before it in the window. Every nn.Linear but the head is quantized,
-by quartet.quantize_model: experts that a model keeps in one 3-D tensor are not; how much of it is quantized
-is printed. Needs the package transformers.
+by quartet.quantize_model: experts that a model keeps in one 3-D tensor are not, nor layers that blocks of 16
+do not divide, such as a gate of one column; these, and how much is quantized, are printed. Needs the package
+transformers.
 """
 import argparse
 import math
@@ -37,9 +38,23 @@ def rows():
     return list(operands)
 
 
-def head_of(model):
-    """Names of the module that makes logits, () if there is none: these are not quantized."""
-    return tuple(name for name, m in model.named_modules() if m is model.get_output_embeddings())
+def unfit(model):
+    """Names of the layers that one of `rows` cannot quantize, the head not counted."""
+    recipes = rows()
+    found = []
+    for name, m in model.named_modules():
+        if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings():
+            try:
+                for recipe in recipes:
+                    quartet.check(recipe, "auto", m.in_features, m.out_features)
+            except ValueError:
+                found.append(name)
+    return found
+
+
+def left_alone(model):
+    """Names of what is not quantized: what makes logits, if there is such a module, and what does not fit."""
+    return [name for name, m in model.named_modules() if m is model.get_output_embeddings()] + unfit(model)
 
 
 def progress(text):
@@ -66,7 +81,7 @@ def losses(model, windows, batch):
     """Yield name, loss: the model as it is, then quantized by each of `rows`. Progress goes to stderr."""
     yield "as it is", evaluate(model, windows, batch, "as it is")
     for name in rows():
-        quartet.quantize_model(model, name, skip=head_of(model))
+        quartet.quantize_model(model, name, skip=left_alone(model))
         yield name, evaluate(model, windows, batch, name)
 
 
@@ -161,12 +176,12 @@ def main(argv):
     tokenizer, model = load(a.model, a.device)
     windows = cut(text, tokenizer, model, a)
 
-    # Try all recipes, so that a layer that does not fit is told before hours of work. bf16, the last, changes
-    # no number.
-    for recipe in (*rows(), "bf16"):
-        swapped = quartet.quantize_model(model, recipe, skip=head_of(model))
+    # Before hours of work, say what will be quantized. bf16 changes no number.
+    swapped = quartet.quantize_model(model, "bf16", skip=left_alone(model))
     if not swapped:
-        raise ValueError(f"{a.model} has no nn.Linear but its head: nothing to quantize here")
+        raise ValueError(f"{a.model} has no nn.Linear but its head that fits: nothing to quantize here")
+    if unfit(model):
+        print(f"left as they are, as 16 does not divide them: {', '.join(unfit(model))}")
     size = sum(model.get_submodule(name).weight.numel() for name in swapped)
     print(f"{a.model}: {len(swapped)} linear layers, {size / model.num_parameters():.0%} of the parameters; "
           f"{len(windows)} windows of {a.window} tokens, {a.device}")

@@ -71,6 +71,16 @@ def test_the_loss_is_the_mean_over_all_tokens_but_a_windows_first_and_the_head_i
     assert abs(loss["rtn, weights"] - expected) < 3e-4 < effect
 
 
+def test_a_layer_that_16_does_not_divide_is_left_alone():
+    model = Bigram()
+    model.gate = torch.nn.Linear(64, 1)
+    model.narrow = torch.nn.Linear(24, 64)
+    assert perplexity.unfit(model) == ["gate", "narrow"]
+    assert perplexity.left_alone(model) == ["head", "gate", "narrow"]
+    for recipe in perplexity.rows():
+        assert quartet.quantize_model(model, recipe, skip=perplexity.left_alone(model)) == ["linear"]
+
+
 @pytest.mark.parametrize("knob, way_out", [
     ("--window=1", "at least"),
     ("--window=-3", "at least"),
@@ -108,12 +118,12 @@ def test_all_layers_but_the_head_are_swapped_and_bf16_changes_nothing(family, ti
         return model(tokens).logits
 
     before = logits()
-    names = quartet.quantize_model(model, "bf16", skip=perplexity.head_of(model))
+    names = quartet.quantize_model(model, "bf16", skip=perplexity.left_alone(model))
     linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     assert set(linears) == {*names, "lm_head"} and len(names) == 14
     assert type(model.lm_head) is torch.nn.Linear
     assert torch.equal(logits(), before)
-    quartet.quantize_model(model, "rtn", skip=perplexity.head_of(model))
+    quartet.quantize_model(model, "rtn", skip=perplexity.left_alone(model))
     assert 0 < (logits() - before).norm() < 0.5 * before.norm()
 
 
