@@ -3,7 +3,8 @@
     python data/prepare.py python              source of Python's standard library: the default, no download
     python data/prepare.py installed           source of all installed packages, each file once: no download
     python data/prepare.py shakespeare         Tiny Shakespeare, a download of 1 MB
-    python data/prepare.py fineweb [shards]    FineWeb, 1 to 103 shards of 100M tokens: downloads of 200 MB
+    python data/prepare.py fineweb [shards]    FineWeb, 1 to 103 shards of 100M tokens: downloads of 200 MB,
+                                               by the package huggingface_hub
     python data/prepare.py FILE...             your text, also .xz or .gz; the first file names the corpus
 
 A line <|endoftext|> in a FILE parts two documents. If there is only one document, it is cut at its blank
@@ -15,7 +16,6 @@ Shards, NAME_train_000000.bin (000001, ...) and NAME_val_000000.bin, have the fo
 a byte, and 0 ends every document, vocabulary 256. FineWeb: GPT-2's tokens, vocabulary 50257.
 """
 import argparse
-import contextlib
 import glob
 import gzip
 import hashlib
@@ -29,14 +29,17 @@ import sysconfig
 import time
 import urllib.request
 import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 CORPORA = ("python", "installed", "shakespeare", "fineweb")
+
+# Tiny Shakespeare is a file of so many bytes with this sha256. FineWeb is a data set at huggingface.co.
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
+SHAKESPEARE_SIZE = 1115394
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+FINEWEB = "kjj0/fineweb10B-gpt2"
 
 # A shard begins with these two int32, in a header of so many bytes.
 MAGIC = 20240520
@@ -48,10 +51,10 @@ SHARD = 10**8
 VAL_SHARE = 0.05
 VAL_MAX = 10**7
 
-# A failed download is tried again, after 1, 2, 3, ... times WAIT.
-RETRIES = 5
-WAIT = 1.0          # seconds
-TIMEOUT = 30.0      # seconds without an answer
+# Of the download of Shakespeare
+TRIES = 3
+TIMEOUT = 15.0      # seconds without an answer that end a try
+PATIENCE = 60.0     # seconds after which nothing is waited for, or tried again
 
 
 # ---- 1. Shards ---------------------------------------------------------------------------------------------
@@ -124,16 +127,21 @@ def digest(content):
     return hashlib.sha256(content).digest()
 
 
-def read_documents(files):
-    """files, a list of paths -> their documents, a list of bytes. ValueError for what cannot be read."""
-    documents = []
+def read_files(files):
+    """files, a list of paths -> their contents, one after another. ValueError for what cannot be read."""
     for file in files:
         opener = {".xz": lzma.open, ".gz": gzip.open}.get(file.suffix, open)
         try:
             with opener(file, "rb") as f:
-                text = f.read()
+                yield f.read()
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
             raise ValueError(f"cannot read {file} ({e}): give files, or one of {', '.join(CORPORA)}") from e
+
+
+def documents_in(texts):
+    """texts, bytes one after another -> their documents, a list of bytes."""
+    documents = []
+    for text in texts:
         # A 0 is to end a document, and to be nowhere else.
         documents += re.split(rb"(?m)^<\|endoftext\|>\r?(?:\n|\Z)", text.replace(b"\0", b""))
 
@@ -187,76 +195,74 @@ def write_text(name, documents, directory):
 
 # ---- 3. Downloads ------------------------------------------------------------------------------------------
 
-def receive(url, part):
-    """Append to the file part what it lacks of url. OSError or HTTPException if not all of it came."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "prepare.py", "Range": f"bytes={have}-"}
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as reply, open(part, "ab") as f:
-        # A server that ignores Range sends the file from its start.
-        content_range = reply.headers["Content-Range"] or "bytes 0-"
-        begin = int(re.match(r"bytes (\d+)-", content_range)[1])
-        length = int(reply.headers["Content-Length"] or 0)      # 0: the server does not say
-        end = begin + length
-        f.truncate(begin)
-
-        done = begin
-        start = time.monotonic()
-        for chunk in iter(partial(reply.read, 2**16), b""):
-            before = done
-            done += f.write(chunk)
-            if length and 10 * done // end > 10 * before // end:      # a line every 10%
-                speed = (done - begin) / 1e6 / (time.monotonic() - start)
-                print(f"{part.stem}: {100 * done // end}% at {speed:.1f} MB/s", flush=True)
-    if length and done != end:
-        raise ConnectionError(f"the connection closed after {done} of {end} bytes")
+def receive(url, size, deadline):
+    """What is at url, bytes; no more than the first size + 1 of them. OSError after the deadline."""
+    received = b""
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as reply:
+        while len(received) <= size:
+            piece = reply.read1(size + 1 - len(received))
+            if not piece:
+                break
+            received += piece
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"only {len(received)} bytes came in {PATIENCE:g} seconds")
+    return received
 
 
-def download(url, path, check):
-    """Fetch url to path, unless it is there and good: check(file) raises ValueError for one that is not.
-
-    A download that was broken off goes on where it stopped. ValueError if it fails for good.
-    """
-    with contextlib.suppress(ValueError):
-        check(path)
-        return
-
-    # The part is kept for the next try, or run.
-    part = Path(f"{path}.part")
-    for tries in range(1, RETRIES + 2):
-        time.sleep(WAIT * (tries - 1))
+def download_shakespeare():
+    """Tiny Shakespeare, bytes. ValueError if it cannot be had."""
+    deadline = time.monotonic() + PATIENCE
+    for tries in range(1, TRIES + 1):
+        time.sleep(tries - 1)
         try:
-            receive(url, part)
-            check(part)
-            os.replace(part, path)
-            return
-        except ValueError as e:
-            error = e
-            code = 400
+            text = receive(SHAKESPEARE, SHAKESPEARE_SIZE, deadline)
+            if digest(text).hex() == SHAKESPEARE_SHA256:
+                return text
+            # A network that wants a log-in first sends a page of its own.
+            fault = f"what came, {text[:20]!r}..., is another text"
         except (OSError, http.client.HTTPException) as e:
-            error = e
-            code = getattr(e, "code", 500)
-        print(f"{part.stem}, try {tries}: {error}", flush=True)
-
-        # 400: the part is bad. 416: it is no shorter than the file itself.
-        if code in (400, 416):
-            part.unlink(missing_ok=True)
-        # After an error below 500 the next try would end the same way, but for 408, a timeout, and 429, too
-        # many requests.
-        if code < 500 and code not in (408, 416, 429):
+            fault = str(e) or type(e).__name__
+        print(f"shakespeare, try {tries}: {fault}", flush=True)
+        if time.monotonic() > deadline:
             break
-    raise ValueError(f"{url} failed (tries: {tries}): {error}. Fetch it by hand to {path}, or use the corpus "
+    raise ValueError(f"{SHAKESPEARE} failed (tries: {tries}): {fault}. Try again later, or use the corpus "
                      "that needs no download: python data/prepare.py python")
 
 
 def download_fineweb(directory, shards):
-    """Fetch so many training shards of FineWeb, and its validation -> their paths, validation last."""
+    """Fetch so many training shards of FineWeb, and its validation -> their paths, validation last.
+
+    Those that are there and whole are not fetched.
+    """
     if not 1 <= shards <= 103:
         raise ValueError(f"FineWeb has 1 to 103 training shards, not {shards}")
     paths = [directory / f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]
     paths.append(directory / "fineweb_val_000000.bin")
+    missing = []
     for path in paths:
-        download(FINEWEB + path.name, path, check_shard)
+        try:
+            check_shard(path)
+        except ValueError:
+            missing.append(path)
+    if not missing:
+        return paths
+
+    names = ", ".join(path.name for path in missing)
+    by_hand = (f"fetch the files by hand from https://huggingface.co/datasets/{FINEWEB} to {directory}, "
+               f"and run this command again: {names}")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ValueError(f"FineWeb needs a package: pip install huggingface_hub. Or {by_hand}")
+    for path in missing:
+        # What is there is damaged, and must not be taken for what was fetched before.
+        path.unlink(missing_ok=True)
+        try:
+            hf_hub_download(repo_id=FINEWEB, repo_type="dataset", filename=path.name, local_dir=directory)
+        except Exception as e:      # whatever a network leads to
+            fault = " ".join(str(e).split()) or type(e).__name__
+            raise ValueError(f"{path.name} failed ({fault}). Try again later, or {by_hand}")
+        check_shard(path)
     return paths
 
 
@@ -272,14 +278,12 @@ def prepare(corpus, directory=Path(__file__).parent, shards=1):
     if corpus == "fineweb":
         paths = download_fineweb(directory, shards)
     elif corpus == "python":
-        paths = write_text(corpus, read_documents(standard_library()), directory)
+        paths = write_text(corpus, documents_in(read_files(standard_library())), directory)
     elif corpus == "installed":
-        documents = sorted(set(read_documents(packages())), key=digest)
+        documents = sorted(set(documents_in(read_files(packages()))), key=digest)
         paths = write_text(corpus, documents, directory)
     elif corpus == "shakespeare":
-        text = directory / "shakespeare.txt"
-        download(SHAKESPEARE, text, lambda file: split(read_documents([file])))
-        paths = write_text(corpus, read_documents([text]), directory)
+        paths = write_text(corpus, documents_in([download_shakespeare()]), directory)
     else:
         if isinstance(corpus, (str, Path)):
             corpus = [corpus]
@@ -287,7 +291,7 @@ def prepare(corpus, directory=Path(__file__).parent, shards=1):
         name = Path(files[0].name.removesuffix(".xz").removesuffix(".gz")).stem
         if name in CORPORA:
             raise ValueError(f"{name} is a corpus: ask for it alone, or rename {files[0]}")
-        paths = write_text(name, read_documents(files), directory)
+        paths = write_text(name, documents_in(read_files(files)), directory)
 
     for path in paths:
         print(f"{path}: {check_shard(path)} tokens, sha256 {digest(path.read_bytes()).hex()[:8]}")

@@ -6,7 +6,9 @@ import hashlib
 import http.server
 import lzma
 import random
+import sys
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -179,53 +181,47 @@ def test_user_errors_are_one_message(tmp_path, monkeypatch, args, message):
 
 # ---- Downloads ---------------------------------------------------------------------------------------------
 
-BODY = shard(np.random.default_rng(0).integers(0, 50257, 10**5))
-HALF = len(BODY) // 2
-VAL = "fineweb_val_000000.bin"
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers as the server's script says: with an error, "whole", "drop" (half of it), or as Range asks."""
+    """Answers as the server's script says: with an error, or with bytes, at a given pace."""
 
     def do_GET(self):
         s = self.server
-        begin = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-        s.asked.append((self.path[1:], begin))
+        s.asked += 1
 
         # The last entry of the script is for good.
         how = s.script[0]
         if len(s.script) > 1:
             s.script = s.script[1:]
-        if how == "resume" and begin >= len(s.body):
-            how = 416
         if isinstance(how, int):
             self.send_error(how)
             return
 
-        if how != "resume":
-            begin = 0
-        if begin:
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {begin}-{len(s.body) - 1}/{len(s.body)}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(s.body) - begin))
+        self.send_response(200)
         self.end_headers()
-        self.wfile.write(s.body[begin:HALF if how == "drop" else None])
+        with contextlib.suppress(OSError):      # the client may have gone
+            for i in range(0, len(how), 5):
+                self.wfile.write(how[i:i + 5])
+                if s.pause:
+                    threading.Event().wait(s.pause)
+
+
+TEXT = b"A:\nspeak.\n\nB:\nno.\n"
+LOG_IN = b"<html>Log in first!</html>"
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A local server of `body` that answers each request as the next of `script` says.
+    """A local server of Shakespeare that answers each request as the next of `script` says.
 
-    asked: the names and first bytes that it was asked for; waits: the seconds before each try.
+    asked: how many requests it had; waits: the seconds before each new try.
     """
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as s:
-        s.asked = []
+        s.asked = 0
         s.waits = []
-        s.body = BODY
-        for name in ("FINEWEB", "SHAKESPEARE"):
-            monkeypatch.setattr(prepare, name, f"http://127.0.0.1:{s.server_port}/")
+        s.pause = 0
+        monkeypatch.setattr(prepare, "SHAKESPEARE", f"http://127.0.0.1:{s.server_port}/")
+        monkeypatch.setattr(prepare, "SHAKESPEARE_SIZE", len(TEXT))
+        monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT).hexdigest())
         monkeypatch.setattr(prepare.time, "sleep", s.waits.append)
         monkeypatch.setenv("no_proxy", "*")
         threading.Thread(target=s.serve_forever, args=[0.01], daemon=True).start()
@@ -233,54 +229,91 @@ def server(monkeypatch):
         s.shutdown()
 
 
-@pytest.mark.parametrize("left, script, body, asked, fault", [
-    (b"", ["drop", "resume"], BODY, [0, HALF], ""),
-    (b"", ["drop", 503, "resume"], BODY, [0, HALF, HALF], ""),
-    (b"", ["drop", "whole"], BODY, [0, HALF], ""),      # Range ignored
-    (BODY[:HALF], ["resume"], BODY, [HALF], ""),
-    (BODY + b"old", ["resume"], BODY, [len(BODY) + 3, 0], ""),
-    (b"", [503], BODY, [0] * 6, "503"),
-    (b"", [429], BODY, [0] * 6, "429"),
-    (b"", [404], BODY, [0], "404"),
-    (b"", ["whole"], shard(magic=7), [0], " 7"),
-    (b"", ["whole"], BODY[:-2], [0], "truncated"),
-    (b"", ["drop"], BODY, [0] + [HALF] * 5, f"closed after {HALF} of {len(BODY)} bytes"),
-], ids=range(11))
-def test_download_is_bitwise_right_or_says_what_to_do(server, tmp_path, left, script, body, asked, fault):
-    path = tmp_path / VAL
-    part = tmp_path / (VAL + ".part")
-    if left:
-        part.write_bytes(left)      # by an earlier run
+@pytest.mark.parametrize("script, asked, fault", [
+    ([TEXT], 1, ""),
+    ([503, TEXT[:-1], TEXT], 3, ""),
+    ([LOG_IN, TEXT], 2, ""),
+    ([404], 3, "404"),
+    ([TEXT[:9]], 3, "is another text"),
+    ([LOG_IN], 3, "<html>.* is another text"),
+    ([TEXT + b"!"], 3, "is another text"),
+])
+def test_shakespeare_is_that_text_or_an_error_and_leaves_only_shards(server, tmp_path, script, asked, fault):
     server.script = script
-    server.body = body
-    expectation = pytest.raises(ValueError, match=fault) if fault else contextlib.nullcontext()
-    with expectation as error:
-        prepare.download(prepare.FINEWEB + VAL, path, prepare.check_shard)
-    assert server.asked == [(VAL, begin) for begin in asked]
-    assert server.waits == [*range(len(asked))]
-    if not fault:
-        assert files_in(tmp_path) == [VAL] and path.read_bytes() == BODY
-        return
+    if fault:
+        message = f"^http://127.*{fault}.*data/prepare.py python$"
+        with pytest.raises(ValueError, match=message):
+            prepare.prepare("shakespeare", tmp_path)
+        assert files_in(tmp_path) == []
+    else:
+        # It is cut into speeches.
+        train, val = prepare.prepare("shakespeare", tmp_path)
+        assert train.read_bytes() == shard_of(b"A:\nspeak.")
+        assert val.read_bytes() == shard_of(b"B:\nno.")
+        assert files_in(tmp_path) == ["shakespeare_train_000000.bin", "shakespeare_val_000000.bin"]
+    assert server.asked == asked
+    assert server.waits == [0, 1, 2][:asked]
 
-    # What another try, or run, can go on from is kept.
-    assert files_in(tmp_path) == ([part.name] if script == ["drop"] else [])
-    for said in (prepare.FINEWEB, f"tries: {len(asked)}", f"by hand to {tmp_path}", "data/prepare.py python"):
-        assert said in str(error.value)
+
+def test_a_download_that_drips_ends_after_a_while(server, tmp_path, monkeypatch):
+    server.script = [TEXT]
+    server.pause = 0.2
+    monkeypatch.setattr(prepare, "PATIENCE", 0.3)
+    with pytest.raises(ValueError, match=r"only \d+ bytes came in 0.3 seconds"):
+        prepare.prepare("shakespeare", tmp_path)
+    assert server.asked == 1
 
 
-def test_corpora_download_only_what_is_missing_or_bad(server, tmp_path):
-    server.script = ["whole"]
-    good = "fineweb_train_000001.bin"
-    bad = "fineweb_train_000002.bin"
-    (tmp_path / good).write_bytes(BODY)
-    (tmp_path / bad).write_bytes(BODY[:-1])
-    paths = prepare.prepare("fineweb", tmp_path, 2)
-    assert paths == [tmp_path / name for name in (good, bad, VAL)]
-    assert [name for name, _ in server.asked] == [bad, VAL]
-    assert files_in(tmp_path) == [good, bad, VAL]
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the package huggingface_hub. files: what it has; asked: what it was asked for."""
+    hub = types.SimpleNamespace(files={}, asked=[])
 
-    # Shakespeare is cut into speeches.
-    server.body = b"A:\nspeak.\n\nB:\nno.\n"
-    train, val = prepare.prepare("shakespeare", tmp_path)
-    assert train.read_bytes() == shard_of(b"A:\nspeak.")
-    assert val.read_bytes() == shard_of(b"B:\nno.")
+    def hf_hub_download(repo_id, repo_type, filename, local_dir):
+        assert (repo_id, repo_type) == ("kjj0/fineweb10B-gpt2", "dataset")
+        hub.asked.append(filename)
+        if filename not in hub.files:
+            raise RuntimeError("no\nsuch file")
+        (Path(local_dir) / filename).write_bytes(hub.files[filename])
+
+    hub.hf_hub_download = hf_hub_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    return hub
+
+
+FINEWEB = ["fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin"]
+
+
+def test_fineweb_is_fetched_where_it_is_missing_or_damaged(hub, tmp_path):
+    good, bad, val = [tmp_path / name for name in FINEWEB]
+    good.write_bytes(shard([50256]))
+    bad.write_bytes(shard()[:-1])
+    hub.files = {name: shard([i]) for i, name in enumerate(FINEWEB)}
+    assert prepare.prepare("fineweb", tmp_path, 2) == [good, bad, val]
+    assert hub.asked == FINEWEB[1:]
+    assert [path.read_bytes() for path in (good, bad, val)] == [shard([50256]), shard([1]), shard([2])]
+
+
+@pytest.mark.parametrize("content, fault", [
+    (None, r"fineweb_train_000002.bin failed \(no such file\).*by hand from https://huggingface.co/dat"),
+    (shard()[:-1], "fineweb_train_000002.bin is truncated.*delete it and run python data/prepare.py fineweb"),
+])
+def test_fineweb_that_cannot_be_fetched_is_one_line(hub, tmp_path, content, fault):
+    hub.files = {FINEWEB[0]: shard()}
+    if content:
+        hub.files[FINEWEB[1]] = content
+    with pytest.raises(ValueError, match=fault) as error:
+        prepare.prepare("fineweb", tmp_path, 2)
+    assert "\n" not in str(error.value)
+
+
+def test_without_its_package_fineweb_may_be_fetched_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)      # to import it is an error
+    train = tmp_path / FINEWEB[0]
+    val = tmp_path / FINEWEB[2]
+    train.write_bytes(shard())
+    message = f"pip install huggingface_hub. Or fetch .* to {tmp_path}, .*: fineweb_val_000000.bin$"
+    with pytest.raises(ValueError, match=message):
+        prepare.prepare("fineweb", tmp_path)
+    val.write_bytes(shard())
+    assert prepare.prepare("fineweb", tmp_path) == [train, val]
