@@ -5,7 +5,7 @@
     python data/prepare.py shakespeare         Tiny Shakespeare, a download of 1 MB
     python data/prepare.py fineweb [shards]    FineWeb, 1 to 103 shards of 100M tokens: downloads of 200 MB,
                                                by the package huggingface_hub
-    python data/prepare.py FILE...             your text, also .xz or .gz; the first file names the corpus
+    python data/prepare.py FILE...             your text, UTF-8, also .xz or .gz; the first names the corpus
 
 A line <|endoftext|> in a FILE parts two documents. If there is only one document, it is cut at its blank
 lines. Whole documents, 5% of the bytes but 10 MB at most, chosen by hashes of their content, are held out for
@@ -16,6 +16,7 @@ Shards, NAME_train_000000.bin (000001, ...) and NAME_val_000000.bin, have the fo
 a byte, and 0 ends every document, vocabulary 256. FineWeb: GPT-2's tokens, vocabulary 50257.
 """
 import argparse
+import codecs
 import glob
 import gzip
 import hashlib
@@ -24,6 +25,7 @@ import itertools
 import lzma
 import os
 import re
+import shlex
 import sys
 import sysconfig
 import time
@@ -45,6 +47,10 @@ FINEWEB = "kjj0/fineweb10B-gpt2"
 MAGIC = 20240520
 VERSION = 1
 HEADER = 1024
+
+# How compressed files are opened, and the most bytes of text that a corpus may be made of.
+OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+LIMIT = 2**33
 
 # Of a text: the most bytes in a shard; the share held out, and the most bytes of it.
 SHARD = 10**8
@@ -127,22 +133,66 @@ def digest(content):
     return hashlib.sha256(content).digest()
 
 
-def read_files(files):
-    """files, a list of paths -> their contents, one after another. ValueError for what cannot be read."""
+def read_text(file, room):
+    """The text of a file, bytes of UTF-8. ValueError for any other content, and for more than room bytes.
+
+    It is read in pieces, since a small compressed file may hold more than the memory does.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    text = bytearray()
+    piece = None
+    try:
+        # A device or a pipe may have no end.
+        if not file.is_file():
+            raise OSError("no regular file")
+        with OPENERS.get(file.suffix.lower(), open)(file, "rb") as f:
+            while piece != b"":
+                piece = f.read(2**20)
+                text += piece
+                if len(text) > room:
+                    raise ValueError(f"{file} has too much text: all files together may have {LIMIT} bytes")
+                # A 0 is valid UTF-8, but marks a binary file. 255 is not valid.
+                decoder.decode(piece.replace(b"\0", b"\xff"), final=not piece)
+    except UnicodeDecodeError as e:
+        # e.object may begin with what the decoder kept of the piece before.
+        offset = len(text) - len(e.object) + e.start
+        raise ValueError(f"{file} is not UTF-8 text at byte {offset}: unpack it, or convert it, "
+                         f"iconv -f ITS_ENCODING -t utf-8 {shlex.quote(str(file))} > NEW_FILE") from e
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
+        raise ValueError(f"cannot read {file} ({e}): give files, or one of {', '.join(CORPORA)}") from e
+    return text
+
+
+def read_texts(files):
+    """files, a list of paths -> their texts, one after another, LIMIT bytes at most."""
+    room = LIMIT
     for file in files:
-        opener = {".xz": lzma.open, ".gz": gzip.open}.get(file.suffix, open)
-        try:
-            with opener(file, "rb") as f:
-                yield f.read()
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
-            raise ValueError(f"cannot read {file} ({e}): give files, or one of {', '.join(CORPORA)}") from e
+        text = read_text(file, room)
+        room -= len(text)
+        yield text
+
+
+def name_of(files):
+    """The name of a corpus made of files: the first one's, without suffixes. ValueError if that is none."""
+    for file in files:
+        if not str(file).isprintable():
+            raise ValueError(f"{str(file)!r} has letters that cannot be printed: rename it")
+    first = files[0]
+    if first.suffix.lower() in OPENERS:
+        first = first.with_suffix("")
+    name = first.stem
+    if not name or name.startswith("."):
+        raise ValueError(f"{str(files[0])!r} has no name that the corpus could take: rename it")
+    if name in CORPORA:
+        raise ValueError(f"{name} is a corpus: ask for it alone, or rename {files[0]}")
+    return name
 
 
 def documents_in(texts):
     """texts, bytes one after another -> their documents, a list of bytes."""
     documents = []
     for text in texts:
-        # A 0 is to end a document, and to be nowhere else.
+        # Source code may hold a 0. It is to end a document, and to be nowhere else.
         documents += re.split(rb"(?m)^<\|endoftext\|>\r?(?:\n|\Z)", text.replace(b"\0", b""))
 
     # A single document, be it there once or several times, is cut at its blank lines.
@@ -278,9 +328,9 @@ def prepare(corpus, directory=Path(__file__).parent, shards=1):
     if corpus == "fineweb":
         paths = download_fineweb(directory, shards)
     elif corpus == "python":
-        paths = write_text(corpus, documents_in(read_files(standard_library())), directory)
+        paths = write_text(corpus, documents_in(file.read_bytes() for file in standard_library()), directory)
     elif corpus == "installed":
-        documents = sorted(set(documents_in(read_files(packages()))), key=digest)
+        documents = sorted(set(documents_in(file.read_bytes() for file in packages())), key=digest)
         paths = write_text(corpus, documents, directory)
     elif corpus == "shakespeare":
         paths = write_text(corpus, documents_in([download_shakespeare()]), directory)
@@ -288,14 +338,13 @@ def prepare(corpus, directory=Path(__file__).parent, shards=1):
         if isinstance(corpus, (str, Path)):
             corpus = [corpus]
         files = [Path(file) for file in corpus]
-        name = Path(files[0].name.removesuffix(".xz").removesuffix(".gz")).stem
-        if name in CORPORA:
-            raise ValueError(f"{name} is a corpus: ask for it alone, or rename {files[0]}")
-        paths = write_text(name, documents_in(read_files(files)), directory)
+        name = name_of(files)
+        paths = write_text(name, documents_in(read_texts(files)), directory)
 
     for path in paths:
         print(f"{path}: {check_shard(path)} tokens, sha256 {digest(path.read_bytes()).hex()[:8]}")
-    print(f"now: python train_gpt.py --corpus={paths[0].name.rsplit('_train_', 1)[0]}")
+    name = paths[0].name.rsplit("_train_", 1)[0]
+    print(f"now: python train_gpt.py {shlex.quote(f'--corpus={name}')}")
     return paths
 
 
@@ -313,15 +362,29 @@ def main(argv):
 
     # A name may have a number of shards after it.
     shards = 1
-    if len(corpus) == 2 and corpus[0] == "fineweb" and corpus[1].isdecimal():
-        shards = int(corpus.pop())
-    if len(corpus) == 1:
-        corpus = corpus[0]
     try:
+        if len(corpus) == 2 and corpus[0] == "fineweb" and corpus[1].isdecimal():
+            shards = int(corpus.pop())
+        if len(corpus) == 1:
+            corpus = corpus[0]
         prepare(corpus, shards=shards)
+    except MemoryError:
+        raise SystemExit("prepare.py: so much text does not fit into the memory: give less of it")
+    except BrokenPipeError:
+        raise      # nobody reads what is printed
     except (ValueError, OSError) as error:
         raise SystemExit(f"prepare.py: {error}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    # A terminal may lack letters of a name. Without a terminal or a file there is no stdout.
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    try:
+        main(sys.argv[1:])
+    except BrokenPipeError:
+        # Whoever read the lines has gone. Python is not to try once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -5,7 +5,11 @@ import gzip
 import hashlib
 import http.server
 import lzma
+import os
 import random
+import shlex
+import shutil
+import subprocess
 import sys
 import threading
 import types
@@ -67,13 +71,12 @@ def test_bad_shard_is_named_with_its_fault_and_the_way_out(tmp_path, data, fault
 
 # ---- Text --------------------------------------------------------------------------------------------------
 
-XZ = ("my.txt.xz", lzma.compress(b"\nA:\nlonger one\n\n \r\n\n  B:\nspeech\n"))
-GZ = ("novels.txt.gz", gzip.compress(b"second"))
-MARKED = b"one\0\n<|endoftext|>\n \n<|endoftext|>\r\ntwo <|endoftext|>\n\n2\n<|endoftext|>"
+XZ = ("my.txt.xZ", lzma.compress(b"\nA:\nlonger one\n\n \r\n\n  B:\nspeech\n"))
+GZ = ("novels.TXT.Gz", gzip.compress(b"second"))
+MARKED = b"one\n<|endoftext|>\n \n<|endoftext|>\r\ntwo <|endoftext|>\n\n2\n<|endoftext|>"
 
 
 @pytest.mark.parametrize("files, train, val", [
-    # 0 ends documents, and is nowhere else.
     ([("my.txt", MARKED)], b"two <|endoftext|>\n\n2\n", b"one\n"),
     ([XZ], b"A:\nlonger one", b"  B:\nspeech"),
     ([XZ, XZ], b"A:\nlonger one", b"  B:\nspeech"),
@@ -163,7 +166,19 @@ def test_long_text_is_several_shards_and_a_shorter_one_replaces_them_all(tmp_pat
 @pytest.mark.parametrize("args, message", [
     ([], "prepare.py FILE"),
     (["pyton"], "cannot read pyton .* one of python, installed, shakespeare, fineweb"),
+    (["directory"], "cannot read directory .no regular file"),
+    (["pipe"], "cannot read pipe .no regular file"),
+    (["/dev/zero"], "cannot read /dev/zero .no regular file"),
+    (["x" * 300], "cannot read x+ "),
+    ([""], "no name"),
+    ([".gz"], "'.gz' has no name"),
+    ([".txt.gz"], "'.txt.gz' has no name"),
+    (["a\nb"], r"'a\\nb' has letters that cannot be printed"),
+    (["1", "\udcff.txt"], r"'\\udcff.txt' has letters that cannot be printed"),
+    (["fineweb", "0"], "1 to 103"),
     (["fineweb", "104"], "1 to 103"),
+    (["fineweb", "99999999999999999999"], "1 to 103"),
+    (["fineweb", "9" * 5000], "9|digits"),
     (["fineweb", "x"], "fineweb is a corpus"),
     (["x.xz"], "cannot read x.xz"),
     (["x.gz"], "cannot read x.gz"),
@@ -175,8 +190,96 @@ def test_user_errors_are_one_message(tmp_path, monkeypatch, args, message):
     files = {"x.xz": b"not xz", "x.gz": gzip.compress(b"x")[:-9], "1": b"one", "0": b" \n"}
     for name, data in files.items():
         Path(name).write_bytes(data)
-    with pytest.raises(SystemExit, match=message):
+    Path("directory").mkdir()
+    os.mkfifo("pipe")
+    with pytest.raises(SystemExit, match=message) as error:
         prepare.main(args)
+    if args:
+        assert "\n" not in str(error.value)
+
+
+BINARY = bytes(range(256)) * 9
+
+
+@pytest.mark.parametrize("name, content, offset", [
+    ("zero.txt", b"a\0b\n\nc", 1),
+    ("latin.txt", "one\n\nf\xfcr".encode("latin-1"), 6),
+    ("utf16.txt", "one\n\ntwo".encode("utf-16"), 0),
+    ("utf16.txt", "one\n\ntwo".encode("utf-16-le"), 1),      # valid UTF-8, but for its 0
+    ("end.txt", "one\n\ntw\xf6".encode()[:-1], 7),
+    # a letter of two bytes, of which one piece has the first, and the next piece no second
+    ("pieces.txt", b"x" * (2**20 - 1) + b"\xc3" + b"\n\ny", 2**20 - 1),
+    ("later.txt", b"x" * 2**20 + b"\n\n\xff", 2**20 + 2),
+    ("gz.gz", gzip.compress(b"one\n\n" + BINARY), 5),
+    ("twice.gz.xz", lzma.compress(gzip.compress(b"one\n\ntwo")), 1),
+    ("b.bz2", b"BZh91AY&SY\xff\0", 10),
+    ("z.zip", b"PK\3\4\x14\0\n\n", 5),
+    ("it's.txt", b"\xff", 0),
+])
+def test_what_is_not_utf8_is_refused_with_the_byte_and_the_way_out(tmp_path, name, content, offset):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        prepare.prepare(path, tmp_path)
+    said, way_out = str(error.value).split(": unpack it, or convert it, ")
+    assert said == f"{path} is not UTF-8 text at byte {offset}"
+    assert shlex.split(way_out) == ["iconv", "-f", "ITS_ENCODING", "-t", "utf-8", str(path), ">", "NEW_FILE"]
+    assert files_in(tmp_path) == [name]
+
+
+def test_letters_of_several_bytes_may_lie_across_the_pieces_that_are_read(tmp_path):
+    text = tmp_path / "t.txt"
+    text.write_bytes(b"x" * (2**20 - 1) + "\xfc\n\n\xfc".encode())
+    train, val = prepare.prepare(text, tmp_path)
+    assert train.read_bytes() == shard_of(b"x" * (2**20 - 1) + "\xfc".encode())
+    assert val.read_bytes() == shard_of("\xfc".encode())
+
+
+def test_text_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "LIMIT", 3 * 2**20)
+    files = [tmp_path / "a.txt", tmp_path / "bomb.gz"]
+    files[0].write_bytes(b"x\n\n" + b"y" * 2**20)
+    files[1].write_bytes(gzip.compress(b"x" * 2**24))
+    message = f"{files[1]} has too much text: all files together may have {3 * 2**20} bytes$"
+    with pytest.raises(ValueError, match=message):
+        prepare.prepare(files, tmp_path)
+
+    def no_memory(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(prepare, "read_text", no_memory)
+    with pytest.raises(SystemExit, match="does not fit into the memory"):
+        prepare.main([str(files[0])])
+
+
+@pytest.mark.parametrize("name", ["my book", "it's", "gr\xf6\xdfe", "a$b", "x;y", "-q"])
+def test_the_command_that_is_printed_is_one_that_a_shell_takes(tmp_path, name, capsys):
+    path = tmp_path / f"{name}.txt"
+    path.write_bytes(b"one\n\ntwo")
+    prepare.prepare(path, tmp_path)
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("now: ")
+    assert shlex.split(command) == ["python", "train_gpt.py", f"--corpus={name}"]
+
+
+def test_the_output_may_be_ascii_or_closed(tmp_path):
+    """The script runs on a copy of itself, since it writes where it stands."""
+    script = tmp_path / "prepare.py"
+    shutil.copy(prepare.__file__, script)
+    text = tmp_path / "gr\xf6\xdfe.txt"
+    text.write_bytes(b"one\n\ntwo")
+    command = [sys.executable, script, text]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_only)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("now: python train_gpt.py '--corpus=gr??e'\n")
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- Downloads ---------------------------------------------------------------------------------------------
