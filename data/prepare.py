@@ -14,18 +14,24 @@ validation.
 Shards, NAME_train_000000.bin (000001, ...) and NAME_val_000000.bin, have the format of llm.c: 256 int32
 (20240520, version 1, number of tokens, zeros), then the tokens as uint16, all little-endian. Text: a token is
 a byte, and 0 ends every document, vocabulary 256. FineWeb: GPT-2's tokens, vocabulary 50257.
+
+NAME.json, the manifest, lists the shards of a corpus with their sha256. It is written last, and is empty
+while shards are replaced.
 """
 import argparse
 import codecs
+import contextlib
 import glob
 import gzip
 import hashlib
 import http.client
 import itertools
+import json
 import lzma
 import os
 import re
 import shlex
+import shutil
 import sys
 import sysconfig
 import time
@@ -34,6 +40,11 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None     # Windows: two at once are not kept apart
 
 CORPORA = ("python", "installed", "shakespeare", "fineweb")
 
@@ -72,9 +83,10 @@ def write_shard(path, tokens):
     header = np.zeros(HEADER // 4, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
 
-    # Each process writes under a name of its own, since two may prepare one corpus.
     part = f"{path}.{os.getpid()}.part"
-    np.concatenate([header.view("<u2"), tokens.astype("<u2")]).tofile(part)
+    with open(part, "wb") as f:
+        f.write(header)
+        f.write(tokens.astype("<u2"))
     os.replace(part, path)
 
 
@@ -110,6 +122,86 @@ def check_shard(path):
     if fault:
         raise ValueError(f"{path} {fault}: delete it and {run} again")
     return (path.stat().st_size - HEADER) // 2
+
+
+def entry(path):
+    """What a manifest says of a shard."""
+    content = np.memmap(path, np.uint8, "r")
+    return dict(file=path.name, tokens=check_shard(path), sha256=hashlib.sha256(content).hexdigest())
+
+
+@contextlib.contextmanager
+def locked(directory):
+    """Within it no other prepare.py writes to directory, where the disk knows locks."""
+    # Windows has no such locks.
+    if not fcntl:
+        yield
+        return
+
+    # The lock is on the directory itself, and leaves no file.
+    f = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"another prepare.py writes to {directory}: waiting", flush=True)
+        fcntl.flock(f, fcntl.LOCK_EX)
+    except OSError:
+        pass      # this disk knows no locks
+    try:
+        yield
+    finally:
+        os.close(f)      # and with it the lock goes; the system does so for a process that is killed
+
+
+@contextlib.contextmanager
+def writing(directory):
+    """A folder in directory for new files, till `publish` moves them. ValueError if the disk refuses."""
+    with locked(directory):
+        new = directory / ".new"
+        try:
+            # Remove what one that was killed has left there.
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            yield new
+        except OSError as e:
+            raise ValueError(f"cannot write to {directory} ({e.strerror or e}): make room there, or put that "
+                             "right, and run this command again") from e
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def publish(name, train, val, new):
+    """Make a corpus of shards, which lie in the folder `new` or already beside it -> their entries.
+
+    train, val: these entries, [dict, ...]. Killed at any moment, it leaves the old corpus, the new one, or an
+    empty manifest, which says that there is none.
+    """
+    # Write all there is to write: from then on files are only renamed, and a full disk does no harm.
+    manifest = new.with_name(f"{name}.json")
+    text = json.dumps(dict(train=train, val=val), indent=1).encode()
+    (new / "manifest").write_bytes(text)
+    (new / "empty").touch()
+
+    # The same corpus once more is whole all the time: jobs that start may be reading it.
+    old = b""
+    if manifest.exists():
+        old = manifest.read_bytes()
+    if old and not old.startswith(b'{\n "train":'):
+        raise ValueError(f"{manifest} is no list of shards: move it away, since the list takes its place")
+    if old != text:
+        os.replace(new / "empty", manifest)
+    for shard in new.glob("*.bin"):
+        os.replace(shard, new.with_name(shard.name))
+
+    # Remove what is left of a longer text. Of FineWeb, downloads are kept for a larger corpus to come.
+    for part, listed in (("train", train), ("val", val)):
+        pattern = f"{glob.escape(name)}_{part}_{'[0-9]' * 6}.bin"
+        names = {shard["file"] for shard in listed}
+        for shard in new.parent.glob(pattern):
+            if shard.name not in names and name != "fineweb":
+                shard.unlink()
+    os.replace(new / "manifest", manifest)
+    return train + val
 
 
 # ---- 2. Text -----------------------------------------------------------------------------------------------
@@ -222,25 +314,18 @@ def split(documents):
 
 
 def write_text(name, documents, directory):
-    """documents, a list of bytes -> the paths of their shards, validation last.
-
-    Shards of a longer text that had that name are removed.
-    """
-    paths = []
-    for part, documents in zip(("train", "val"), split(documents)):
-        tokens = np.frombuffer(b"".join(d + b"\0" for d in documents), np.uint8)
-        # Cut into equal pieces, so that no shard is a short rest.
-        shards = -(-len(tokens) // SHARD)
-        for i, piece in enumerate(np.array_split(tokens, shards)):
-            path = directory / f"{name}_{part}_{i:06d}.bin"
-            write_shard(path, piece)
-            paths.append(path)
-
-    # Remove what is left of a longer text.
-    pattern = f"{glob.escape(name)}_train_{'[0-9]' * 6}.bin"
-    for old in set(directory.glob(pattern)) - set(paths):
-        old.unlink()
-    return paths
+    """documents, a list of bytes -> the manifest's entries of their shards, validation last."""
+    listed = []
+    with writing(directory) as new:
+        for part, documents in zip(("train", "val"), split(documents)):
+            tokens = np.frombuffer(b"".join(d + b"\0" for d in documents), np.uint8)
+            # Cut into equal pieces, so that no shard is a short rest.
+            pieces = np.array_split(tokens, -(-len(tokens) // SHARD))
+            paths = [new / f"{name}_{part}_{i:06d}.bin" for i in range(len(pieces))]
+            for path, piece in zip(paths, pieces):
+                write_shard(path, piece)
+            listed.append([entry(path) for path in paths])
+        return publish(name, *listed, new)
 
 
 # ---- 3. Downloads ------------------------------------------------------------------------------------------
@@ -325,25 +410,29 @@ def prepare(corpus, directory=Path(__file__).parent, shards=1):
     cannot be had.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    name = corpus
     if corpus == "fineweb":
-        paths = download_fineweb(directory, shards)
-    elif corpus == "python":
-        paths = write_text(corpus, documents_in(file.read_bytes() for file in standard_library()), directory)
-    elif corpus == "installed":
-        documents = sorted(set(documents_in(file.read_bytes() for file in packages())), key=digest)
-        paths = write_text(corpus, documents, directory)
-    elif corpus == "shakespeare":
-        paths = write_text(corpus, documents_in([download_shakespeare()]), directory)
+        *train, val = download_fineweb(directory, shards)
+        with writing(directory) as new:
+            listed = publish(name, [entry(path) for path in train], [entry(val)], new)
     else:
-        if isinstance(corpus, (str, Path)):
-            corpus = [corpus]
-        files = [Path(file) for file in corpus]
-        name = name_of(files)
-        paths = write_text(name, documents_in(read_texts(files)), directory)
+        if corpus == "python":
+            documents = documents_in(file.read_bytes() for file in standard_library())
+        elif corpus == "installed":
+            documents = sorted(set(documents_in(file.read_bytes() for file in packages())), key=digest)
+        elif corpus == "shakespeare":
+            documents = documents_in([download_shakespeare()])
+        else:
+            if isinstance(corpus, (str, Path)):
+                corpus = [corpus]
+            files = [Path(file) for file in corpus]
+            name = name_of(files)
+            documents = documents_in(read_texts(files))
+        listed = write_text(name, documents, directory)
 
-    for path in paths:
-        print(f"{path}: {check_shard(path)} tokens, sha256 {digest(path.read_bytes()).hex()[:8]}")
-    name = paths[0].name.rsplit("_train_", 1)[0]
+    paths = [directory / shard["file"] for shard in listed]
+    for path, shard in zip(paths, listed):
+        print(f"{path}: {shard['tokens']} tokens, sha256 {shard['sha256'][:8]}")
     print(f"now: python train_gpt.py {shlex.quote(f'--corpus={name}')}")
     return paths
 

@@ -1,12 +1,17 @@
-"""The tests of data/prepare.py: documents in, shards out, downloads from a server that breaks them off."""
+"""The tests of data/prepare.py, and of how train_gpt.py reads what it makes: a corpus is whole, or not there."""
 import collections
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import http.server
+import itertools
+import json
 import lzma
 import os
 import random
+import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -19,6 +24,7 @@ import numpy as np
 import pytest
 
 import prepare
+import train_gpt
 
 
 def shard(tokens=(1, 2, 3), magic=20240520, version=1, n=None):
@@ -160,7 +166,7 @@ def test_long_text_is_several_shards_and_a_shorter_one_replaces_them_all(tmp_pat
         text.write_bytes(content)
         paths = prepare.prepare(text, tmp_path)
         assert [prepare.check_shard(path) for path in paths] == sizes
-    assert files_in(tmp_path) == ["t.txt", "t_train_000000.bin", "t_val_000000.bin"]
+    assert files_in(tmp_path) == ["t.json", "t.txt", "t_train_000000.bin", "t_val_000000.bin"]
 
 
 @pytest.mark.parametrize("args, message", [
@@ -197,6 +203,279 @@ def test_user_errors_are_one_message(tmp_path, monkeypatch, args, message):
     if args:
         assert "\n" not in str(error.value)
 
+
+# ---- A corpus is whole and one, or it is not there ---------------------------------------------------------
+
+OLD = b"old one\n\nvalidate\n\n" * 3
+NEW = b"new" * 30 + b"\n\nanother validation"
+
+
+def read(corpus):
+    """The tokens of a corpus, a path without _train_..., as train_gpt.py reads them: bytes (train, val)."""
+    c = train_gpt.Config(corpus=str(corpus), sequence=2)
+    shards = [train_gpt.Shards(c, split, "cpu").shards for split in ("train", "val")]
+    return [b"".join(bytes(shard.astype(np.uint8)) for shard in split) for split in shards]
+
+
+def old_and_new(tmp_path, monkeypatch):
+    """A corpus t of OLD, in several shards, and the file t.txt, which now holds NEW -> what both read as."""
+    text = tmp_path / "t.txt"
+    monkeypatch.setattr(prepare, "SHARD", 20)
+    text.write_bytes(NEW)
+    prepare.prepare(text, tmp_path)
+    new = read(tmp_path / "t")
+    text.write_bytes(OLD)
+    prepare.prepare(text, tmp_path)
+    old = read(tmp_path / "t")
+    text.write_bytes(NEW)
+    assert sum(map(len, old)) == len(b"old one\0validate\0" * 3) and old != new
+    return old, new
+
+
+def test_the_manifest_lists_shards_with_their_sha256(tmp_path, monkeypatch):
+    old_and_new(tmp_path, monkeypatch)
+    manifest = json.loads((tmp_path / "t.json").read_text())
+    assert list(manifest) == ["train", "val"] and len(manifest["train"]) > 1
+    for split, shards in manifest.items():
+        for i, entry in enumerate(shards):
+            content = (tmp_path / f"t_{split}_{i:06d}.bin").read_bytes()
+            assert entry == {
+                "file": f"t_{split}_{i:06d}.bin",
+                "tokens": len(content[1024:]) // 2,
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+    listed = [entry["file"] for shards in manifest.values() for entry in shards]
+    assert files_in(tmp_path) == sorted(["t.json", "t.txt", *listed])
+
+
+def test_shards_that_are_left_of_a_longer_text_are_removed_and_no_others(tmp_path):
+    left = ["t_train_000001.bin", "t_val_000003.bin"]
+    others = ["t_u_train_000001.bin", "t_train_1.bin", "t_test_000001.bin", "u_val_000001.bin"]
+    (tmp_path / ".new").mkdir()
+    for name in left + others + [".new/v_train_000000.bin"]:
+        (tmp_path / name).write_bytes(shard())
+    (tmp_path / "t.txt").write_bytes(NEW)
+    paths = prepare.prepare(tmp_path / "t.txt", tmp_path)
+    assert files_in(tmp_path) == sorted(["t.json", "t.txt", *(path.name for path in paths), *others])
+
+
+def killed_at(left, text):
+    """Prepare text in a process that ends at one of the calls that change files -> whether it ended there."""
+    process = os.fork()
+    if process:
+        status = os.waitpid(process, 0)[1]
+        assert os.waitstatus_to_exitcode(status) in (0, 9)
+        return status != 0
+
+    def deadly(call):
+        def instead(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if not left:
+                os._exit(9)
+            return call(*arguments, **options)
+
+        return instead
+
+    for place, name in [(os, "replace"), (Path, "unlink"), (Path, "mkdir"), (np, "memmap")]:
+        setattr(place, name, deadly(getattr(place, name)))
+    try:
+        prepare.prepare(text, text.parent)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def test_killed_at_any_moment_it_leaves_the_old_corpus_or_an_error(tmp_path, monkeypatch):
+    old, new = old_and_new(tmp_path, monkeypatch)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    seen = []
+    for calls in itertools.count(1):
+        for path in tmp_path.glob("t*"):
+            path.unlink()
+        for name, content in before.items():
+            (tmp_path / name).write_bytes(content)
+        if not killed_at(calls, tmp_path / "t.txt"):
+            break
+        try:
+            assert read(tmp_path / "t") == old
+            seen.append("old")
+        except train_gpt.UserError as e:
+            assert re.search(f"{tmp_path}/t.json is empty.*: run python data/prepare.py", str(e))
+            seen.append("error")
+    assert read(tmp_path / "t") == new
+    assert seen == sorted(seen, reverse=True) and {*seen} == {"old", "error"}
+
+    # The next run removes what killed ones have left.
+    assert files_in(tmp_path) == sorted(["t.json", "t.txt", *(path.name for path in tmp_path.glob("t_*"))])
+
+
+def test_the_same_corpus_once_more_can_be_read_all_the_time(tmp_path, monkeypatch):
+    text = tmp_path / "t.txt"
+    text.write_bytes(NEW)
+    train, _ = prepare.prepare(text, tmp_path)
+    first = read(tmp_path / "t")
+    replace = os.replace
+    calls = []
+
+    def look(*arguments):
+        replace(*arguments)
+        calls.append(arguments)
+        assert read(tmp_path / "t") == first
+
+    monkeypatch.setattr(os, "replace", look)
+    prepare.prepare(text, tmp_path)
+    assert len(calls) > 2
+
+    # It also repairs a shard.
+    train.write_bytes(shard())
+    monkeypatch.setattr(os, "replace", replace)
+    prepare.prepare(text, tmp_path)
+    assert read(tmp_path / "t") == first
+
+
+def test_a_file_of_the_users_is_not_taken_for_a_manifest(tmp_path):
+    mine = tmp_path / "t.json"
+    mine.write_bytes(b'{"text": "one"}\n\n{"text": "two"}')
+    with pytest.raises(ValueError, match=f"^{mine} is no list of shards: move it away"):
+        prepare.prepare(mine, tmp_path)
+    assert files_in(tmp_path) == ["t.json"] and b"one" in mine.read_bytes()
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_corpus(tmp_path, monkeypatch):
+    old, _ = old_and_new(tmp_path, monkeypatch)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024 + 30, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=f"^cannot write to {tmp_path} .*too large.: make room") as error:
+            prepare.prepare(tmp_path / "t.txt", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert read(tmp_path / "t") == old
+    assert ".new" not in files_in(tmp_path)
+
+
+def test_of_two_at_once_one_waits_for_the_other(tmp_path):
+    (tmp_path / "t.txt").write_bytes(NEW)
+    script = shutil.copy(prepare.__file__, tmp_path / "prepare.py")
+    directory = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    other = subprocess.Popen([sys.executable, script, tmp_path / "t.txt"], stdout=subprocess.PIPE, text=True)
+    with other:
+        assert other.stdout.readline() == f"another prepare.py writes to {tmp_path}: waiting\n"
+        assert files_in(tmp_path) == ["prepare.py", "t.txt"]
+        os.close(directory)
+        assert other.stdout.read().endswith("now: python train_gpt.py --corpus=t\n")
+    assert other.returncode == 0
+    assert read(tmp_path / "t")
+
+
+def test_two_at_once_do_not_mix(tmp_path):
+    script = shutil.copy(prepare.__file__, tmp_path / "prepare.py")
+    expected = []
+    for i in range(3):
+        text = tmp_path / f"{i}" / "t.txt"
+        text.parent.mkdir()
+        text.write_bytes(b"\n\n".join(b"%d" % i * (n + 1) for n in range(300)))
+        prepare.prepare(text, text.parent)
+        expected.append(read(text.parent / "t"))
+    several = [subprocess.Popen([sys.executable, script, tmp_path / f"{i}" / "t.txt"]) for i in range(3)]
+    assert [process.wait() for process in several] == [0] * 3
+    assert read(tmp_path / "t") in expected
+
+
+# ---- How train_gpt.py reads it -----------------------------------------------------------------------------
+
+def test_a_byte_that_was_changed_is_found_in_any_shard(tmp_path, monkeypatch):
+    old_and_new(tmp_path, monkeypatch)
+    prepare.prepare(tmp_path / "t.txt", tmp_path)
+    paths = sorted(tmp_path.glob("*.bin"))
+    assert len(paths) > 2
+    for path in paths:
+        content = path.read_bytes()
+        for place in (20, 1024, len(content) - 2):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+            with pytest.raises(train_gpt.UserError, match=f"^{path} .*sha256: delete it, and run data/prep"):
+                read(tmp_path / "t")
+        path.unlink()
+        with pytest.raises(train_gpt.UserError, match=f"^{path} is missing: run data/prepare.py again"):
+            read(tmp_path / "t")
+        path.write_bytes(content)
+    read(tmp_path / "t")
+
+
+def test_shards_are_those_of_the_manifest_or_without_one_all_of_that_name(tmp_path):
+    (tmp_path / "t.txt").write_bytes(NEW)
+    prepare.prepare(tmp_path / "t.txt", tmp_path)
+    train, val = read(tmp_path / "t")
+    prepare.write_shard(tmp_path / "t_train_000001.bin", np.full(9, 65))
+    assert read(tmp_path / "t") == [train, val]
+    (tmp_path / "t.json").unlink()
+    assert read(tmp_path / "t") == [train + b"A" * 9, val]
+
+
+GOOD = {"file": "t_train_000000.bin", "tokens": 3, "sha256": hashlib.sha256(shard()).hexdigest()}
+
+
+@pytest.mark.parametrize("manifest", [
+    "{", "\xff", "0", "null", "[]", "{}", '"train"', "[" * 10**5,
+    {"train": []},
+    {"train": {"file": "t_train_000000.bin"}},
+    {"train": [GOOD, "file"]},
+    {"train": [{"file": GOOD["file"]}]},
+    {"train": [GOOD | {"sha256": None}]},
+    {"train": [GOOD | {"sha256": ""}]},
+    {"train": [GOOD | {"file": 3}]},
+    {"train": [GOOD | {"file": "../outside.bin"}]},
+    {"train": [GOOD | {"file": "/etc/outside.bin"}]},
+    {"train": [GOOD | {"file": "..\\outside.bin"}]},
+    {"train": [GOOD | {"file": ".."}]},
+    {"train": [GOOD | {"file": ""}]},
+], ids=range(20))
+def test_a_damaged_manifest_is_named_with_the_way_out(tmp_path, manifest):
+    (tmp_path / "outside.bin").write_bytes(shard())
+    corpus = tmp_path / "in" / "t"
+    corpus.parent.mkdir()
+    for split in ("train", "val"):
+        (corpus.parent / f"t_{split}_000000.bin").write_bytes(shard())
+    path = corpus.parent / "t.json"
+    path.write_text(json.dumps({"train": [GOOD], "val": [GOOD | {"file": "t_val_000000.bin"}]}))
+    read(corpus)
+    path.write_text(manifest if isinstance(manifest, str) else json.dumps(manifest), encoding="latin-1")
+    with pytest.raises(train_gpt.UserError, match=f"^{path} is damaged, .*: move it away, and run data/prep"):
+        read(corpus)
+
+
+def test_an_empty_manifest_says_that_shards_are_being_written(tmp_path):
+    for split in ("train", "val"):
+        prepare.write_shard(tmp_path / f"my book_{split}_000000.bin", np.arange(9))
+    read(tmp_path / "my book")
+    (tmp_path / "my book.json").touch()
+    message = f"^{tmp_path}/my book.json is empty.*: run python data/prepare.py '{tmp_path}/my book' "
+    with pytest.raises(train_gpt.UserError, match=message):
+        read(tmp_path / "my book")
+
+
+def test_the_default_corpus_is_made_where_it_is_not_there(tmp_path, monkeypatch, capfd):
+    """Also where one that made it was killed. What prepare.py says is seen if it fails."""
+    script = tmp_path / "prepare.py"
+    script.write_text("raise SystemExit('prepare.py: the disk is full')")
+    monkeypatch.setattr(train_gpt, "DATA", tmp_path)
+    with pytest.raises(train_gpt.UserError, match="data/prepare.py could not make the corpus python"):
+        read("python")
+    assert "prepare.py: the disk is full" in capfd.readouterr().err
+
+    script.write_text("from pathlib import Path\nimport sys\n"
+                      f"sys.path.insert(0, {os.path.dirname(prepare.__file__)!r})\nimport prepare\n"
+                      f"prepare.write_text('python', [b'one', b'two'], Path({str(tmp_path)!r}))")
+    (tmp_path / "python.json").touch()
+    assert sorted(read("python")) == [b"one\0", b"two\0"]
+    script.unlink()
+    read("python")
+
+
+# ---- What is no text ---------------------------------------------------------------------------------------
 
 BINARY = bytes(range(256)) * 9
 
@@ -353,7 +632,7 @@ def test_shakespeare_is_that_text_or_an_error_and_leaves_only_shards(server, tmp
         train, val = prepare.prepare("shakespeare", tmp_path)
         assert train.read_bytes() == shard_of(b"A:\nspeak.")
         assert val.read_bytes() == shard_of(b"B:\nno.")
-        assert files_in(tmp_path) == ["shakespeare_train_000000.bin", "shakespeare_val_000000.bin"]
+        assert files_in(tmp_path) == ["shakespeare.json", train.name, val.name]
     assert server.asked == asked
     assert server.waits == [0, 1, 2][:asked]
 
