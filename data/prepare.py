@@ -178,16 +178,23 @@ def publish(name, train, val, new):
     """
     # Write all there is to write: from then on files are only renamed, and a full disk does no harm.
     manifest = new.with_name(f"{name}.json")
-    text = json.dumps(dict(train=train, val=val), indent=1).encode()
+    text = json.dumps(dict(train=train, val=val), indent=1).encode() + b"\n"
     (new / "manifest").write_bytes(text)
     (new / "empty").touch()
 
-    # The same corpus once more is whole all the time: jobs that start may be reading it.
     old = b""
     if manifest.exists():
         old = manifest.read_bytes()
     if old and not old.startswith(b'{\n "train":'):
         raise ValueError(f"{manifest} is no list of shards: move it away, since the list takes its place")
+    for shard in train + val:
+        # A download that lay there already may have been damaged since.
+        there = not (new / shard["file"]).exists()
+        if there and shard["file"].encode() in old and shard["sha256"].encode() not in old:
+            raise ValueError(f"{new.with_name(shard['file'])} is not what it was by {manifest}: delete it, "
+                             "or, if it is right, the list, and run this command again")
+
+    # The same corpus once more is whole all the time: jobs that start may be reading it.
     if old != text:
         os.replace(new / "empty", manifest)
     for shard in new.glob("*.bin"):

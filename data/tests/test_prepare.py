@@ -1,4 +1,4 @@
-"""The tests of data/prepare.py, and of how train_gpt.py reads what it makes: a corpus is whole, or not there."""
+"""The tests of data/prepare.py, and of how train_gpt.py reads what it makes: text in, a whole corpus out."""
 import collections
 import contextlib
 import fcntl
@@ -674,6 +674,21 @@ def test_fineweb_is_fetched_where_it_is_missing_or_damaged(hub, tmp_path):
     assert prepare.prepare("fineweb", tmp_path, 2) == [good, bad, val]
     assert hub.asked == FINEWEB[1:]
     assert [path.read_bytes() for path in (good, bad, val)] == [shard([50256]), shard([1]), shard([2])]
+    manifest = json.loads((tmp_path / "fineweb.json").read_text())
+    assert [entry["file"] for entry in manifest["train"]] == FINEWEB[:2]
+
+    # With fewer shards nothing is fetched, and no download is thrown away.
+    assert prepare.prepare("fineweb", tmp_path, 1) == [good, val]
+    assert hub.asked == FINEWEB[1:]
+    assert files_in(tmp_path) == ["fineweb.json", *FINEWEB]
+
+    # A byte that has changed since is not listed as right.
+    good.write_bytes(shard([50255]))
+    with pytest.raises(ValueError, match=f"^{good} is not what it was by {tmp_path}/fineweb.json: delete it"):
+        prepare.prepare("fineweb", tmp_path, 1)
+    good.unlink()
+    hub.files[good.name] = shard([50256])
+    assert prepare.prepare("fineweb", tmp_path, 2) == [good, bad, val]
 
 
 @pytest.mark.parametrize("content, fault", [
