@@ -256,20 +256,29 @@ class Shards:
     """
 
     def __init__(self, c, split, device):
-        # The default corpus can be made on the spot, from what every machine has.
         corpus = DATA / c.corpus
-        pattern = f"{glob.escape(corpus.name)}_{split}_{'[0-9]' * 6}.bin"
-        if c.corpus == "python" and not any(DATA.glob(pattern)):
-            subprocess.run([sys.executable, DATA / "prepare.py", "python"])
-        paths = sorted(corpus.parent.glob(pattern))
-        if not paths:
-            raise UserError(f"no {corpus}_{split}_*.bin: run python data/prepare.py {c.corpus} "
+        manifest = corpus.parent / f"{corpus.name}.json"
+        found = find_shards(manifest, split)
+
+        # The default corpus can be made on the spot, from what every machine has.
+        if c.corpus == "python" and not found:
+            made = subprocess.run([sys.executable, DATA / "prepare.py", "python"])
+            if made.returncode:
+                raise UserError("data/prepare.py could not make the corpus python, as it says above: put "
+                                "that right, or name another --corpus")
+            found = find_shards(manifest, split)
+        if not found:
+            fault = f"no {corpus}_{split}_*.bin"
+            if os.path.exists(manifest):
+                fault = f"{manifest} is empty, since its shards are being written, or that was broken off"
+            raise UserError(f"{fault}: run python data/prepare.py {shlex.quote(c.corpus)} "
                             "(python, shakespeare, fineweb, or text files)")
+
         # No window crosses from one shard to the next. The places where one can start are numbered through
         # all shards, and `ends` is where the places of each shard end.
         self.c = c
         self.device = device
-        self.shards = [read_shard(path, c) for path in paths]
+        self.shards = [read_shard(path, c, sha256) for path, sha256 in found]
         self.ends = np.cumsum([len(s) - c.sequence for s in self.shards])
         self.digest = digest(self.ends, *self.shards)
 
@@ -301,16 +310,50 @@ class Shards:
             yield self.at(places[i:i + c.batch])
 
 
-def read_shard(path, c):
-    """The tokens of a file, (n,) uint16, mapped into memory. UserError if it is damaged or does not fit c."""
-    # The size must be what the header says.
+def find_shards(manifest, split):
+    """The shards of a split that a manifest, CORPUS.json, lists: [(path, sha256), ...].
+
+    None while it is empty, since they are being written. Without a manifest another tool may have written
+    them: then they are found by their names, and sha256 is None. UserError if it is damaged.
+    """
+    if not os.path.exists(manifest):
+        pattern = f"{glob.escape(manifest.stem)}_{split}_{'[0-9]' * 6}.bin"
+        return [(path, None) for path in sorted(manifest.parent.glob(pattern))]
+    try:
+        text = manifest.read_bytes()
+        if not text:
+            return []
+        shards = [(shard["file"], shard["sha256"]) for shard in json.loads(text)[split]]
+        # A name with a separator could lead out of the directory.
+        sound = [re.fullmatch(r"[^/\\]+\.bin", file) and re.fullmatch("[0-9a-f]{64}", sha256)
+                 for file, sha256 in shards]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):      # whatever the damage leads to
+        sound = []
+    if not sound or not all(sound):
+        raise UserError(f"{manifest} is damaged, or no list of shards: move it away, and run data/prepare.py "
+                        "again")
+    return [(manifest.parent / file, sha256) for file, sha256 in shards]
+
+
+def read_shard(path, c, sha256):
+    """The tokens of a file, (n,) uint16, mapped into memory. UserError if it is damaged or does not fit c.
+
+    sha256: what that of the file must be; None: anything.
+    """
+    # The size must be what the header says, and the content what the manifest says.
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run data/prepare.py again")
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", 3).tolist()
     if size < 1024 or header[:2] != [20240520, 1] or size != 1024 + 2 * header[2]:
         raise UserError(f"{path} is no whole shard of tokens: delete it, and run data/prepare.py again")
+    content = np.memmap(path, np.uint8, "r")
+    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"{path} is damaged, or of another corpus, by its sha256: delete it, and run "
+                        "data/prepare.py again")
 
     # Tokens must be enough for a window, and in the vocabulary.
-    tokens = np.memmap(path, np.uint16, "r", offset=1024)
+    tokens = content[1024:].view(np.uint16)
     if len(tokens) <= c.sequence:
         raise UserError(f"{path} holds {len(tokens)} tokens, too few for --sequence={c.sequence}: "
                         "shorten it")

@@ -3,8 +3,9 @@
     python data/prepare.py python              source of Python's standard library: the default, no download
     python data/prepare.py installed           source of all installed packages, each file once: no download
     python data/prepare.py shakespeare         Tiny Shakespeare, a download of 1 MB
-    python data/prepare.py fineweb [shards]    FineWeb, 1 to 103 shards of 100M tokens: downloads of 200 MB
-    python data/prepare.py FILE...             your text, also .xz or .gz; the first file names the corpus
+    python data/prepare.py fineweb [shards]    FineWeb, 1 to 103 shards of 100M tokens: downloads of 200 MB,
+                                               by the package huggingface_hub
+    python data/prepare.py FILE...             your text, UTF-8, also .xz or .gz; the first names the corpus
 
 A line <|endoftext|> in a FILE parts two documents. If there is only one document, it is cut at its blank
 lines. Whole documents, 5% of the bytes but 10 MB at most, chosen by hashes of their content, are held out for
@@ -13,45 +14,64 @@ validation.
 Shards, NAME_train_000000.bin (000001, ...) and NAME_val_000000.bin, have the format of llm.c: 256 int32
 (20240520, version 1, number of tokens, zeros), then the tokens as uint16, all little-endian. Text: a token is
 a byte, and 0 ends every document, vocabulary 256. FineWeb: GPT-2's tokens, vocabulary 50257.
+
+NAME.json, the manifest, lists the shards of a corpus with their sha256. It is written last, and is empty
+while shards are replaced.
 """
 import argparse
+import codecs
 import contextlib
 import glob
 import gzip
 import hashlib
 import http.client
 import itertools
+import json
 import lzma
 import os
 import re
+import shlex
+import shutil
 import sys
 import sysconfig
 import time
 import urllib.request
 import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None     # Windows: two at once are not kept apart
+
 CORPORA = ("python", "installed", "shakespeare", "fineweb")
+
+# Tiny Shakespeare is a file of so many bytes with this sha256. FineWeb is a data set at huggingface.co.
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
+SHAKESPEARE_SIZE = 1115394
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+FINEWEB = "kjj0/fineweb10B-gpt2"
 
 # A shard begins with these two int32, in a header of so many bytes.
 MAGIC = 20240520
 VERSION = 1
 HEADER = 1024
 
+# How compressed files are opened, and the most bytes of text that a corpus may be made of.
+OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+LIMIT = 2**33
+
 # Of a text: the most bytes in a shard; the share held out, and the most bytes of it.
 SHARD = 10**8
 VAL_SHARE = 0.05
 VAL_MAX = 10**7
 
-# A failed download is tried again, after 1, 2, 3, ... times WAIT.
-RETRIES = 5
-WAIT = 1.0          # seconds
-TIMEOUT = 30.0      # seconds without an answer
+# Of the download of Shakespeare
+TRIES = 3
+TIMEOUT = 15.0      # seconds without an answer that end a try
+PATIENCE = 60.0     # seconds after which nothing is waited for, or tried again
 
 
 # ---- 1. Shards ---------------------------------------------------------------------------------------------
@@ -63,9 +83,10 @@ def write_shard(path, tokens):
     header = np.zeros(HEADER // 4, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
 
-    # Each process writes under a name of its own, since two may prepare one corpus.
     part = f"{path}.{os.getpid()}.part"
-    np.concatenate([header.view("<u2"), tokens.astype("<u2")]).tofile(part)
+    with open(part, "wb") as f:
+        f.write(header)
+        f.write(tokens.astype("<u2"))
     os.replace(part, path)
 
 
@@ -103,6 +124,93 @@ def check_shard(path):
     return (path.stat().st_size - HEADER) // 2
 
 
+def entry(path):
+    """What a manifest says of a shard."""
+    content = np.memmap(path, np.uint8, "r")
+    return dict(file=path.name, tokens=check_shard(path), sha256=hashlib.sha256(content).hexdigest())
+
+
+@contextlib.contextmanager
+def locked(directory):
+    """Within it no other prepare.py writes to directory, where the disk knows locks."""
+    # Windows has no such locks.
+    if not fcntl:
+        yield
+        return
+
+    # The lock is on the directory itself, and leaves no file.
+    f = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"another prepare.py writes to {directory}: waiting", flush=True)
+        fcntl.flock(f, fcntl.LOCK_EX)
+    except OSError:
+        pass      # this disk knows no locks
+    try:
+        yield
+    finally:
+        os.close(f)      # and with it the lock goes; the system does so for a process that is killed
+
+
+@contextlib.contextmanager
+def writing(directory):
+    """A folder in directory for new files, till `publish` moves them. ValueError if the disk refuses."""
+    with locked(directory):
+        new = directory / ".new"
+        try:
+            # Remove what one that was killed has left there.
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            yield new
+        except OSError as e:
+            raise ValueError(f"cannot write to {directory} ({e.strerror or e}): make room there, or put that "
+                             "right, and run this command again") from e
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def publish(name, train, val, new):
+    """Make a corpus of shards, which lie in the folder `new` or already beside it -> their entries.
+
+    train, val: these entries, [dict, ...]. Killed at any moment, it leaves the old corpus, the new one, or an
+    empty manifest, which says that there is none.
+    """
+    # Write all there is to write: from then on files are only renamed, and a full disk does no harm.
+    manifest = new.with_name(f"{name}.json")
+    text = json.dumps(dict(train=train, val=val), indent=1).encode() + b"\n"
+    (new / "manifest").write_bytes(text)
+    (new / "empty").touch()
+
+    old = b""
+    if manifest.exists():
+        old = manifest.read_bytes()
+    if old and not old.startswith(b'{\n "train":'):
+        raise ValueError(f"{manifest} is no list of shards: move it away, since the list takes its place")
+    for shard in train + val:
+        # A download that lay there already may have been damaged since.
+        there = not (new / shard["file"]).exists()
+        if there and shard["file"].encode() in old and shard["sha256"].encode() not in old:
+            raise ValueError(f"{new.with_name(shard['file'])} is not what it was by {manifest}: delete it, "
+                             "or, if it is right, the list, and run this command again")
+
+    # The same corpus once more is whole all the time: jobs that start may be reading it.
+    if old != text:
+        os.replace(new / "empty", manifest)
+    for shard in new.glob("*.bin"):
+        os.replace(shard, new.with_name(shard.name))
+
+    # Remove what is left of a longer text. Of FineWeb, downloads are kept for a larger corpus to come.
+    for part, listed in (("train", train), ("val", val)):
+        pattern = f"{glob.escape(name)}_{part}_{'[0-9]' * 6}.bin"
+        names = {shard["file"] for shard in listed}
+        for shard in new.parent.glob(pattern):
+            if shard.name not in names and name != "fineweb":
+                shard.unlink()
+    os.replace(new / "manifest", manifest)
+    return train + val
+
+
 # ---- 2. Text -----------------------------------------------------------------------------------------------
 
 def standard_library():
@@ -124,17 +232,66 @@ def digest(content):
     return hashlib.sha256(content).digest()
 
 
-def read_documents(files):
-    """files, a list of paths -> their documents, a list of bytes. ValueError for what cannot be read."""
-    documents = []
+def read_text(file, room):
+    """The text of a file, bytes of UTF-8. ValueError for any other content, and for more than room bytes.
+
+    It is read in pieces, since a small compressed file may hold more than the memory does.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    text = bytearray()
+    piece = None
+    try:
+        # A device or a pipe may have no end.
+        if not file.is_file():
+            raise OSError("no regular file")
+        with OPENERS.get(file.suffix.lower(), open)(file, "rb") as f:
+            while piece != b"":
+                piece = f.read(2**20)
+                text += piece
+                if len(text) > room:
+                    raise ValueError(f"{file} has too much text: all files together may have {LIMIT} bytes")
+                # A 0 is valid UTF-8, but marks a binary file. 255 is not valid.
+                decoder.decode(piece.replace(b"\0", b"\xff"), final=not piece)
+    except UnicodeDecodeError as e:
+        # e.object may begin with what the decoder kept of the piece before.
+        offset = len(text) - len(e.object) + e.start
+        raise ValueError(f"{file} is not UTF-8 text at byte {offset}: unpack it, or convert it, "
+                         f"iconv -f ITS_ENCODING -t utf-8 {shlex.quote(str(file))} > NEW_FILE") from e
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
+        raise ValueError(f"cannot read {file} ({e}): give files, or one of {', '.join(CORPORA)}") from e
+    return text
+
+
+def read_texts(files):
+    """files, a list of paths -> their texts, one after another, LIMIT bytes at most."""
+    room = LIMIT
     for file in files:
-        opener = {".xz": lzma.open, ".gz": gzip.open}.get(file.suffix, open)
-        try:
-            with opener(file, "rb") as f:
-                text = f.read()
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
-            raise ValueError(f"cannot read {file} ({e}): give files, or one of {', '.join(CORPORA)}") from e
-        # A 0 is to end a document, and to be nowhere else.
+        text = read_text(file, room)
+        room -= len(text)
+        yield text
+
+
+def name_of(files):
+    """The name of a corpus made of files: the first one's, without suffixes. ValueError if that is none."""
+    for file in files:
+        if not str(file).isprintable():
+            raise ValueError(f"{str(file)!r} has letters that cannot be printed: rename it")
+    first = files[0]
+    if first.suffix.lower() in OPENERS:
+        first = first.with_suffix("")
+    name = first.stem
+    if not name or name.startswith("."):
+        raise ValueError(f"{str(files[0])!r} has no name that the corpus could take: rename it")
+    if name in CORPORA:
+        raise ValueError(f"{name} is a corpus: ask for it alone, or rename {files[0]}")
+    return name
+
+
+def documents_in(texts):
+    """texts, bytes one after another -> their documents, a list of bytes."""
+    documents = []
+    for text in texts:
+        # Source code may hold a 0. It is to end a document, and to be nowhere else.
         documents += re.split(rb"(?m)^<\|endoftext\|>\r?(?:\n|\Z)", text.replace(b"\0", b""))
 
     # A single document, be it there once or several times, is cut at its blank lines.
@@ -164,99 +321,90 @@ def split(documents):
 
 
 def write_text(name, documents, directory):
-    """documents, a list of bytes -> the paths of their shards, validation last.
-
-    Shards of a longer text that had that name are removed.
-    """
-    paths = []
-    for part, documents in zip(("train", "val"), split(documents)):
-        tokens = np.frombuffer(b"".join(d + b"\0" for d in documents), np.uint8)
-        # Cut into equal pieces, so that no shard is a short rest.
-        shards = -(-len(tokens) // SHARD)
-        for i, piece in enumerate(np.array_split(tokens, shards)):
-            path = directory / f"{name}_{part}_{i:06d}.bin"
-            write_shard(path, piece)
-            paths.append(path)
-
-    # Remove what is left of a longer text.
-    pattern = f"{glob.escape(name)}_train_{'[0-9]' * 6}.bin"
-    for old in set(directory.glob(pattern)) - set(paths):
-        old.unlink()
-    return paths
+    """documents, a list of bytes -> the manifest's entries of their shards, validation last."""
+    listed = []
+    with writing(directory) as new:
+        for part, documents in zip(("train", "val"), split(documents)):
+            tokens = np.frombuffer(b"".join(d + b"\0" for d in documents), np.uint8)
+            # Cut into equal pieces, so that no shard is a short rest.
+            pieces = np.array_split(tokens, -(-len(tokens) // SHARD))
+            paths = [new / f"{name}_{part}_{i:06d}.bin" for i in range(len(pieces))]
+            for path, piece in zip(paths, pieces):
+                write_shard(path, piece)
+            listed.append([entry(path) for path in paths])
+        return publish(name, *listed, new)
 
 
 # ---- 3. Downloads ------------------------------------------------------------------------------------------
 
-def receive(url, part):
-    """Append to the file part what it lacks of url. OSError or HTTPException if not all of it came."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "prepare.py", "Range": f"bytes={have}-"}
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as reply, open(part, "ab") as f:
-        # A server that ignores Range sends the file from its start.
-        content_range = reply.headers["Content-Range"] or "bytes 0-"
-        begin = int(re.match(r"bytes (\d+)-", content_range)[1])
-        length = int(reply.headers["Content-Length"] or 0)      # 0: the server does not say
-        end = begin + length
-        f.truncate(begin)
-
-        done = begin
-        start = time.monotonic()
-        for chunk in iter(partial(reply.read, 2**16), b""):
-            before = done
-            done += f.write(chunk)
-            if length and 10 * done // end > 10 * before // end:      # a line every 10%
-                speed = (done - begin) / 1e6 / (time.monotonic() - start)
-                print(f"{part.stem}: {100 * done // end}% at {speed:.1f} MB/s", flush=True)
-    if length and done != end:
-        raise ConnectionError(f"the connection closed after {done} of {end} bytes")
+def receive(url, size, deadline):
+    """What is at url, bytes; no more than the first size + 1 of them. OSError after the deadline."""
+    received = b""
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as reply:
+        while len(received) <= size:
+            piece = reply.read1(size + 1 - len(received))
+            if not piece:
+                break
+            received += piece
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"only {len(received)} bytes came in {PATIENCE:g} seconds")
+    return received
 
 
-def download(url, path, check):
-    """Fetch url to path, unless it is there and good: check(file) raises ValueError for one that is not.
-
-    A download that was broken off goes on where it stopped. ValueError if it fails for good.
-    """
-    with contextlib.suppress(ValueError):
-        check(path)
-        return
-
-    # The part is kept for the next try, or run.
-    part = Path(f"{path}.part")
-    for tries in range(1, RETRIES + 2):
-        time.sleep(WAIT * (tries - 1))
+def download_shakespeare():
+    """Tiny Shakespeare, bytes. ValueError if it cannot be had."""
+    deadline = time.monotonic() + PATIENCE
+    for tries in range(1, TRIES + 1):
+        time.sleep(tries - 1)
         try:
-            receive(url, part)
-            check(part)
-            os.replace(part, path)
-            return
-        except ValueError as e:
-            error = e
-            code = 400
+            text = receive(SHAKESPEARE, SHAKESPEARE_SIZE, deadline)
+            if digest(text).hex() == SHAKESPEARE_SHA256:
+                return text
+            # A network that wants a log-in first sends a page of its own.
+            fault = f"what came, {text[:20]!r}..., is another text"
         except (OSError, http.client.HTTPException) as e:
-            error = e
-            code = getattr(e, "code", 500)
-        print(f"{part.stem}, try {tries}: {error}", flush=True)
-
-        # 400: the part is bad. 416: it is no shorter than the file itself.
-        if code in (400, 416):
-            part.unlink(missing_ok=True)
-        # After an error below 500 the next try would end the same way, but for 408, a timeout, and 429, too
-        # many requests.
-        if code < 500 and code not in (408, 416, 429):
+            fault = str(e) or type(e).__name__
+        print(f"shakespeare, try {tries}: {fault}", flush=True)
+        if time.monotonic() > deadline:
             break
-    raise ValueError(f"{url} failed (tries: {tries}): {error}. Fetch it by hand to {path}, or use the corpus "
+    raise ValueError(f"{SHAKESPEARE} failed (tries: {tries}): {fault}. Try again later, or use the corpus "
                      "that needs no download: python data/prepare.py python")
 
 
 def download_fineweb(directory, shards):
-    """Fetch so many training shards of FineWeb, and its validation -> their paths, validation last."""
+    """Fetch so many training shards of FineWeb, and its validation -> their paths, validation last.
+
+    Those that are there and whole are not fetched.
+    """
     if not 1 <= shards <= 103:
         raise ValueError(f"FineWeb has 1 to 103 training shards, not {shards}")
     paths = [directory / f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]
     paths.append(directory / "fineweb_val_000000.bin")
+    missing = []
     for path in paths:
-        download(FINEWEB + path.name, path, check_shard)
+        try:
+            check_shard(path)
+        except ValueError:
+            missing.append(path)
+    if not missing:
+        return paths
+
+    names = ", ".join(path.name for path in missing)
+    by_hand = (f"fetch the files by hand from https://huggingface.co/datasets/{FINEWEB} to {directory}, "
+               f"and run this command again: {names}")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ValueError(f"FineWeb needs a package: pip install huggingface_hub. Or {by_hand}")
+    for path in missing:
+        # What is there is damaged, and must not be taken for what was fetched before.
+        path.unlink(missing_ok=True)
+        try:
+            hf_hub_download(repo_id=FINEWEB, repo_type="dataset", filename=path.name, local_dir=directory)
+        except Exception as e:      # whatever a network leads to
+            fault = " ".join(str(e).split()) or type(e).__name__
+            raise ValueError(f"{path.name} failed ({fault}). Try again later, or {by_hand}")
+        check_shard(path)
     return paths
 
 
@@ -269,29 +417,30 @@ def prepare(corpus, directory=Path(__file__).parent, shards=1):
     cannot be had.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    name = corpus
     if corpus == "fineweb":
-        paths = download_fineweb(directory, shards)
-    elif corpus == "python":
-        paths = write_text(corpus, read_documents(standard_library()), directory)
-    elif corpus == "installed":
-        documents = sorted(set(read_documents(packages())), key=digest)
-        paths = write_text(corpus, documents, directory)
-    elif corpus == "shakespeare":
-        text = directory / "shakespeare.txt"
-        download(SHAKESPEARE, text, lambda file: split(read_documents([file])))
-        paths = write_text(corpus, read_documents([text]), directory)
+        *train, val = download_fineweb(directory, shards)
+        with writing(directory) as new:
+            listed = publish(name, [entry(path) for path in train], [entry(val)], new)
     else:
-        if isinstance(corpus, (str, Path)):
-            corpus = [corpus]
-        files = [Path(file) for file in corpus]
-        name = Path(files[0].name.removesuffix(".xz").removesuffix(".gz")).stem
-        if name in CORPORA:
-            raise ValueError(f"{name} is a corpus: ask for it alone, or rename {files[0]}")
-        paths = write_text(name, read_documents(files), directory)
+        if corpus == "python":
+            documents = documents_in(file.read_bytes() for file in standard_library())
+        elif corpus == "installed":
+            documents = sorted(set(documents_in(file.read_bytes() for file in packages())), key=digest)
+        elif corpus == "shakespeare":
+            documents = documents_in([download_shakespeare()])
+        else:
+            if isinstance(corpus, (str, Path)):
+                corpus = [corpus]
+            files = [Path(file) for file in corpus]
+            name = name_of(files)
+            documents = documents_in(read_texts(files))
+        listed = write_text(name, documents, directory)
 
-    for path in paths:
-        print(f"{path}: {check_shard(path)} tokens, sha256 {digest(path.read_bytes()).hex()[:8]}")
-    print(f"now: python train_gpt.py --corpus={paths[0].name.rsplit('_train_', 1)[0]}")
+    paths = [directory / shard["file"] for shard in listed]
+    for path, shard in zip(paths, listed):
+        print(f"{path}: {shard['tokens']} tokens, sha256 {shard['sha256'][:8]}")
+    print(f"now: python train_gpt.py {shlex.quote(f'--corpus={name}')}")
     return paths
 
 
@@ -309,15 +458,29 @@ def main(argv):
 
     # A name may have a number of shards after it.
     shards = 1
-    if len(corpus) == 2 and corpus[0] == "fineweb" and corpus[1].isdecimal():
-        shards = int(corpus.pop())
-    if len(corpus) == 1:
-        corpus = corpus[0]
     try:
+        if len(corpus) == 2 and corpus[0] == "fineweb" and corpus[1].isdecimal():
+            shards = int(corpus.pop())
+        if len(corpus) == 1:
+            corpus = corpus[0]
         prepare(corpus, shards=shards)
+    except MemoryError:
+        raise SystemExit("prepare.py: so much text does not fit into the memory: give less of it")
+    except BrokenPipeError:
+        raise      # nobody reads what is printed
     except (ValueError, OSError) as error:
         raise SystemExit(f"prepare.py: {error}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    # A terminal may lack letters of a name. Without a terminal or a file there is no stdout.
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    try:
+        main(sys.argv[1:])
+    except BrokenPipeError:
+        # Whoever read the lines has gone. Python is not to try once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,18 +1,30 @@
-"""The tests of data/prepare.py: documents in, shards out, downloads from a server that breaks them off."""
+"""The tests of data/prepare.py, and of how train_gpt.py reads what it makes: text in, a whole corpus out."""
 import collections
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import http.server
+import itertools
+import json
 import lzma
+import os
 import random
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import prepare
+import train_gpt
 
 
 def shard(tokens=(1, 2, 3), magic=20240520, version=1, n=None):
@@ -65,13 +77,12 @@ def test_bad_shard_is_named_with_its_fault_and_the_way_out(tmp_path, data, fault
 
 # ---- Text --------------------------------------------------------------------------------------------------
 
-XZ = ("my.txt.xz", lzma.compress(b"\nA:\nlonger one\n\n \r\n\n  B:\nspeech\n"))
-GZ = ("novels.txt.gz", gzip.compress(b"second"))
-MARKED = b"one\0\n<|endoftext|>\n \n<|endoftext|>\r\ntwo <|endoftext|>\n\n2\n<|endoftext|>"
+XZ = ("my.txt.xZ", lzma.compress(b"\nA:\nlonger one\n\n \r\n\n  B:\nspeech\n"))
+GZ = ("novels.TXT.Gz", gzip.compress(b"second"))
+MARKED = b"one\n<|endoftext|>\n \n<|endoftext|>\r\ntwo <|endoftext|>\n\n2\n<|endoftext|>"
 
 
 @pytest.mark.parametrize("files, train, val", [
-    # 0 ends documents, and is nowhere else.
     ([("my.txt", MARKED)], b"two <|endoftext|>\n\n2\n", b"one\n"),
     ([XZ], b"A:\nlonger one", b"  B:\nspeech"),
     ([XZ, XZ], b"A:\nlonger one", b"  B:\nspeech"),
@@ -155,13 +166,25 @@ def test_long_text_is_several_shards_and_a_shorter_one_replaces_them_all(tmp_pat
         text.write_bytes(content)
         paths = prepare.prepare(text, tmp_path)
         assert [prepare.check_shard(path) for path in paths] == sizes
-    assert files_in(tmp_path) == ["t.txt", "t_train_000000.bin", "t_val_000000.bin"]
+    assert files_in(tmp_path) == ["t.json", "t.txt", "t_train_000000.bin", "t_val_000000.bin"]
 
 
 @pytest.mark.parametrize("args, message", [
     ([], "prepare.py FILE"),
     (["pyton"], "cannot read pyton .* one of python, installed, shakespeare, fineweb"),
+    (["directory"], "cannot read directory .no regular file"),
+    (["pipe"], "cannot read pipe .no regular file"),
+    (["/dev/zero"], "cannot read /dev/zero .no regular file"),
+    (["x" * 300], "cannot read x+ "),
+    ([""], "no name"),
+    ([".gz"], "'.gz' has no name"),
+    ([".txt.gz"], "'.txt.gz' has no name"),
+    (["a\nb"], r"'a\\nb' has letters that cannot be printed"),
+    (["1", "\udcff.txt"], r"'\\udcff.txt' has letters that cannot be printed"),
+    (["fineweb", "0"], "1 to 103"),
     (["fineweb", "104"], "1 to 103"),
+    (["fineweb", "99999999999999999999"], "1 to 103"),
+    (["fineweb", "9" * 5000], "9|digits"),
     (["fineweb", "x"], "fineweb is a corpus"),
     (["x.xz"], "cannot read x.xz"),
     (["x.gz"], "cannot read x.gz"),
@@ -173,59 +196,414 @@ def test_user_errors_are_one_message(tmp_path, monkeypatch, args, message):
     files = {"x.xz": b"not xz", "x.gz": gzip.compress(b"x")[:-9], "1": b"one", "0": b" \n"}
     for name, data in files.items():
         Path(name).write_bytes(data)
-    with pytest.raises(SystemExit, match=message):
+    Path("directory").mkdir()
+    os.mkfifo("pipe")
+    with pytest.raises(SystemExit, match=message) as error:
         prepare.main(args)
+    if args:
+        assert "\n" not in str(error.value)
+
+
+# ---- A corpus is whole and one, or it is not there ---------------------------------------------------------
+
+OLD = b"old one\n\nvalidate\n\n" * 3
+NEW = b"new" * 30 + b"\n\nanother validation"
+
+
+def read(corpus):
+    """The tokens of a corpus, a path without _train_..., as train_gpt.py reads them: bytes (train, val)."""
+    c = train_gpt.Config(corpus=str(corpus), sequence=2)
+    shards = [train_gpt.Shards(c, split, "cpu").shards for split in ("train", "val")]
+    return [b"".join(bytes(shard.astype(np.uint8)) for shard in split) for split in shards]
+
+
+def old_and_new(tmp_path, monkeypatch):
+    """A corpus t of OLD, in several shards, and the file t.txt, which now holds NEW -> what both read as."""
+    text = tmp_path / "t.txt"
+    monkeypatch.setattr(prepare, "SHARD", 20)
+    text.write_bytes(NEW)
+    prepare.prepare(text, tmp_path)
+    new = read(tmp_path / "t")
+    text.write_bytes(OLD)
+    prepare.prepare(text, tmp_path)
+    old = read(tmp_path / "t")
+    text.write_bytes(NEW)
+    assert sum(map(len, old)) == len(b"old one\0validate\0" * 3) and old != new
+    return old, new
+
+
+def test_the_manifest_lists_shards_with_their_sha256(tmp_path, monkeypatch):
+    old_and_new(tmp_path, monkeypatch)
+    manifest = json.loads((tmp_path / "t.json").read_text())
+    assert list(manifest) == ["train", "val"] and len(manifest["train"]) > 1
+    for split, shards in manifest.items():
+        for i, entry in enumerate(shards):
+            content = (tmp_path / f"t_{split}_{i:06d}.bin").read_bytes()
+            assert entry == {
+                "file": f"t_{split}_{i:06d}.bin",
+                "tokens": len(content[1024:]) // 2,
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+    listed = [entry["file"] for shards in manifest.values() for entry in shards]
+    assert files_in(tmp_path) == sorted(["t.json", "t.txt", *listed])
+
+
+def test_shards_that_are_left_of_a_longer_text_are_removed_and_no_others(tmp_path):
+    left = ["t_train_000001.bin", "t_val_000003.bin"]
+    others = ["t_u_train_000001.bin", "t_train_1.bin", "t_test_000001.bin", "u_val_000001.bin"]
+    (tmp_path / ".new").mkdir()
+    for name in left + others + [".new/v_train_000000.bin"]:
+        (tmp_path / name).write_bytes(shard())
+    (tmp_path / "t.txt").write_bytes(NEW)
+    paths = prepare.prepare(tmp_path / "t.txt", tmp_path)
+    assert files_in(tmp_path) == sorted(["t.json", "t.txt", *(path.name for path in paths), *others])
+
+
+def killed_at(left, text):
+    """Prepare text in a process that ends at one of the calls that change files -> whether it ended there."""
+    process = os.fork()
+    if process:
+        status = os.waitpid(process, 0)[1]
+        assert os.waitstatus_to_exitcode(status) in (0, 9)
+        return status != 0
+
+    def deadly(call):
+        def instead(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if not left:
+                os._exit(9)
+            return call(*arguments, **options)
+
+        return instead
+
+    for place, name in [(os, "replace"), (Path, "unlink"), (Path, "mkdir"), (np, "memmap")]:
+        setattr(place, name, deadly(getattr(place, name)))
+    try:
+        prepare.prepare(text, text.parent)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def test_killed_at_any_moment_it_leaves_the_old_corpus_or_an_error(tmp_path, monkeypatch):
+    old, new = old_and_new(tmp_path, monkeypatch)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    seen = []
+    for calls in itertools.count(1):
+        for path in tmp_path.glob("t*"):
+            path.unlink()
+        for name, content in before.items():
+            (tmp_path / name).write_bytes(content)
+        if not killed_at(calls, tmp_path / "t.txt"):
+            break
+        try:
+            assert read(tmp_path / "t") == old
+            seen.append("old")
+        except train_gpt.UserError as e:
+            assert re.search(f"{tmp_path}/t.json is empty.*: run python data/prepare.py", str(e))
+            seen.append("error")
+    assert read(tmp_path / "t") == new
+    assert seen == sorted(seen, reverse=True) and {*seen} == {"old", "error"}
+
+    # The next run removes what killed ones have left.
+    assert files_in(tmp_path) == sorted(["t.json", "t.txt", *(path.name for path in tmp_path.glob("t_*"))])
+
+
+def test_the_same_corpus_once_more_can_be_read_all_the_time(tmp_path, monkeypatch):
+    text = tmp_path / "t.txt"
+    text.write_bytes(NEW)
+    train, _ = prepare.prepare(text, tmp_path)
+    first = read(tmp_path / "t")
+    replace = os.replace
+    calls = []
+
+    def look(*arguments):
+        replace(*arguments)
+        calls.append(arguments)
+        assert read(tmp_path / "t") == first
+
+    monkeypatch.setattr(os, "replace", look)
+    prepare.prepare(text, tmp_path)
+    assert len(calls) > 2
+
+    # It also repairs a shard.
+    train.write_bytes(shard())
+    monkeypatch.setattr(os, "replace", replace)
+    prepare.prepare(text, tmp_path)
+    assert read(tmp_path / "t") == first
+
+
+def test_a_file_of_the_users_is_not_taken_for_a_manifest(tmp_path):
+    mine = tmp_path / "t.json"
+    mine.write_bytes(b'{"text": "one"}\n\n{"text": "two"}')
+    with pytest.raises(ValueError, match=f"^{mine} is no list of shards: move it away"):
+        prepare.prepare(mine, tmp_path)
+    assert files_in(tmp_path) == ["t.json"] and b"one" in mine.read_bytes()
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_corpus(tmp_path, monkeypatch):
+    old, _ = old_and_new(tmp_path, monkeypatch)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024 + 30, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=f"^cannot write to {tmp_path} .*too large.: make room") as error:
+            prepare.prepare(tmp_path / "t.txt", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert read(tmp_path / "t") == old
+    assert ".new" not in files_in(tmp_path)
+
+
+def test_of_two_at_once_one_waits_for_the_other(tmp_path):
+    (tmp_path / "t.txt").write_bytes(NEW)
+    script = shutil.copy(prepare.__file__, tmp_path / "prepare.py")
+    directory = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    other = subprocess.Popen([sys.executable, script, tmp_path / "t.txt"], stdout=subprocess.PIPE, text=True)
+    with other:
+        assert other.stdout.readline() == f"another prepare.py writes to {tmp_path}: waiting\n"
+        assert files_in(tmp_path) == ["prepare.py", "t.txt"]
+        os.close(directory)
+        assert other.stdout.read().endswith("now: python train_gpt.py --corpus=t\n")
+    assert other.returncode == 0
+    assert read(tmp_path / "t")
+
+
+def test_two_at_once_do_not_mix(tmp_path):
+    script = shutil.copy(prepare.__file__, tmp_path / "prepare.py")
+    expected = []
+    for i in range(3):
+        text = tmp_path / f"{i}" / "t.txt"
+        text.parent.mkdir()
+        text.write_bytes(b"\n\n".join(b"%d" % i * (n + 1) for n in range(300)))
+        prepare.prepare(text, text.parent)
+        expected.append(read(text.parent / "t"))
+    several = [subprocess.Popen([sys.executable, script, tmp_path / f"{i}" / "t.txt"]) for i in range(3)]
+    assert [process.wait() for process in several] == [0] * 3
+    assert read(tmp_path / "t") in expected
+
+
+# ---- How train_gpt.py reads it -----------------------------------------------------------------------------
+
+def test_a_byte_that_was_changed_is_found_in_any_shard(tmp_path, monkeypatch):
+    old_and_new(tmp_path, monkeypatch)
+    prepare.prepare(tmp_path / "t.txt", tmp_path)
+    paths = sorted(tmp_path.glob("*.bin"))
+    assert len(paths) > 2
+    for path in paths:
+        content = path.read_bytes()
+        for place in (20, 1024, len(content) - 2):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+            with pytest.raises(train_gpt.UserError, match=f"^{path} .*sha256: delete it, and run data/prep"):
+                read(tmp_path / "t")
+        path.unlink()
+        with pytest.raises(train_gpt.UserError, match=f"^{path} is missing: run data/prepare.py again"):
+            read(tmp_path / "t")
+        path.write_bytes(content)
+    read(tmp_path / "t")
+
+
+def test_shards_are_those_of_the_manifest_or_without_one_all_of_that_name(tmp_path):
+    (tmp_path / "t.txt").write_bytes(NEW)
+    prepare.prepare(tmp_path / "t.txt", tmp_path)
+    train, val = read(tmp_path / "t")
+    prepare.write_shard(tmp_path / "t_train_000001.bin", np.full(9, 65))
+    assert read(tmp_path / "t") == [train, val]
+    (tmp_path / "t.json").unlink()
+    assert read(tmp_path / "t") == [train + b"A" * 9, val]
+
+
+GOOD = {"file": "t_train_000000.bin", "tokens": 3, "sha256": hashlib.sha256(shard()).hexdigest()}
+
+
+@pytest.mark.parametrize("manifest", [
+    "{", "\xff", "0", "null", "[]", "{}", '"train"', "[" * 10**5,
+    {"train": []},
+    {"train": {"file": "t_train_000000.bin"}},
+    {"train": [GOOD, "file"]},
+    {"train": [{"file": GOOD["file"]}]},
+    {"train": [GOOD | {"sha256": None}]},
+    {"train": [GOOD | {"sha256": ""}]},
+    {"train": [GOOD | {"file": 3}]},
+    {"train": [GOOD | {"file": "../outside.bin"}]},
+    {"train": [GOOD | {"file": "/etc/outside.bin"}]},
+    {"train": [GOOD | {"file": "..\\outside.bin"}]},
+    {"train": [GOOD | {"file": ".."}]},
+    {"train": [GOOD | {"file": ""}]},
+], ids=range(20))
+def test_a_damaged_manifest_is_named_with_the_way_out(tmp_path, manifest):
+    (tmp_path / "outside.bin").write_bytes(shard())
+    corpus = tmp_path / "in" / "t"
+    corpus.parent.mkdir()
+    for split in ("train", "val"):
+        (corpus.parent / f"t_{split}_000000.bin").write_bytes(shard())
+    path = corpus.parent / "t.json"
+    path.write_text(json.dumps({"train": [GOOD], "val": [GOOD | {"file": "t_val_000000.bin"}]}))
+    read(corpus)
+    path.write_text(manifest if isinstance(manifest, str) else json.dumps(manifest), encoding="latin-1")
+    with pytest.raises(train_gpt.UserError, match=f"^{path} is damaged, .*: move it away, and run data/prep"):
+        read(corpus)
+
+
+def test_an_empty_manifest_says_that_shards_are_being_written(tmp_path):
+    for split in ("train", "val"):
+        prepare.write_shard(tmp_path / f"my book_{split}_000000.bin", np.arange(9))
+    read(tmp_path / "my book")
+    (tmp_path / "my book.json").touch()
+    message = f"^{tmp_path}/my book.json is empty.*: run python data/prepare.py '{tmp_path}/my book' "
+    with pytest.raises(train_gpt.UserError, match=message):
+        read(tmp_path / "my book")
+
+
+def test_the_default_corpus_is_made_where_it_is_not_there(tmp_path, monkeypatch, capfd):
+    """Also where one that made it was killed. What prepare.py says is seen if it fails."""
+    script = tmp_path / "prepare.py"
+    script.write_text("raise SystemExit('prepare.py: the disk is full')")
+    monkeypatch.setattr(train_gpt, "DATA", tmp_path)
+    with pytest.raises(train_gpt.UserError, match="data/prepare.py could not make the corpus python"):
+        read("python")
+    assert "prepare.py: the disk is full" in capfd.readouterr().err
+
+    script.write_text("from pathlib import Path\nimport sys\n"
+                      f"sys.path.insert(0, {os.path.dirname(prepare.__file__)!r})\nimport prepare\n"
+                      f"prepare.write_text('python', [b'one', b'two'], Path({str(tmp_path)!r}))")
+    (tmp_path / "python.json").touch()
+    assert sorted(read("python")) == [b"one\0", b"two\0"]
+    script.unlink()
+    read("python")
+
+
+# ---- What is no text ---------------------------------------------------------------------------------------
+
+BINARY = bytes(range(256)) * 9
+
+
+@pytest.mark.parametrize("name, content, offset", [
+    ("zero.txt", b"a\0b\n\nc", 1),
+    ("latin.txt", "one\n\nf\xfcr".encode("latin-1"), 6),
+    ("utf16.txt", "one\n\ntwo".encode("utf-16"), 0),
+    ("utf16.txt", "one\n\ntwo".encode("utf-16-le"), 1),      # valid UTF-8, but for its 0
+    ("end.txt", "one\n\ntw\xf6".encode()[:-1], 7),
+    # a letter of two bytes, of which one piece has the first, and the next piece no second
+    ("pieces.txt", b"x" * (2**20 - 1) + b"\xc3" + b"\n\ny", 2**20 - 1),
+    ("later.txt", b"x" * 2**20 + b"\n\n\xff", 2**20 + 2),
+    ("gz.gz", gzip.compress(b"one\n\n" + BINARY), 5),
+    ("twice.gz.xz", lzma.compress(gzip.compress(b"one\n\ntwo")), 1),
+    ("b.bz2", b"BZh91AY&SY\xff\0", 10),
+    ("z.zip", b"PK\3\4\x14\0\n\n", 5),
+    ("it's.txt", b"\xff", 0),
+])
+def test_what_is_not_utf8_is_refused_with_the_byte_and_the_way_out(tmp_path, name, content, offset):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        prepare.prepare(path, tmp_path)
+    said, way_out = str(error.value).split(": unpack it, or convert it, ")
+    assert said == f"{path} is not UTF-8 text at byte {offset}"
+    assert shlex.split(way_out) == ["iconv", "-f", "ITS_ENCODING", "-t", "utf-8", str(path), ">", "NEW_FILE"]
+    assert files_in(tmp_path) == [name]
+
+
+def test_letters_of_several_bytes_may_lie_across_the_pieces_that_are_read(tmp_path):
+    text = tmp_path / "t.txt"
+    text.write_bytes(b"x" * (2**20 - 1) + "\xfc\n\n\xfc".encode())
+    train, val = prepare.prepare(text, tmp_path)
+    assert train.read_bytes() == shard_of(b"x" * (2**20 - 1) + "\xfc".encode())
+    assert val.read_bytes() == shard_of("\xfc".encode())
+
+
+def test_text_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "LIMIT", 3 * 2**20)
+    files = [tmp_path / "a.txt", tmp_path / "bomb.gz"]
+    files[0].write_bytes(b"x\n\n" + b"y" * 2**20)
+    files[1].write_bytes(gzip.compress(b"x" * 2**24))
+    message = f"{files[1]} has too much text: all files together may have {3 * 2**20} bytes$"
+    with pytest.raises(ValueError, match=message):
+        prepare.prepare(files, tmp_path)
+
+    def no_memory(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(prepare, "read_text", no_memory)
+    with pytest.raises(SystemExit, match="does not fit into the memory"):
+        prepare.main([str(files[0])])
+
+
+@pytest.mark.parametrize("name", ["my book", "it's", "gr\xf6\xdfe", "a$b", "x;y", "-q"])
+def test_the_command_that_is_printed_is_one_that_a_shell_takes(tmp_path, name, capsys):
+    path = tmp_path / f"{name}.txt"
+    path.write_bytes(b"one\n\ntwo")
+    prepare.prepare(path, tmp_path)
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("now: ")
+    assert shlex.split(command) == ["python", "train_gpt.py", f"--corpus={name}"]
+
+
+def test_the_output_may_be_ascii_or_closed(tmp_path):
+    """The script runs on a copy of itself, since it writes where it stands."""
+    script = tmp_path / "prepare.py"
+    shutil.copy(prepare.__file__, script)
+    text = tmp_path / "gr\xf6\xdfe.txt"
+    text.write_bytes(b"one\n\ntwo")
+    command = [sys.executable, script, text]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_only)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("now: python train_gpt.py '--corpus=gr??e'\n")
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- Downloads ---------------------------------------------------------------------------------------------
 
-BODY = shard(np.random.default_rng(0).integers(0, 50257, 10**5))
-HALF = len(BODY) // 2
-VAL = "fineweb_val_000000.bin"
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers as the server's script says: with an error, "whole", "drop" (half of it), or as Range asks."""
+    """Answers as the server's script says: with an error, or with bytes, at a given pace."""
 
     def do_GET(self):
         s = self.server
-        begin = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-        s.asked.append((self.path[1:], begin))
+        s.asked += 1
 
         # The last entry of the script is for good.
         how = s.script[0]
         if len(s.script) > 1:
             s.script = s.script[1:]
-        if how == "resume" and begin >= len(s.body):
-            how = 416
         if isinstance(how, int):
             self.send_error(how)
             return
 
-        if how != "resume":
-            begin = 0
-        if begin:
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {begin}-{len(s.body) - 1}/{len(s.body)}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(s.body) - begin))
+        self.send_response(200)
         self.end_headers()
-        self.wfile.write(s.body[begin:HALF if how == "drop" else None])
+        with contextlib.suppress(OSError):      # the client may have gone
+            for i in range(0, len(how), 5):
+                self.wfile.write(how[i:i + 5])
+                if s.pause:
+                    threading.Event().wait(s.pause)
+
+
+TEXT = b"A:\nspeak.\n\nB:\nno.\n"
+LOG_IN = b"<html>Log in first!</html>"
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A local server of `body` that answers each request as the next of `script` says.
+    """A local server of Shakespeare that answers each request as the next of `script` says.
 
-    asked: the names and first bytes that it was asked for; waits: the seconds before each try.
+    asked: how many requests it had; waits: the seconds before each new try.
     """
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as s:
-        s.asked = []
+        s.asked = 0
         s.waits = []
-        s.body = BODY
-        for name in ("FINEWEB", "SHAKESPEARE"):
-            monkeypatch.setattr(prepare, name, f"http://127.0.0.1:{s.server_port}/")
+        s.pause = 0
+        monkeypatch.setattr(prepare, "SHAKESPEARE", f"http://127.0.0.1:{s.server_port}/")
+        monkeypatch.setattr(prepare, "SHAKESPEARE_SIZE", len(TEXT))
+        monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT).hexdigest())
         monkeypatch.setattr(prepare.time, "sleep", s.waits.append)
         monkeypatch.setenv("no_proxy", "*")
         threading.Thread(target=s.serve_forever, args=[0.01], daemon=True).start()
@@ -233,54 +611,106 @@ def server(monkeypatch):
         s.shutdown()
 
 
-@pytest.mark.parametrize("left, script, body, asked, fault", [
-    (b"", ["drop", "resume"], BODY, [0, HALF], ""),
-    (b"", ["drop", 503, "resume"], BODY, [0, HALF, HALF], ""),
-    (b"", ["drop", "whole"], BODY, [0, HALF], ""),      # Range ignored
-    (BODY[:HALF], ["resume"], BODY, [HALF], ""),
-    (BODY + b"old", ["resume"], BODY, [len(BODY) + 3, 0], ""),
-    (b"", [503], BODY, [0] * 6, "503"),
-    (b"", [429], BODY, [0] * 6, "429"),
-    (b"", [404], BODY, [0], "404"),
-    (b"", ["whole"], shard(magic=7), [0], " 7"),
-    (b"", ["whole"], BODY[:-2], [0], "truncated"),
-    (b"", ["drop"], BODY, [0] + [HALF] * 5, f"closed after {HALF} of {len(BODY)} bytes"),
-], ids=range(11))
-def test_download_is_bitwise_right_or_says_what_to_do(server, tmp_path, left, script, body, asked, fault):
-    path = tmp_path / VAL
-    part = tmp_path / (VAL + ".part")
-    if left:
-        part.write_bytes(left)      # by an earlier run
+@pytest.mark.parametrize("script, asked, fault", [
+    ([TEXT], 1, ""),
+    ([503, TEXT[:-1], TEXT], 3, ""),
+    ([LOG_IN, TEXT], 2, ""),
+    ([404], 3, "404"),
+    ([TEXT[:9]], 3, "is another text"),
+    ([LOG_IN], 3, "<html>.* is another text"),
+    ([TEXT + b"!"], 3, "is another text"),
+])
+def test_shakespeare_is_that_text_or_an_error_and_leaves_only_shards(server, tmp_path, script, asked, fault):
     server.script = script
-    server.body = body
-    expectation = pytest.raises(ValueError, match=fault) if fault else contextlib.nullcontext()
-    with expectation as error:
-        prepare.download(prepare.FINEWEB + VAL, path, prepare.check_shard)
-    assert server.asked == [(VAL, begin) for begin in asked]
-    assert server.waits == [*range(len(asked))]
-    if not fault:
-        assert files_in(tmp_path) == [VAL] and path.read_bytes() == BODY
-        return
+    if fault:
+        message = f"^http://127.*{fault}.*data/prepare.py python$"
+        with pytest.raises(ValueError, match=message):
+            prepare.prepare("shakespeare", tmp_path)
+        assert files_in(tmp_path) == []
+    else:
+        # It is cut into speeches.
+        train, val = prepare.prepare("shakespeare", tmp_path)
+        assert train.read_bytes() == shard_of(b"A:\nspeak.")
+        assert val.read_bytes() == shard_of(b"B:\nno.")
+        assert files_in(tmp_path) == ["shakespeare.json", train.name, val.name]
+    assert server.asked == asked
+    assert server.waits == [0, 1, 2][:asked]
 
-    # What another try, or run, can go on from is kept.
-    assert files_in(tmp_path) == ([part.name] if script == ["drop"] else [])
-    for said in (prepare.FINEWEB, f"tries: {len(asked)}", f"by hand to {tmp_path}", "data/prepare.py python"):
-        assert said in str(error.value)
+
+def test_a_download_that_drips_ends_after_a_while(server, tmp_path, monkeypatch):
+    server.script = [TEXT]
+    server.pause = 0.2
+    monkeypatch.setattr(prepare, "PATIENCE", 0.3)
+    with pytest.raises(ValueError, match=r"only \d+ bytes came in 0.3 seconds"):
+        prepare.prepare("shakespeare", tmp_path)
+    assert server.asked == 1
 
 
-def test_corpora_download_only_what_is_missing_or_bad(server, tmp_path):
-    server.script = ["whole"]
-    good = "fineweb_train_000001.bin"
-    bad = "fineweb_train_000002.bin"
-    (tmp_path / good).write_bytes(BODY)
-    (tmp_path / bad).write_bytes(BODY[:-1])
-    paths = prepare.prepare("fineweb", tmp_path, 2)
-    assert paths == [tmp_path / name for name in (good, bad, VAL)]
-    assert [name for name, _ in server.asked] == [bad, VAL]
-    assert files_in(tmp_path) == [good, bad, VAL]
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the package huggingface_hub. files: what it has; asked: what it was asked for."""
+    hub = types.SimpleNamespace(files={}, asked=[])
 
-    # Shakespeare is cut into speeches.
-    server.body = b"A:\nspeak.\n\nB:\nno.\n"
-    train, val = prepare.prepare("shakespeare", tmp_path)
-    assert train.read_bytes() == shard_of(b"A:\nspeak.")
-    assert val.read_bytes() == shard_of(b"B:\nno.")
+    def hf_hub_download(repo_id, repo_type, filename, local_dir):
+        assert (repo_id, repo_type) == ("kjj0/fineweb10B-gpt2", "dataset")
+        hub.asked.append(filename)
+        if filename not in hub.files:
+            raise RuntimeError("no\nsuch file")
+        (Path(local_dir) / filename).write_bytes(hub.files[filename])
+
+    hub.hf_hub_download = hf_hub_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    return hub
+
+
+FINEWEB = ["fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin"]
+
+
+def test_fineweb_is_fetched_where_it_is_missing_or_damaged(hub, tmp_path):
+    good, bad, val = [tmp_path / name for name in FINEWEB]
+    good.write_bytes(shard([50256]))
+    bad.write_bytes(shard()[:-1])
+    hub.files = {name: shard([i]) for i, name in enumerate(FINEWEB)}
+    assert prepare.prepare("fineweb", tmp_path, 2) == [good, bad, val]
+    assert hub.asked == FINEWEB[1:]
+    assert [path.read_bytes() for path in (good, bad, val)] == [shard([50256]), shard([1]), shard([2])]
+    manifest = json.loads((tmp_path / "fineweb.json").read_text())
+    assert [entry["file"] for entry in manifest["train"]] == FINEWEB[:2]
+
+    # With fewer shards nothing is fetched, and no download is thrown away.
+    assert prepare.prepare("fineweb", tmp_path, 1) == [good, val]
+    assert hub.asked == FINEWEB[1:]
+    assert files_in(tmp_path) == ["fineweb.json", *FINEWEB]
+
+    # A byte that has changed since is not listed as right.
+    good.write_bytes(shard([50255]))
+    with pytest.raises(ValueError, match=f"^{good} is not what it was by {tmp_path}/fineweb.json: delete it"):
+        prepare.prepare("fineweb", tmp_path, 1)
+    good.unlink()
+    hub.files[good.name] = shard([50256])
+    assert prepare.prepare("fineweb", tmp_path, 2) == [good, bad, val]
+
+
+@pytest.mark.parametrize("content, fault", [
+    (None, r"fineweb_train_000002.bin failed \(no such file\).*by hand from https://huggingface.co/dat"),
+    (shard()[:-1], "fineweb_train_000002.bin is truncated.*delete it and run python data/prepare.py fineweb"),
+])
+def test_fineweb_that_cannot_be_fetched_is_one_line(hub, tmp_path, content, fault):
+    hub.files = {FINEWEB[0]: shard()}
+    if content:
+        hub.files[FINEWEB[1]] = content
+    with pytest.raises(ValueError, match=fault) as error:
+        prepare.prepare("fineweb", tmp_path, 2)
+    assert "\n" not in str(error.value)
+
+
+def test_without_its_package_fineweb_may_be_fetched_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)      # to import it is an error
+    train = tmp_path / FINEWEB[0]
+    val = tmp_path / FINEWEB[2]
+    train.write_bytes(shard())
+    message = f"pip install huggingface_hub. Or fetch .* to {tmp_path}, .*: fineweb_val_000000.bin$"
+    with pytest.raises(ValueError, match=message):
+        prepare.prepare("fineweb", tmp_path)
+    val.write_bytes(shard())
+    assert prepare.prepare("fineweb", tmp_path) == [train, val]
