@@ -256,23 +256,15 @@ class Shards:
     """
 
     def __init__(self, c, split, device):
-        corpus = DATA / c.corpus
-        manifest = corpus.parent / f"{corpus.name}.json"
-        found = find_shards(manifest, split)
-
         # The default corpus can be made on the spot, from what every machine has.
+        corpus = DATA / c.corpus
+        found = find_shards(corpus, split)
         if c.corpus == "python" and not found:
-            made = subprocess.run([sys.executable, DATA / "prepare.py", "python"])
-            if made.returncode:
-                raise UserError("data/prepare.py could not make the corpus python, as it says above: put "
-                                "that right, or name another --corpus")
-            found = find_shards(manifest, split)
+            subprocess.run([sys.executable, DATA / "prepare.py", "python"])
+            found = find_shards(corpus, split)
         if not found:
-            fault = f"no {corpus}_{split}_*.bin"
-            if os.path.exists(manifest):
-                fault = f"{manifest} is empty, since its shards are being written, or that was broken off"
-            raise UserError(f"{fault}: run python data/prepare.py {shlex.quote(c.corpus)} "
-                            "(python, shakespeare, fineweb, or text files)")
+            raise UserError(f"no {corpus}_{split}_*.bin, or they are being written: run python data/prepare.py "
+                            f"{shlex.quote(c.corpus)} (python, shakespeare, fineweb, or text files)")
 
         # No window crosses from one shard to the next. The places where one can start are numbered through
         # all shards, and `ends` is where the places of each shard end.
@@ -310,29 +302,23 @@ class Shards:
             yield self.at(places[i:i + c.batch])
 
 
-def find_shards(manifest, split):
-    """The shards of a split that a manifest, CORPUS.json, lists: [(path, sha256), ...].
+def find_shards(corpus, split):
+    """The shards of a split, [(path, sha256), ...]: those that CORPUS.json lists, prepare.py's manifest.
 
-    None while it is empty, since they are being written. Without a manifest another tool may have written
-    them: then they are found by their names, and sha256 is None. UserError if it is damaged.
+    It is empty while shards are being replaced: then there are none. Without it other tools may have written
+    them: any of such a name, and sha256 is None. UserError if it is damaged.
     """
-    if not os.path.exists(manifest):
-        pattern = f"{glob.escape(manifest.stem)}_{split}_{'[0-9]' * 6}.bin"
-        return [(path, None) for path in sorted(manifest.parent.glob(pattern))]
-    try:
-        text = manifest.read_bytes()
-        if not text:
-            return []
-        shards = [(shard["file"], shard["sha256"]) for shard in json.loads(text)[split]]
-        # A name with a separator could lead out of the directory.
-        sound = [re.fullmatch(r"[^/\\]+\.bin", file) and re.fullmatch("[0-9a-f]{64}", sha256)
-                 for file, sha256 in shards]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):      # whatever the damage leads to
-        sound = []
-    if not sound or not all(sound):
-        raise UserError(f"{manifest} is damaged, or no list of shards: move it away, and run data/prepare.py "
-                        "again")
-    return [(manifest.parent / file, sha256) for file, sha256 in shards]
+    manifest = corpus.with_name(f"{corpus.name}.json")
+    if not manifest.exists():
+        pattern = f"{glob.escape(corpus.name)}_{split}_{'[0-9]' * 6}.bin"
+        return [(path, None) for path in sorted(corpus.parent.glob(pattern))]
+    if not manifest.stat().st_size:
+        return []
+    way_out = "is damaged, or no list of shards: move it away, and run data/prepare.py again"
+    shards = read_json(manifest, dict(train=list, val=list), way_out)[split]
+    if not shards or not all(fits(shard, dict(file=str, tokens=int, sha256=str)) for shard in shards):
+        raise UserError(f"{manifest} {way_out}")
+    return [(corpus.with_name(Path(shard["file"]).name), shard["sha256"]) for shard in shards]
 
 
 def read_shard(path, c, sha256):
@@ -750,14 +736,14 @@ def as_json(**record):
     return json.dumps(record) + "\n"
 
 
-def read_json(path, kinds):
-    """The record in a file, of these kinds, {name: type}. UserError if it is damaged."""
+def read_json(path, kinds, way_out="is damaged: remove it, then resume"):
+    """The record in a file, of these kinds, {name: type}. UserError if it is none."""
     try:
         record = json.loads(path.read_text())
     except (ValueError, RecursionError):
         record = None
     if not fits(record, kinds):
-        raise UserError(f"{path} is damaged: remove it, then resume")
+        raise UserError(f"{path} {way_out}")
     return record
 
 
