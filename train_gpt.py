@@ -263,8 +263,9 @@ class Shards:
             subprocess.run([sys.executable, DATA / "prepare.py", "python"])
             found = find_shards(corpus, split)
         if not found:
-            raise UserError(f"no {corpus}_{split}_*.bin, or they are being written: run python data/prepare.py "
-                            f"{shlex.quote(c.corpus)} (python, shakespeare, fineweb, or text files)")
+            raise UserError(f"no {corpus}_{split}_*.bin, or they are being written: run python "
+                            f"data/prepare.py {shlex.quote(c.corpus)} (python, shakespeare, fineweb, or text "
+                            "files)")
 
         # No window crosses from one shard to the next. The places where one can start are numbered through
         # all shards, and `ends` is where the places of each shard end.
@@ -640,11 +641,11 @@ CHECKPOINTS = ("checkpoint.pt", "previous.pt")     # the last one, and the one b
 
 # What files of a run hold, {name: type}
 NUMBER = int, float
+OR_NULL = int, float, type(None)
 KNOBS = {name: NUMBER if kind is float else kind for name, kind in Config.__annotations__.items()}
-COMPARISON = dict(config=dict, corpus=str, code=str, processes=int)
-CHECKPOINT = COMPARISON | dict(step=int, log=dict, model=dict, optimizer=dict, generators=list)
 LOG = dict(text=str, skipped=int, val_loss=NUMBER)
-OR_NULL = *NUMBER, type(None)
+COMPARISON = dict(config=KNOBS, corpus=str, code=str, processes=int)
+CHECKPOINT = COMPARISON | dict(step=int, log=LOG, model=dict, optimizer=dict, generators=list)
 RESULT = dict(recipe=str, val_loss=OR_NULL, skipped=OR_NULL, tokens_per_s=OR_NULL, peak_gib=OR_NULL)
 
 SOURCES = [Path(__file__).with_name(name) for name in ("quartet.py", "kernels.py", "train_gpt.py")]
@@ -694,8 +695,8 @@ def need_room(directory, model):
     there = sum(path.stat().st_size for path in directory.glob("*.pt"))
     room = shutil.disk_usage(directory).free + there
     if room < needed:
-        raise UserError(f"{directory} needs {needed / 1e6:,.0f} MB for checkpoints, and the disk has room for "
-                        f"{room / 1e6:,.0f}: remove old runs, or go to another directory")
+        raise UserError(f"{directory} needs {needed / 1e6:,.0f} MB for checkpoints, and the disk has room "
+                        f"for {room / 1e6:,.0f}: remove old runs, or go to another directory")
 
 
 @contextlib.contextmanager
@@ -748,9 +749,11 @@ def read_json(path, kinds, way_out="is damaged: remove it, then resume"):
 
 
 def fits(record, kinds):
-    """Whether a record is a dict of just these kinds, {name: type}."""
-    return (isinstance(record, dict) and record.keys() == kinds.keys()
-            and all(isinstance(record[name], kind) for name, kind in kinds.items()))
+    """Whether a record is a dict of just these kinds, {name: type, or kinds of a dict in it}."""
+    if isinstance(kinds, dict):
+        return (isinstance(record, dict) and record.keys() == kinds.keys()
+                and all(fits(record[name], kind) for name, kind in kinds.items()))
+    return isinstance(record, kinds)
 
 
 def save(directory, c, step, **state):
@@ -805,20 +808,18 @@ def load_checkpoint(word, names=CHECKPOINTS):
             raise
         checkpoint = None
     c = config_in(path, checkpoint, CHECKPOINT)
-    if not fits(checkpoint["log"], LOG) or not 0 <= checkpoint["step"] <= c.steps:
-        raise UserError(f"{path} holds a log, or a step, that is none of a run")
 
     # The model is not built unless the file holds it: a config alone could ask for any memory.
     with torch.device("meta"):
         model = GPT(c).state_dict()
-    if shapes(checkpoint["model"]) != shapes(model):
-        raise UserError(f"{path} holds other weights than its config says")
+    if shapes(checkpoint["model"]) != shapes(model) or not 0 <= checkpoint["step"] <= c.steps:
+        raise UserError(f"{path} holds other weights, or another step, than its config says")
     return path, checkpoint
 
 
 def config_in(path, record, kinds):
     """The Config in a record that was read from a file. UserError unless it could be that of a run."""
-    if not fits(record, kinds) or not fits(record["config"], KNOBS):
+    if not fits(record, kinds):
         raise UserError(f"{path} was not written by this version of train_gpt.py")
     c = Config(**record["config"])
     try:
