@@ -9,7 +9,6 @@ the bit, those of both backends. A case is made from one integer. Each run tries
 the command that repeats it. On a GPU the kernels run natively; elsewhere Triton interprets them.
 """
 import collections
-import os
 import time
 from typing import NamedTuple
 
@@ -34,8 +33,8 @@ pytestmark = [
 
 # ---- 1. The definitions ------------------------------------------------------------------------------------
 #
-# A small float is the table of its values. E2M1's index is its code, E4M3's its byte; with an even index ends
-# the last bit in 0.
+# A small float is the table of its values. The index is the code of E2M1, or the byte of E4M3. So a value is
+# even where its index is.
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 SIGNED_E2M1 = np.concatenate([-E2M1[:0:-1], E2M1])
@@ -354,11 +353,20 @@ def backend(request):
 
 
 @pytest.fixture(scope="module")
-def kernels():
+def seconds(request):
+    """How long all tests may take together."""
+    option = request.config.getoption("--fuzz", default=None)
+    if option is None:
+        pytest.skip("random inputs for a minute: python -m pytest data/tests/test_fuzz.py --fuzz=60")
+    return option
+
+
+@pytest.fixture(scope="module")
+def kernels(seconds):
     """kernels.py. Without a GPU it is interpreted: Triton reads that variable when it is imported."""
     with pytest.MonkeyPatch.context() as patch:
         if not GPU:
-            os.environ["TRITON_INTERPRET"] = "1"
+            patch.setenv("TRITON_INTERPRET", "1")
             from triton.runtime import interpreter
             # It prepares triton.language in each call of a @jit function. Once a launch is enough: see
             # test_quartet.py.
@@ -382,19 +390,16 @@ def kernels():
 
 
 @pytest.fixture
-def fuzz(request, backend, capsys):
+def fuzz(request, seconds, backend, capsys):
     """A function that calls check(rng, seed) for this test's share of the time, and prints what was tried."""
-    seconds = request.config.getoption("--fuzz", default=None)
     only = request.config.getoption("--fuzz_seed", default=None)
-    if seconds is None:
-        pytest.skip("random inputs for a minute: python -m pytest data/tests/test_fuzz.py --fuzz=60")
-    # Interpreted kernels are slow: of the time of three tests they get three quarters.
-    seconds *= (1 / 4 if backend == "torch" else 3 / 4) / 3
     test = request.node.name
+    # There are three tests of each backend. Interpreted kernels are slow.
+    share = {"torch": 1 / 12, "triton": 3 / 12}[backend]
 
     def run(check):
         first = time.time_ns() // 1000 % 10**9 if only is None else only
-        end = time.monotonic() + seconds
+        end = time.monotonic() + share * seconds
         tried = collections.Counter()
         seed = first
         while seed == first or time.monotonic() < end and only is None:
@@ -506,18 +511,16 @@ class Product(NamedTuple):
 
 def backward_product(gemm, noise, dy, other):
     """Product of dy and the other operand, given with the summed axis last, by a Gemm of RECIPES."""
-    a, a_exact = dy, True
-    b, b_exact = other, True
+    exact = [True]
     n = 1.0
     if gemm.rotation:
         R = rotation(gemm.rotation, noise.signs.cpu().numpy())
         n = (R[0] * R[0]).sum()
-        a, a_exact = rotated(a, R)
-        b, b_exact = rotated(b, R)
-    a = by_definition(gemm.dy, a, int(noise.dy)).values
+        (dy, other), exact = zip(rotated(dy, R), rotated(other, R))
+    dy = by_definition(gemm.dy, dy, int(noise.dy)).values
     if gemm.other:
-        b = by_definition(gemm.other, b, int(noise.other)).values
-    return Product(a, b, n, a_exact and b_exact)
+        other = by_definition(gemm.other, other, int(noise.other)).values
+    return Product(dy, other, n, all(exact))
 
 
 def products_by_definition(row, x, w, dy, noise):
