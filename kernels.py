@@ -442,8 +442,12 @@ def quantize_blocks(b, first, i, seed, QUANTIZER, ROWS, BF16):
             q, s = scale_search_blocks(v, amax, ROWS, BF16)
         elif QUANTIZER == "sr":
             s = round_scale(divide_by(amax, SR_MAX))
+            v = ratio(v, s, False)
+            if not BF16:
+                # Of an amax next to 6 the quotient can be next to 6, too. (bf16 has nothing as near.)
+                v = tl.clamp(v, -6.0, 6.0)
             # From 1 to 2, E2M1's neighbours are 0.5 apart. 0x3F800000 is 1.0.
-            q = round_to_grid(ratio(v, s, False), uniform_blocks(seed, first, i), 0.5, 0x3F800000)
+            q = round_to_grid(v, uniform_blocks(seed, first, i), 0.5, 0x3F800000)
     return q, s * unit
 
 
@@ -833,8 +837,9 @@ def encode_kernel(
         tl.store(tensor_scale_ptr, tl.where(finite, tensor_scale, float("nan")))
 
     # The usual path: no scale is sub-normal.
-    scale = tl.load(scale_ptr + i, there, 0.0).to(tl.float32) * inverse(tensor_scale)
-    if tl.max(((scale > 0) & (scale < 2.0**-6)).to(tl.int32)) == 0 and finite:
+    s = tl.load(scale_ptr + i, there, 0.0).to(tl.float32)
+    scale = s * inverse(tensor_scale)
+    if tl.max(((s > 0) & (scale < 2.0**-6)).to(tl.int32)) == 0 and finite:
         tl.store(block_scale_ptr + place, e4m3_byte(scale), place < size)
     else:
         # Hardly ever: some of these scales are sub-normal in E4M3, or x is not finite. 128 at a time.
@@ -844,7 +849,7 @@ def encode_kernel(
             there_j = (i_j < count) & there_j
             s = tl.load(scale_ptr + i_j, there_j, 0.0).to(tl.float32)
             scale_j = s * inverse(tensor_scale)
-            rare = ((scale_j > 0) & (scale_j < 2.0**-6)) | (there_j & (not finite))
+            rare = ((s > 0) & (scale_j < 2.0**-6)) | (there_j & (not finite))
             if tl.max(rare.to(tl.int32)) > 0:
                 scale_j = encode_again(
                     s, scale_j, i_j, rare, tensor_scale, finite,

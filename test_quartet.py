@@ -566,6 +566,18 @@ def test_noise_is_shared_by_no_rows_seeds_or_neighbours(name, step):
     assert_independent(neighbours)
 
 
+def test_sr_of_an_amax_just_above_6_does_not_round_beyond_6():
+    # Of a float32 next to 6 the scale is 1, and the quotient above 6. This seed's first u is 2^-24.
+    x = torch.zeros(1, 16)
+    x[0, 0] = tensor(6.0).nextafter(tensor(7.0))
+    seed = 2303947
+    assert uniform(seed, x, x)[0][0, 0] == 2.0**-24
+    for v in x, -x:
+        expected = sr(v, seed)
+        assert decode(expected)[0, 0] == 6 * v[0, 0].sign()
+        assert same(kernels.sr(v.to(DEVICE), seed), expected)
+
+
 def test_sr_never_clips():
     # An octave of amaxes; and those next to which the rounding of the scale turns.
     turns = tensor([(digits + 0.5) / 8 * 2.0**e * 96 / 17 for digits in range(8, 16) for e in (-3, -2)])
@@ -1262,6 +1274,8 @@ INPUTS = {
     "nothing": torch.zeros(0, 16),
     "tiny": torch.full((16, 128), 1e-42),
     "huge": with_value(wide(3), 1e30),
+    # Divided by the tensor scale, the second block's scale is no float32 any more.
+    "vanishing": torch.cat([torch.full((8, 16), 1e34), torch.full((8, 16), 2.0**-48)]),
     "transposed": normal(128, 48).T,
     "unaligned": normal(2049)[1:].view(16, 128),
     "nan": with_value(wide(2), math.nan),
@@ -1306,6 +1320,14 @@ def as_nvfp4(operand):
     """codes, scales, tensor scale and values of an op of kernels.py -> NVFP4 on the CPU, and the values."""
     codes, scale, tensor_scale, decoded = (t.cpu() for t in operand)
     return NVFP4(codes, scale.view(float8_e4m3fn), tensor_scale), decoded
+
+
+@parametrize("mode", kernels.MODES)
+@parametrize("kind", ["wide", "below E4M3", "vanishing"])
+def test_values_that_a_kernel_decodes_are_those_of_its_codes(mode, kind):
+    x = INPUTS[kind].bfloat16().to(DEVICE)
+    found, values = as_nvfp4(kernels.quantize(x, mode, 1, tensor(3, device=DEVICE), True, True))
+    assert same([values], [decode(found, bfloat16)])
 
 
 # By three rounds, with a part of x so small that some scales are sub-normal; by other rotations at one size,
