@@ -16,6 +16,7 @@ What a GEMM takes depends on the GPU. FP4 tensor cores (compute capability 10 an
 scales. (The head of quartet.py says how they add.) Elsewhere the first kernel also writes the decoded values,
 which bf16 holds exactly, and cuBLAS multiplies those.
 """
+import math
 import os
 import runpy
 import sys
@@ -417,8 +418,8 @@ def quantize_blocks(b, first, i, seed, QUANTIZER, ROWS, BF16):
 
     QUANTIZER: of MODES, or "bf16": b and 1. ROWS neighbouring rows of b share a scale. BF16: b holds bf16.
     """
-    # The unit of a block is a quarter of the power of two below its amax. In units amax is in [4, 8), and the
-    # scales by which b is divided, amax / 6 to amax / 4 and its neighbours, are in [1/2, 2].
+    # As in quartet.blocks. In units amax is in [4, 8), and the scales by which b is divided, amax / 6 to
+    # amax / 4 and its neighbours, are in [1/2, 2].
     amax = over_rows(tree(tl.abs(b), True), ROWS, True)
     amax = tl.where(amax < TINY, 0.0, amax)
     unit = tl.clamp(0.25 * power_of_two_below(amax), 0.25 * TINY, 2.0**125)
@@ -1137,7 +1138,8 @@ def quantized_as(quantizer, x, block=(1, BLOCK), seed=0, R=None):
     """x (..., K) on a GPU -> NVFP4 of x, or x R, by a mode. ValueError where quartet.check_blocks has one."""
     quartet.check_blocks(x, block)
     seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
-    flat = x.reshape(-1, x.shape[-1])
+    *lead, k = x.shape
+    flat = x.reshape(math.prod(lead), k)
     if R is not None:
         found = rotate_quantize([flat], quantizer, permuted(R), seed, "", None, None, *NVFP4_PARTS)
     else:
@@ -1145,7 +1147,6 @@ def quantized_as(quantizer, x, block=(1, BLOCK), seed=0, R=None):
             flat = flat.float()
         found = quantize(flat, quantizer, block[0], seed, *NVFP4_PARTS)
     t = Operand(*found).nvfp4()
-    *lead, k = x.shape
     return NVFP4(t.codes.view(*lead, k // 2), t.block_scale.view(*lead, k // BLOCK), t.tensor_scale)
 
 

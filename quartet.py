@@ -22,8 +22,9 @@ and then add these totals, rounding toward zero. What decides something here (wh
 a value goes) is specified to the bit: float32, true division, sums in a fixed order. So kernels.py gives the
 same codes and scales, but for the last bits of a rotation's sums.
 
-Finite values can overflow, to infinity or NaN: inputs beyond 3e38, near float32's end; beyond 1e34 if they
-are rotated; gradients beyond 1e32, as sums of rotated values are divided by n last (section 7).
+Finite values can overflow, to infinity or NaN: inputs beyond 2.6e38, near float32's end, or beyond 1e34 if
+they are rotated; and gradients, if the lengths of two vectors that are multiplied have a product beyond 1e32,
+since sums of rotated values are divided by n last (section 7).
 """
 import contextlib
 import math
@@ -171,11 +172,11 @@ TINY = 2.0**-120       # blocks of a smaller amax become zeros: scales stay clea
 
 
 def blocks(x, block=(1, BLOCK)):
-    """Cut x into blocks, and measure each in a unit of its own, a power of two near its amax.
+    """Cut x into blocks, and measure each in a unit of its own, a power of two: a quarter of that below amax.
 
     x (..., M, K) -> b (M/rows, rows, K/16, 16) float32, the values, rows being block[0];
-                     amax (M/rows, 1, K/16, 1), the largest magnitude in units: 0 below TINY, else in [1, 2),
-                     or in [2, 4) near infinity; unit (M/rows, 1, K/16, 1): squares of values in units neither
+                     amax (M/rows, 1, K/16, 1), the largest magnitude in units: 0 below TINY, else in [4, 8);
+                     unit (M/rows, 1, K/16, 1): in units scales are near 1, and squares of values neither
                      overflow nor vanish.
     ValueError for other dtypes and shapes.
     """
@@ -185,7 +186,7 @@ def blocks(x, block=(1, BLOCK)):
     b = x.reshape(math.prod(lead) // rows, rows, k // BLOCK, BLOCK).float()
     amax = b.abs().amax((1, 3), keepdim=True)
     amax = torch.where(amax < TINY, 0.0, amax)
-    unit = power_of_two_below(amax).clamp(TINY, 2.0**126)
+    unit = (0.25 * power_of_two_below(amax)).clamp(0.25 * TINY, 2.0**125)
     return b, amax / unit, unit
 
 
@@ -424,11 +425,10 @@ ROTATIONS = {    # name: size of the Hadamard matrix, repeated along the diagona
 
 
 def hadamard(size, device):
-    """Sylvester's Hadamard matrix of a size, along the diagonal of (128, 128) float32: entries +1, -1, 0
-    outside.
+    """Sylvester's Hadamard matrix of a size, or its negative, along the diagonal of (128, 128) float32.
 
-    Entry (i, j) is -1 if i and j have an odd number of binary ones in common. Example: 3 and 5 share one, so
-    -1.
+    Entries are 1 and -1, and 0 outside: -1 if i and j have an odd number of binary ones in common. Example: 3
+    and 5 share one, so entry (3, 5) is -1.
     """
     i = torch.arange(GROUP, device=device)[:, None]
     j = i.T
@@ -845,8 +845,8 @@ def dampen(model, share):
     for weight, (name, m) in {m.weight: (name, m) for name, m in quantized_layers(model).items()}.items():
         strength = RECIPES[m.recipe].dampen
         if strength and weight is not own_weight(m):
-            raise ValueError(f"the weight of {name or 'this Linear'} is pruned, parametrized or offloaded, and "
-                             f"cannot be dampened, as {m.recipe!r} asks: give this layer another recipe")
+            raise ValueError(f"the weight of {name or 'this Linear'} is pruned, parametrized or offloaded, "
+                             f"and {m.recipe!r} cannot dampen it: give this layer another recipe")
         if strength and weight.requires_grad:
             # FSDP2 shards weights: take the rows that this process has, as a tensor of their own.
             w = getattr(weight, "to_local", lambda: weight)()

@@ -1272,6 +1272,7 @@ INPUTS = {
     "below E4M3": wide(11),                   # many sub-normal scales
     "zeros": torch.zeros(16, 128),
     "nothing": torch.zeros(0, 16),
+    "no columns": torch.zeros(16, 0),
     "tiny": torch.full((16, 128), 1e-42),
     "huge": with_value(wide(3), 1e30),
     # Divided by the tensor scale, the second block's scale is no float32 any more.

@@ -162,8 +162,8 @@ def by_definition(name, x, seed):
     b = x.reshape(M // rows, rows, K // 16, 16).transpose(0, 2, 3, 1).reshape(-1, 16 * rows)
     amax = abs(b).max(1, keepdims=True)
     amax[amax < 2.0**-120] = 0
-    # The unit of a block: the power of two below amax.
-    unit = 2.0 ** np.clip(np.frexp(amax)[1] - 1, -120, 126)
+    # The unit of a block: a quarter of the power of two below amax.
+    unit = 2.0 ** np.clip(np.frexp(amax)[1] - 3, -122, 125)
     v = float32(b / unit)
     top = amax / unit
 
