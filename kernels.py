@@ -848,12 +848,12 @@ def encode_kernel(
             place_j = start + j + down(128)
             i_j, there_j = block_at(place_j, columns, SWIZZLED)
             there_j = (i_j < count) & there_j
-            s = tl.load(scale_ptr + i_j, there_j, 0.0).to(tl.float32)
-            scale_j = s * inverse(tensor_scale)
-            rare = ((s > 0) & (scale_j < 2.0**-6)) | (there_j & (not finite))
+            s_j = tl.load(scale_ptr + i_j, there_j, 0.0).to(tl.float32)
+            scale_j = s_j * inverse(tensor_scale)
+            rare = ((s_j > 0) & (scale_j < 2.0**-6)) | (there_j & (not finite))
             if tl.max(rare.to(tl.int32)) > 0:
                 scale_j = encode_again(
-                    s, scale_j, i_j, rare, tensor_scale, finite,
+                    s_j, scale_j, i_j, rare, tensor_scale, finite,
                     seed_ptr, codes_ptr, decoded_ptr, count, NOISE)
             tl.store(block_scale_ptr + place_j, e4m3_byte(scale_j), place_j < size)
 

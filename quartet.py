@@ -784,8 +784,8 @@ class Linear(nn.Linear):
     16, or of 128 where the recipe rotates dx. With a recipe that dampens, call dampen(model, share) after
     steps of the optimizer.
     """
-    weight_nvfp4 = NOTHING    # within `quantized_weights` the quantized weight; else forward quantizes
-    weight_place = ()         # its place in memory, always the same
+    weight_nvfp4 = NOTHING       # the place of the quantized weight, always the same, and within
+    weight_source = (None,)      # `quantized_weights` what it is made from; any other weight forward quantizes
 
     def __init__(self, in_features, out_features, bias=False, recipe="quartet2", backend="auto",
                  device=None, dtype=None):
@@ -802,8 +802,8 @@ class Linear(nn.Linear):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x16 = x.reshape(-1, self.in_features).bfloat16()
-        apply = backend_of(self).QuantizedMatmul.apply
-        y = apply(x16, self.weight.bfloat16(), self.recipe, *self.weight_nvfp4)
+        w_q = self.weight_nvfp4 if self.weight is self.weight_source[0] else NOTHING
+        y = backend_of(self).QuantizedMatmul.apply(x16, self.weight.bfloat16(), self.recipe, *w_q)
         y = y.to(dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(dtype)
 
@@ -811,7 +811,7 @@ class Linear(nn.Linear):
         return f"{super().extra_repr()}, recipe={self.recipe!r}"
 
     def __setstate__(self, state):
-        super().__setstate__(state | {"weight_nvfp4": NOTHING})
+        super().__setstate__(state | {"weight_source": (None,)})
         # Where this is unpickled, kernels.py may not be loaded yet: check loads it. Without it torch serves.
         check(self.recipe, "torch" if self.backend == "torch" else "auto")
 
@@ -1120,18 +1120,18 @@ def quantized_weights(model):
     try:
         for m in layers:
             new = backend_of(m).quantized(m.weight.detach().bfloat16(), m.recipe)
-            if form(m.weight_place) != form(new):
+            if m.weight_nvfp4 is NOTHING or form(m.weight_nvfp4) != form(new):
                 # Memory of its own: what an op has returned must not be written to. Also in inference_mode it
                 # is such that training can use it later.
                 with torch.inference_mode(False):
-                    m.weight_place = [torch.empty_like(t) for t in new]
-            for place, t in zip(m.weight_place, new):
+                    m.weight_nvfp4 = [torch.empty_like(t) for t in new]
+            for place, t in zip(m.weight_nvfp4, new):
                 place.copy_(t)
-            m.weight_nvfp4 = m.weight_place
+            m.weight_source = (m.weight,)
         yield
     finally:
         for m in layers:
-            m.weight_nvfp4 = NOTHING
+            m.weight_source = (None,)
     if versions != [w._version for w in weights]:
         raise RuntimeError("a weight changed within quantized_weights: step the optimizer after it")
 

@@ -260,7 +260,7 @@ def test_quantized_weights_that_cannot_be_made_are_not_used(monkeypatch):
     with pytest.raises(MemoryError):
         with quartet.quantized_weights(model):
             pass
-    assert model[0].weight_nvfp4 == quartet.NOTHING
+    assert model[0].weight_source == (None,)
 
 
 def pruned(layer):
@@ -297,6 +297,18 @@ def test_a_weight_that_comes_when_its_layer_is_called_is_that_of_the_call(form):
             return layer(x)
 
     assert torch.equal(output(quartet.quantized_weights), output(contextlib.nullcontext))
+
+
+def test_another_weight_within_quantized_weights_is_what_multiplies():
+    layer = Linear(128, 128)
+    x = torch.randn(4, 128)
+    other = torch.nn.Parameter(torch.randn(128, 128))
+    expected = torch.func.functional_call(layer, {"weight": other}, (x,))
+    with quartet.quantized_weights(layer):
+        assert torch.equal(torch.func.functional_call(layer, {"weight": other}, (x,)), expected)
+        layer.weight = other
+        assert torch.equal(layer(x), expected)
+    assert torch.equal(layer(x), expected)
 
 
 # ---- Other people's models ---------------------------------------------------------------------------------
