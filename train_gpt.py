@@ -639,7 +639,8 @@ def eval_recipes(model, c, device):
 
 CHECKPOINTS = ("checkpoint.pt", "previous.pt")     # the last one, and the one before
 
-# What files of a run hold, {name: type}
+# What files of a run hold, {name: type}, or kinds of what is in there. Files come from other machines and
+# other versions, too: `fits` looks at all of it before any is used.
 NUMBER = int, float
 OR_NULL = int, float, type(None)
 KNOBS = {name: NUMBER if kind is float else kind for name, kind in Config.__annotations__.items()}
@@ -665,32 +666,19 @@ def refuse_another(saved, data, directory):
                             "back, or start a new run, which may take weights from one, --init_from=RUN")
 
 
-def whole(directory):
-    """The directory to resume for a run: that of its comparison, if it belongs to one."""
-    if (directory.parent / "compare.json").exists():
-        return directory.parent
-    return directory
-
-
-def begun(directory):
-    """Whether a run, or a comparison, has a checkpoint to go on from."""
-    return any(directory.rglob(CHECKPOINTS[0]))
-
-
 @contextlib.contextmanager
 def writing(path):
     """Turn what a disk refuses into one line."""
     try:
         yield
     except OSError as e:
-        again = "resume the run" if begun(whole(path.parent)) else "start again"
         raise UserError(f"cannot write {path} ({e.strerror}): make room, or go to a directory that can be "
-                        f"written; then {again}")
+                        "written; then start again, or, if there is a checkpoint, resume the run")
 
 
 def need_room(directory, model):
     """UserError if the disk of a run has no room for checkpoints: the last two, and one that is written."""
-    # Of each parameter, weight and two moments in float32
+    # Of each parameter, weight and two moments in float32. What is there already will be replaced.
     needed = 3 * 12 * sum(p.numel() for p in model.parameters())
     there = sum(path.stat().st_size for path in directory.glob("*.pt"))
     room = shutil.disk_usage(directory).free + there
@@ -770,6 +758,11 @@ def save(directory, c, step, **state):
             raise e.__context__ or e
 
 
+def begun(directory):
+    """Whether a run, or a comparison, has a checkpoint to go on from."""
+    return any(directory.rglob(CHECKPOINTS[0]))
+
+
 def find(word, names):
     """The path of the first of names that a run has, by name in runs/ or by path; None if it has none."""
     # A name in runs/ comes first; a path outside of it is second.
@@ -800,7 +793,8 @@ def load_checkpoint(word, names=CHECKPOINTS):
         raise UserError(f"{path} is not a whole checkpoint: remove it, and previous.pt beside it, if it is "
                         "there, is taken instead")
 
-    # weights_only: nothing in the file is executed.
+    # weights_only: nothing in the file is executed. What it holds must be what `save` writes: a missing part
+    # would be left at some default, and an odd one end in a traceback.
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
@@ -821,6 +815,7 @@ def config_in(path, record, kinds):
     """The Config in a record that was read from a file. UserError unless it could be that of a run."""
     if not fits(record, kinds):
         raise UserError(f"{path} was not written by this version of train_gpt.py")
+    # Each knob alone has the right type by now. Whether they make sense is asked as of a new run.
     c = Config(**record["config"])
     try:
         check_knobs(c)
@@ -965,8 +960,9 @@ def leave(directory, step, stop):
     if WORLD > 1:
         command = f"torchrun --nproc_per_node={WORLD} train_gpt.py"
     # A run of a comparison goes on with all of it.
-    directory = shlex.quote(str(whole(directory)))
-    print(f"stopped after step {step}, saved. To go on: {command} resume {directory}")
+    if (directory.parent / "compare.json").exists():
+        directory = directory.parent
+    print(f"stopped after step {step}, saved. To go on: {command} resume {shlex.quote(str(directory))}")
     sys.exit(130 if signal.SIGINT in stop else 0)
 
 
@@ -999,6 +995,7 @@ def check_processes():
     """UserError where the environment says only in part, or wrongly, who this process is."""
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
     said = [os.environ.get(name, "") for name in names]
+    # Alone it has none of the first two. Else it needs all, with three numbers that make sense.
     if any(said[:2]) and not (all(said) and "".join(said[:3]).isdecimal() and RANK < WORLD):
         found = ", ".join(map("=".join, zip(names, said)))
         raise UserError(f"the environment has {found}: torchrun sets them all; unset RANK and WORLD_SIZE to "
@@ -1070,7 +1067,8 @@ def restore(model, optimizer, saved, directory):
     # If weights are sharded, each process takes its part of the whole.
     options = StateDictOptions(full_state_dict=saved["config"]["shard"] == "true")
     try:
-        # What is missing would stay as it is, without a word.
+        # The optimizer's state must have the form that it has here. What is missing would stay as it is,
+        # without a word.
         _, moments = get_state_dict(model, optimizer)
         if form_of(saved["optimizer"]) != form_of(moments):
             raise ValueError("its optimizer holds another state")
@@ -1420,12 +1418,14 @@ def run_training(c, preset, directory, saved):
             else:
                 train(c, data, directory, stop, saved)
     except Exception as e:
-        # If there is nothing to go on from, the name is free again. What has diverged can be looked at.
+        # If there is nothing to go on from, the name is free again. But what has diverged can be looked at.
         if fresh and not RANK and not isinstance(e, Diverged) and not begun(directory):
             shutil.rmtree(directory)
+        # Two kinds of errors are no bugs: the user can put them right.
         if isinstance(e, torch.cuda.OutOfMemoryError):
             raise UserError("the GPU has too little memory, try a smaller --batch. "
                             f"{str(e).splitlines()[0]}")
+        # Where a process dies, the others' connections to it break.
         if WORLD > 1 and re.search("gloo|nccl|connection", str(e), re.IGNORECASE):
             raise UserError("another process of this run has ended, see what it says; then resume the run")
         raise
