@@ -88,7 +88,10 @@ class Config:
     layers: int = 6                 # Transformer blocks
     width: int = 640                # of the residual stream
     heads: int = 5                  # attention heads
-    hidden: int = 1792              # width of the SwiGLU
+    kv_heads: int = 0               # heads of keys and values, each for several of queries; 0: as many as heads
+    qk_norm: str = "false"          # true: queries and keys are normalised after their rotation
+    mlp: str = "swiglu"             # swiglu | relu2: what stands between a block's last two layers
+    hidden: int = 1792              # width of that
     vocab_size: int = 256           # 256 for bytes, 50304 for GPT-2 tokens (fineweb)
     sequence: int = 512             # tokens of context
     # what is left in bf16
@@ -143,13 +146,14 @@ PRESETS["gpu"] = PRESETS["100m"] | dict(batch=128, tokens_per_step=2**16, steps=
 
 # ---- 2. The model ------------------------------------------------------------------------------------------
 #
-# It is Llama's: RMSNorm, rotary positions, SwiGLU, no biases. The four linear layers of a block are
+# It is Llama's: RMSNorm, rotary positions, SwiGLU, no biases. Knobs make it nanochat's: queries and keys are
+# normalised, and the square of ReLU takes the place of SwiGLU. The four linear layers of a block are
 # quartet.Linear, each of which multiplies by a recipe; embedding, head, norms and attention are never
 # quantized. To keep a layer in bf16 for good, make it an nn.Linear: `quantized_linears` says which layers
 # recipes are about, and training, evaluation, sampling, export and the printed header all ask there.
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + SwiGLU(norm(x)). x (B, T, width) -> (B, T, width)."""
+    """x + attention(norm(x)), then x + MLP(norm(x)). x (B, T, width) -> (B, T, width)."""
 
     def __init__(self, c, quantized):
         super().__init__()
@@ -159,26 +163,39 @@ class Block(nn.Module):
         if quantized:
             linear = partial(quartet.Linear, recipe="bf16")      # until GPT.use_recipe names another
 
-        # Attention, then the SwiGLU.
+        # Attention. Queries, keys and values come from one layer.
         self.heads = c.heads
+        self.kv_heads = c.kv_heads or c.heads
+        self.qk_norm = c.qk_norm == "true"
         self.norm1 = nn.RMSNorm(c.width, eps=1e-5)
         self.norm2 = nn.RMSNorm(c.width, eps=1e-5)
-        self.qkv = linear(c.width, 3 * c.width)
+        self.qkv = linear(c.width, c.width + 2 * self.kv_heads * c.width // c.heads)
         self.out = linear(c.width, c.width)
-        self.up = linear(c.width, 2 * c.hidden)       # gate and up in one
+
+        # The rest. For a SwiGLU the layer `up` makes both the gate and what it lets through.
+        self.swiglu = c.mlp == "swiglu"
+        self.up = linear(c.width, 2 * c.hidden if self.swiglu else c.hidden)
         self.down = linear(c.hidden, c.width)
 
     def forward(self, x, rope):
-        # Attention: queries, keys and values come from one layer.
+        # Attention, (B, heads, T, D / heads) each. Where keys have fewer heads, each serves several of queries.
         B, T, D = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)           # (B, heads, T, D / heads) each
-        y = F.scaled_dot_product_attention(rotary(q, rope), rotary(k, rope), v, is_causal=True)
+        qkv = self.qkv(self.norm1(x)).view(B, T, self.heads + 2 * self.kv_heads, -1).transpose(1, 2)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        q = rotary(q, rope)
+        k = rotary(k, rope)
+        if self.qk_norm:
+            q = F.rms_norm(q, q.shape[-1:])
+            k = F.rms_norm(k, k.shape[-1:])
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads < self.heads)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
 
-        # SwiGLU: the layer `up` makes both the gate and what it lets through.
-        gate, up = self.up(self.norm2(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        # SwiGLU, or the square of ReLU.
+        up = self.up(self.norm2(x))
+        if self.swiglu:
+            gate, up = up.chunk(2, -1)
+            return x + self.down(F.silu(gate) * up)
+        return x + self.down(F.relu(up).square())
 
 
 def rotary(x, rope):
@@ -1195,10 +1212,12 @@ def compare(c, data, directory, stop, saved):
 
 # What a knob can be, what weights are made for, and what a resumed run may change.
 CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
-               device=("auto", "cpu", "cuda"), shard=("true", "false"))
+               device=("auto", "cpu", "cuda"), shard=("true", "false"), qk_norm=("true", "false"),
+               mlp=("swiglu", "relu2"))
 NUMBERS = {int: (1, 10**12), float: (0, 1e38)}                    # bounds, if a knob has no others
 LIMITS = dict.fromkeys(["width", "hidden", "vocab_size", "sequence"], (1, 2**20)) | dict(layers=(1, 1000))
-SHAPE = {"layers", "width", "heads", "hidden", "vocab_size"}      # what weights are made for
+# What weights are made for
+SHAPE = {"layers", "width", "heads", "kv_heads", "qk_norm", "mlp", "hidden", "vocab_size"}
 HARMLESS = {"log_every", "save_every", "device", "prompt", "sample_tokens", "temperature", "top_k"}
 
 
@@ -1251,7 +1270,8 @@ def check_knobs(c):
     # Each knob alone
     for name, choices in CHOICES.items():
         known(getattr(c, name), choices, f"--{name}={getattr(c, name)}")
-    bounds = LIMITS | dict(bf16_blocks=(0, c.layers - 1), bf16_end=(0, 1), seed=(0, 10**12))
+    bounds = LIMITS | dict(kv_heads=(0, c.heads), bf16_blocks=(0, c.layers - 1), bf16_end=(0, 1),
+                           seed=(0, 10**12))
     for name, kind in Config.__annotations__.items():
         if kind is not str:
             least, most = bounds.get(name, NUMBERS[kind])
@@ -1261,6 +1281,8 @@ def check_knobs(c):
     # Knobs together
     if c.width % (2 * c.heads):
         raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
+    if c.kv_heads and c.heads % c.kv_heads:
+        raise UserError(f"--kv_heads={c.kv_heads} --heads={c.heads}: heads must be a multiple of kv_heads")
     if c.batch * c.sequence > 2**28:
         raise UserError(f"--batch={c.batch} --sequence={c.sequence}: more than 2^28 tokens at a time")
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import prepare
 import quartet
@@ -66,6 +67,46 @@ def test_the_model_is_causal_and_starts_as_the_paper_says():
     block = model.blocks[1]
     for w, std in [(model.head.weight, 0.02), (block.down.weight, 0.01), (block.up.weight, 0.02)]:
         assert abs(w.std().item() / std - 1) < 5 / (2 * w.numel())**0.5
+
+
+def test_grouped_queries_qk_norm_and_the_square_of_relu_compute_what_they_say():
+    def block(**knobs):
+        torch.manual_seed(0)
+        c = train_gpt.Config(layers=1, width=128, heads=4, hidden=128, sequence=16, vocab_size=64, **knobs)
+        model = train_gpt.GPT(c)
+        return model.blocks[0], model.rope
+
+    x = torch.randn(2, 16, 128)
+
+    # Each key and value head is that of two queries: as if it stood there twice.
+    grouped, rope = block(kv_heads=2)
+    full, _ = block()
+    assert grouped.qkv.weight.shape == (256, 128)
+    q, k, v = grouped.qkv.weight.detach().unflatten(0, (8, 32)).split([4, 2, 2])
+    full.load_state_dict(grouped.state_dict() | {"qkv.weight": torch.cat(
+        [q, k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)]).flatten(0, 1)})
+    torch.testing.assert_close(grouped(x, rope), full(x, rope))
+
+    # With QK norm the lengths of queries and keys make no difference.
+    for qk_norm, same_result in (("true", True), ("false", False)):
+        normed, rope = block(qk_norm=qk_norm)
+        before = normed(x, rope)
+        normed.qkv.weight.data[:256] *= 50
+        assert torch.allclose(normed(x, rope), before, atol=1e-5) == same_result
+
+    relu2, rope = block(mlp="relu2")
+    h = x + attention_of(relu2, x, rope)
+    expected = h + relu2.down(F.relu(relu2.up(relu2.norm2(h))) ** 2)
+    torch.testing.assert_close(relu2(x, rope), expected)
+
+
+def attention_of(block, x, rope):
+    """What a block adds to x before its MLP."""
+    weight = block.down.weight
+    block.down.weight = torch.nn.Parameter(torch.zeros_like(weight))
+    found = block(x, rope) - x
+    block.down.weight = weight
+    return found
 
 
 def test_the_learning_rate_warms_up_for_a_tenth_and_falls_to_a_tenth():
@@ -402,6 +443,8 @@ def test_bad_checkpoints_are_named_and_never_executed():
     ("--name=/a", "it takes letters"),
     # knobs together, with the corpus, with this machine
     ("--width=130", "multiple of twice the heads"),
+    ("--kv_heads=3 --heads=4", "heads must be a multiple of kv_heads"),
+    ("--mlp=gelu", "mlp=gelu: there are swiglu, relu2"),
     ("--hidden=96", r"blocks.0.up\(128, 192\).*out_features % 128"),
     ("--batch=3", "of 96, processes x batch x sequence"),
     ("--corpus=none", r"none_train_\*.bin.*python data/prepare.py none"),
