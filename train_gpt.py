@@ -88,21 +88,27 @@ class Config:
     layers: int = 6                 # Transformer blocks
     width: int = 640                # of the residual stream
     heads: int = 5                  # attention heads
-    kv_heads: int = 0               # heads of keys and values, each for several of queries; 0: as many as heads
+    kv_heads: int = 0               # heads of keys and values, which queries share; 0: as many as heads
     qk_norm: str = "false"          # true: queries and keys are normalised after their rotation
     mlp: str = "swiglu"             # swiglu | relu2: what stands between a block's last two layers
     hidden: int = 1792              # width of that
     vocab_size: int = 256           # 256 for bytes, 50304 for GPT-2 tokens (fineweb)
     sequence: int = 512             # tokens of context
     # what is left in bf16
-    bf16_blocks: int = 0            # so many last blocks keep bf16 linear layers (arXiv:2509.25149: 15%)
+    bf16_first: int = 0             # so many first blocks keep bf16 linear layers
+    bf16_last: int = 0              # so many last blocks, too (arXiv:2509.25149: 15% of them)
     bf16_end: float = 0.0           # this last share of the steps trains all layers in bf16 (same source)
+    bf16_forward_end: float = 0.0   # this last share of the steps multiplies forward in bf16 only
     # data, optimizer, schedule
     corpus: str = "python"          # data/CORPUS_train_*.bin, written by data/prepare.py
     batch: int = 64                 # sequences in one forward pass
     tokens_per_step: int = 2**18    # tokens of one optimizer step: several forward passes accumulate
     steps: int = 2861               # optimizer steps; the paper's 30m, 25 tokens a parameter
-    lr: float = 1.2e-3              # peak learning rate of AdamW: 10% linear warm-up, then cosine to a tenth
+    lr: float = 1.2e-3              # peak learning rate of AdamW
+    schedule: str = "cosine"        # cosine | wsd: after the warm-up a cosine down; or stay, then a line
+    warmup: float = 0.1             # this first share of the steps lr rises along a line
+    decay: float = 0.2              # of wsd: this last share of the steps lr falls along a line
+    final_lr: float = 0.1           # lr at the end, as a share of the peak
     weight_decay: float = 0.1       # on the weights of linear layers
     clip: float = 1.0               # largest gradient norm; 0: any
     seed: int = 1                   # of initialisation, data order and rounding noise
@@ -178,7 +184,7 @@ class Block(nn.Module):
         self.down = linear(c.hidden, c.width)
 
     def forward(self, x, rope):
-        # Attention, (B, heads, T, D / heads) each. Where keys have fewer heads, each serves several of queries.
+        # Attention, (B, heads, T, D / heads) each. Keys may have fewer heads, each of which serves several.
         B, T, D = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, self.heads + 2 * self.kv_heads, -1).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
@@ -215,7 +221,8 @@ class GPT(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.embedding = nn.Embedding(c.vocab_size, c.width)
-        self.blocks = nn.ModuleList(Block(c, i < c.layers - c.bf16_blocks) for i in range(c.layers))
+        self.blocks = nn.ModuleList(Block(c, c.bf16_first <= i < c.layers - c.bf16_last)
+                                    for i in range(c.layers))
         self.norm = nn.RMSNorm(c.width, eps=1e-5)
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
 
@@ -377,10 +384,10 @@ def digest(*contents):
 
 # ---- 4. Optimizer and schedule -----------------------------------------------------------------------------
 #
-# The optimizer is AdamW. The learning rate rises for a tenth of the steps and then falls along a cosine to a
-# tenth. Two things happen late in a run. A recipe with `dampen` pulls weights towards their quantized values,
-# as `ramp` grows (quartet.py, section 12). And with --bf16_end, as in NVIDIA's recipe, the last steps train
-# all layers in bf16.
+# The optimizer is AdamW. The learning rate rises, and then falls along a cosine, or, by wsd (warm-up, stable,
+# decay), stays and falls late along a line. Two things happen late in a run. A recipe with `dampen` pulls
+# weights towards their quantized values, as `ramp` grows (quartet.py, section 12). And with --bf16_end, as in
+# NVIDIA's recipe, the last steps train all layers in bf16; with --bf16_forward_end only their forward pass.
 
 DAMPEN_EVERY = 10      # steps; every tenth step, ten times as strongly, is cheaper
 
@@ -403,22 +410,42 @@ def make_optimizer(model, c):
 
 
 def learning_rate(c, step):
-    """After so many steps: 10% of the steps linear warm-up, then a cosine from lr to lr / 10."""
+    """After so many steps, by the schedule."""
     # Rise along a line.
-    warmup = max(1, c.steps // 10)
+    warmup = max(1, int(c.steps * c.warmup))
     if step < warmup:
         return c.lr * (step + 1) / warmup
 
+    # Stay, and fall along a line.
+    if c.schedule == "wsd":
+        left = min((c.steps - step) / max(1, c.steps * c.decay), 1.0)
+        return c.lr * (c.final_lr + (1 - c.final_lr) * left)
+
     # Fall along half a cosine.
     progress = math.pi * (step - warmup) / (c.steps - warmup)
-    return c.lr * (0.55 + 0.45 * math.cos(progress))
+    return c.lr * ((1 + c.final_lr) / 2 + (1 - c.final_lr) / 2 * math.cos(progress))
 
 
 def recipe_of(c, step):
-    """The recipe of a step, and of the forward pass after it: bf16 in the last bf16_end of the steps."""
-    if min(step, c.steps) > c.steps - c.steps * c.bf16_end:
+    """The recipe of a step, and of the forward pass after it: another one in the last steps."""
+    step = min(step, c.steps)
+    if step > c.steps - c.steps * c.bf16_end:
         return "bf16"
+    if step > c.steps - c.steps * c.bf16_forward_end:
+        return in_bf16_forward(c.recipe)
     return c.recipe
+
+
+def in_bf16_forward(recipe):
+    """The name of a recipe's row of which only the backward pass multiplies in 4 bits. RECIPES gets it."""
+    row = quartet.RECIPES[recipe]
+    if row is None:
+        return recipe
+    name = f"{recipe}+bf16_forward"
+    # A w that came as it was, in blocks of 16x16, is now quantized for dx alone, and needs no such blocks.
+    dx = row.dx._replace(other=row.dx.other or row.w.removesuffix("_16x16"))
+    quartet.RECIPES[name] = row._replace(x="bf16", w="bf16", dx=dx)
+    return name
 
 
 def ramp(t):
@@ -1213,9 +1240,11 @@ def compare(c, data, directory, stop, saved):
 # What a knob can be, what weights are made for, and what a resumed run may change.
 CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
                device=("auto", "cpu", "cuda"), shard=("true", "false"), qk_norm=("true", "false"),
-               mlp=("swiglu", "relu2"))
+               mlp=("swiglu", "relu2"), schedule=("cosine", "wsd"))
 NUMBERS = {int: (1, 10**12), float: (0, 1e38)}                    # bounds, if a knob has no others
-LIMITS = dict.fromkeys(["width", "hidden", "vocab_size", "sequence"], (1, 2**20)) | dict(layers=(1, 1000))
+LIMITS = dict(layers=(1, 1000), seed=(0, 10**12))
+LIMITS |= dict.fromkeys(["width", "hidden", "vocab_size", "sequence"], (1, 2**20))
+LIMITS |= dict.fromkeys(["bf16_end", "bf16_forward_end", "warmup", "decay", "final_lr"], (0, 1))
 # What weights are made for
 SHAPE = {"layers", "width", "heads", "kv_heads", "qk_norm", "mlp", "hidden", "vocab_size"}
 HARMLESS = {"log_every", "save_every", "device", "prompt", "sample_tokens", "temperature", "top_k"}
@@ -1270,8 +1299,7 @@ def check_knobs(c):
     # Each knob alone
     for name, choices in CHOICES.items():
         known(getattr(c, name), choices, f"--{name}={getattr(c, name)}")
-    bounds = LIMITS | dict(kv_heads=(0, c.heads), bf16_blocks=(0, c.layers - 1), bf16_end=(0, 1),
-                           seed=(0, 10**12))
+    bounds = LIMITS | dict(kv_heads=(0, c.heads), bf16_first=(0, c.layers), bf16_last=(0, c.layers))
     for name, kind in Config.__annotations__.items():
         if kind is not str:
             least, most = bounds.get(name, NUMBERS[kind])
@@ -1283,6 +1311,9 @@ def check_knobs(c):
         raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
     if c.kv_heads and c.heads % c.kv_heads:
         raise UserError(f"--kv_heads={c.kv_heads} --heads={c.heads}: heads must be a multiple of kv_heads")
+    if c.bf16_first + c.bf16_last >= c.layers:
+        raise UserError(f"--bf16_first={c.bf16_first} --bf16_last={c.bf16_last}: no block of {c.layers} is "
+                        "left for the recipe; --recipe=bf16 trains all in bf16")
     if c.batch * c.sequence > 2**28:
         raise UserError(f"--batch={c.batch} --sequence={c.sequence}: more than 2^28 tokens at a time")
 

@@ -91,8 +91,8 @@ def tensors(c, state, packed):
     if len(state) != 3 + 6 * c.layers or len(state["blocks.0.up.weight"]) != 2 * c.hidden:
         raise UserError("the model is not train_gpt.py's Llama: change `split` and `config` here, too")
     if packed and not quantized:
-        raise UserError(f"recipe {c.recipe} in the end, --bf16_blocks={c.bf16_blocks}: no weights are NVFP4: "
-                        "take --format=hf, or train otherwise")
+        raise UserError(f"recipe {c.recipe} in the end, --bf16_first={c.bf16_first}, --bf16_last="
+                        f"{c.bf16_last}: no weights are NVFP4: take --format=hf, or train otherwise")
 
     out = {}
     ignore = ["lm_head"]

@@ -18,7 +18,7 @@ import train_gpt
 
 KNOBS = dict(
     layers=2, width=128, heads=2, hidden=256, sequence=32, batch=2, steps=2, tokens_per_step=64, lr=0.01,
-    eval_tokens=64, sample_tokens=1, device="cpu", bf16_blocks=1,
+    eval_tokens=64, sample_tokens=1, device="cpu", bf16_last=1,
 )
 PACKAGES = ("safetensors", "transformers", "compressed_tensors")
 lacking = [name for name in PACKAGES if importlib.util.find_spec(name) is None]

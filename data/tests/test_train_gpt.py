@@ -119,6 +119,16 @@ def test_the_learning_rate_warms_up_for_a_tenth_and_falls_to_a_tenth():
 
 # ---- Data --------------------------------------------------------------------------------------------------
 
+def test_by_wsd_the_learning_rate_stays_and_falls_late_along_a_line():
+    c = train_gpt.Config(steps=100, lr=1.0, schedule="wsd", warmup=0.05, decay=0.2, final_lr=0.5)
+    rates = [train_gpt.learning_rate(c, step) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert set(rates[5:81]) == {1.0}
+    assert rates[80:] == pytest.approx([1 - 0.5 * i / 20 for i in range(20)])
+    c = dataclasses.replace(c, decay=0.0)
+    assert train_gpt.learning_rate(c, 99) == 1.0
+
+
 def test_data_order_is_a_function_of_seed_and_step(place):
     # Two shards of different tokens, each of which is one more than the one before
     prepare.write_shard(place / "two_train_000000.bin", np.arange(0, 200))
@@ -244,8 +254,37 @@ def test_knobs_keep_blocks_and_the_last_steps_in_bf16(monkeypatch):
         return forward(model, *tokens)
 
     monkeypatch.setattr(train_gpt.GPT, "forward", note)
-    train(layers=2, bf16_blocks=1, bf16_end=0.5, eval_every=9)
-    assert passes[:4] == [["quartet2", "plain"]] * 2 + [["bf16", "plain"]] * 2
+    train(layers=3, bf16_first=1, bf16_last=1, bf16_end=0.5, eval_every=9)
+    assert passes[:4] == [["plain", "quartet2", "plain"]] * 2 + [["plain", "bf16", "plain"]] * 2
+
+
+@pytest.mark.parametrize("recipe", ["quartet2", "nvidia", "bf16"])
+def test_the_last_steps_may_leave_4_bits_in_the_forward_pass_alone(recipe, monkeypatch):
+    c = train_gpt.Config(recipe=recipe, steps=10, bf16_forward_end=0.3)
+    names = [train_gpt.recipe_of(c, step) for step in range(1, 11)]
+    last = f"{recipe}+bf16_forward" if recipe != "bf16" else "bf16"
+    assert names == [recipe] * 7 + [last] * 3
+    if recipe == "bf16":
+        return
+
+    # y is that of bf16; gradients are those of the recipe's own quantizers, of operands in bf16.
+    quartet.check(last, "torch", 128, 128)
+    torch.manual_seed(0)
+    layer = quartet.Linear(128, 128, recipe=last)
+    plain = quartet.Linear(128, 128, recipe="bf16", dtype=torch.bfloat16)
+    plain.weight.data = layer.weight.detach().bfloat16()
+    x = torch.randn(128, 128).bfloat16()
+    torch.testing.assert_close(layer(x), plain(x))
+    used = []
+    quantize = quartet.quantize
+    monkeypatch.setattr(quartet, "quantize", lambda name, *rest: used.append(name) or quantize(name, *rest))
+    layer(x.requires_grad_()).float().sum().backward()
+    backward = {"quartet2": ["ms_eden"] * 4, "nvidia": ["sr", "rtn", "sr", "rtn"]}[recipe]
+    assert [name for name in used if name != "bf16"] == backward
+
+    # A run does so.
+    train(recipe=recipe, steps=4, bf16_forward_end=0.5, eval_every=9, name=recipe)
+    assert checkpoint(recipe)["step"] == 4
 
 
 def test_a_new_run_starts_from_the_weights_of_another_with_its_own_schedule_and_recipe():
@@ -444,6 +483,7 @@ def test_bad_checkpoints_are_named_and_never_executed():
     # knobs together, with the corpus, with this machine
     ("--width=130", "multiple of twice the heads"),
     ("--kv_heads=3 --heads=4", "heads must be a multiple of kv_heads"),
+    ("--bf16_first=1", "no block of 1 is left"),
     ("--mlp=gelu", "mlp=gelu: there are swiglu, relu2"),
     ("--hidden=96", r"blocks.0.up\(128, 192\).*out_features % 128"),
     ("--batch=3", "of 96, processes x batch x sequence"),
