@@ -104,7 +104,10 @@ class Config:
     batch: int = 64                 # sequences in one forward pass
     tokens_per_step: int = 2**18    # tokens of one optimizer step: several forward passes accumulate
     steps: int = 2861               # optimizer steps; the paper's 30m, 25 tokens a parameter
-    lr: float = 1.2e-3              # peak learning rate of AdamW
+    optimizer: str = "adamw"        # adamw | muon: Muon for the matrices of blocks, AdamW for the rest
+    lr: float = 1.2e-3              # peak learning rate; by muon that of matrices in blocks
+    embedding_lr: float = 0.0       # of the embedding; 0: lr
+    head_lr: float = 0.0            # of head and norms; 0: lr
     schedule: str = "cosine"        # cosine | wsd: after the warm-up a cosine down; or stay, then a line
     warmup: float = 0.1             # this first share of the steps lr rises along a line
     decay: float = 0.2              # of wsd: this last share of the steps lr falls along a line
@@ -148,6 +151,27 @@ PRESETS = {
 
 # to try it out: minutes on one GPU
 PRESETS["gpu"] = PRESETS["100m"] | dict(batch=128, tokens_per_step=2**16, steps=1200)
+
+
+def nanochat(depth, tokens_per_step, steps, weight_decay):
+    """A preset of karpathy/nanochat by its one dial, as its scripts/base_train.py (92d63d4) computes it.
+
+    Left out: value embeddings, windows of attention, mixing of the residual stream, the cap of logits, zeros
+    in output layers; of its Muon, equal rows, variance reduction, and schedules of momentum and decay.
+    """
+    width = 64 * depth
+    scale = math.sqrt(tokens_per_step / 2**19)                # of learning rates, with the batch
+    return dict(layers=depth, width=width, heads=width // 128, qk_norm="true", mlp="relu2", hidden=4 * width,
+                vocab_size=50304, sequence=2048, batch=32, tokens_per_step=tokens_per_step, steps=steps,
+                corpus="fineweb", optimizer="muon", lr=0.02 * scale, weight_decay=weight_decay,
+                embedding_lr=0.3 * scale * math.sqrt(768 / width),
+                head_lr=0.008 * scale * math.sqrt(768 / width),
+                schedule="wsd", warmup=40 / steps, decay=0.65, final_lr=0.05)
+
+
+# 12 tokens for each parameter of blocks and head
+PRESETS["d12"] = nanochat(12, 2**19, steps=2828, weight_decay=0.28)
+PRESETS["d20"] = nanochat(20, 2**20, steps=5236, weight_decay=0.107)
 
 
 # ---- 2. The model ------------------------------------------------------------------------------------------
@@ -384,29 +408,36 @@ def digest(*contents):
 
 # ---- 4. Optimizer and schedule -----------------------------------------------------------------------------
 #
-# The optimizer is AdamW. The learning rate rises, and then falls along a cosine, or, by wsd (warm-up, stable,
-# decay), stays and falls late along a line. Two things happen late in a run. A recipe with `dampen` pulls
-# weights towards their quantized values, as `ramp` grows (quartet.py, section 12). And with --bf16_end, as in
-# NVIDIA's recipe, the last steps train all layers in bf16; with --bf16_forward_end only their forward pass.
+# The optimizer is AdamW, or Muon for the matrices of the blocks. The learning rate rises, and then falls
+# along a cosine, or, by wsd (warm-up, stable, decay), stays and falls late along a line. Two things happen
+# late in a run. A recipe with `dampen` pulls weights towards their quantized values, as `ramp` grows
+# (quartet.py, section 12). And with --bf16_end, as in NVIDIA's recipe, the last steps train all layers in
+# bf16; with --bf16_forward_end only their forward pass.
 
 DAMPEN_EVERY = 10      # steps; every tenth step, ten times as strongly, is cheaper
 
 
-def make_optimizer(model, c):
-    """AdamW; weight decay on the weights of linear layers, none on embedding and norms.
+def make_optimizers(model, c):
+    """[AdamW] of all parameters, or [Muon, AdamW], Muon of the matrices of the blocks.
 
-    A fork may give a group a learning rate of its own, lr=...: the schedule scales each from there.
+    Weight decay is on the weights of linear layers; by Muon not on the head. Each group has a learning rate
+    of its own, which the schedule scales. Source of Muon: kellerjordan.github.io/posts/muon.
     """
-    # Vectors, which are gains of norms, and the embedding are not decayed.
-    decay = []
-    rest = []
-    for name, p in model.named_parameters():
-        if p.dim() == 2 and name != "embedding.weight":
-            decay.append(p)
-        else:
-            rest.append(p)
-    groups = [dict(params=decay, weight_decay=c.weight_decay), dict(params=rest, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)
+    # The matrices of the blocks, and vectors, which are gains of norms.
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    muon = c.optimizer == "muon"
+    groups = [
+        dict(params=matrices, weight_decay=c.weight_decay),
+        dict(params=[model.head.weight], lr=c.head_lr or c.lr, weight_decay=0.0 if muon else c.weight_decay),
+        dict(params=[model.embedding.weight], lr=c.embedding_lr or c.lr, weight_decay=0.0),
+        dict(params=norms, lr=c.head_lr or c.lr, weight_decay=0.0),
+    ]
+    if muon:
+        # AdamW's settings beside Muon are nanochat's.
+        return [torch.optim.Muon(groups[:1], lr=c.lr),
+                torch.optim.AdamW(groups[1:], lr=c.lr, betas=(0.8, 0.95), eps=1e-10, fused=True)]
+    return [torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)]
 
 
 def learning_rate(c, step):
@@ -448,6 +479,15 @@ def in_bf16_forward(recipe):
     return name
 
 
+def pull(c, lr):
+    """The learning rate by which weights are dampened: AdamW's for steps as long as Muon's."""
+    # The root mean square of a step of Muon is lr / sqrt(width) in a square matrix; of AdamW some 0.2 lr
+    # (arXiv:2502.16982).
+    if c.optimizer == "muon":
+        return lr / (0.2 * math.sqrt(c.width))
+    return lr
+
+
 def ramp(t):
     """How strongly weights are dampened when a share t of the steps is done: they are free until late."""
     return t**4
@@ -465,7 +505,7 @@ def train(c, data, directory, stop, checkpoint=None):
     train_data, val_data = data
     device = pick_device(c)
     compiled = pick_compile(c, device)
-    model, net, optimizer = build(c, directory, checkpoint, device, compiled)
+    model, net, optimizers = build(c, directory, checkpoint, device, compiled)
     need_room(directory, model)
     log = Log(c, directory, checkpoint, model, data, device)
     # A step may have more tokens than a forward pass can take. Then gradients of micro-batches add up.
@@ -494,8 +534,9 @@ def train(c, data, directory, stop, checkpoint=None):
 
         # Set the learning rate of each group of parameters.
         lr = learning_rate(c, step - 1)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["share"]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["share"]
 
         # Forward and backward. Gradients of micro-batches add up; each weight is quantized once for them all.
         total.zero_()
@@ -509,9 +550,10 @@ def train(c, data, directory, stop, checkpoint=None):
         norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip or math.inf)
         if c.shard == "true":
             norm = norm.full_tensor()
-        update(optimizer, norm)
+        update(optimizers, norm)
         if step % DAMPEN_EVERY == 0:
-            quartet.dampen(model, DAMPEN_EVERY * lr * ramp(step / c.steps) * norm.isfinite())
+            share = DAMPEN_EVERY * pull(c, lr) * ramp(step / c.steps)
+            quartet.dampen(model, share * norm.isfinite())
         model.zero_grad(set_to_none=run is micro_step)      # a graph's gradients stay where they are
 
         # Report and validate; save, unless the step was bad. A signal ends the run after this step, saved.
@@ -526,7 +568,7 @@ def train(c, data, directory, stop, checkpoint=None):
         if evaluating:
             log.validation(step, evaluate(model, val_data, c))
         if saving and (last or stopping or not log.bad_in_a_row):
-            save(directory, c, step, log=log.state(), **identity(data), **snapshot(model, optimizer))
+            save(directory, c, step, log=log.state(), **identity(data), **snapshot(model, optimizers))
         if stopping:
             leave(directory, step, stop)
 
@@ -537,7 +579,7 @@ def train(c, data, directory, stop, checkpoint=None):
 
 
 def build(c, directory, checkpoint, device, compiled):
-    """-> the model, what to call for its loss, its optimizer: as a checkpoint holds them, or at the start."""
+    """-> the model, what to call for its loss, its optimizers: as in a checkpoint, or at the start."""
     if device == "cuda":
         # Every sum in one order, so that a resumed run is the same to the bit. No leftovers of a run before.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -553,7 +595,7 @@ def build(c, directory, checkpoint, device, compiled):
     if c.init_from and not checkpoint:
         model.load_state_dict(weights_of(c.init_from, c))
 
-    # Compile, then spread over processes. FSDP2 replaces parameters, so the optimizer is made after that.
+    # Compile, then spread over processes. FSDP2 replaces parameters, so optimizers are made after that.
     if compiled:
         for block in model.blocks:
             # All share one program. Of a block only `forward` is compiled: FSDP2's hooks stay outside.
@@ -562,27 +604,28 @@ def build(c, directory, checkpoint, device, compiled):
     net = model
     if WORLD > 1:
         net = distribute(model, c)
-    optimizer = make_optimizer(model, c)
-    for group in optimizer.param_groups:
-        # Each group keeps its share of the learning rate that the schedule says.
-        group["share"] = group["lr"] / (c.lr or 1.0)
+    optimizers = make_optimizers(model, c)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            # Each group keeps its share of the learning rate that the schedule says.
+            group["share"] = group["lr"] / (c.lr or 1.0)
 
     # From here on the generator draws rounding noise only, and each process has its own.
     if RANK:
         torch.manual_seed((c.seed << 20) + RANK)
     if checkpoint:
-        restore(model, optimizer, checkpoint, directory)
-    return model, net, optimizer
+        restore(model, optimizers, checkpoint, directory)
+    return model, net, optimizers
 
 
-def update(optimizer, norm):
-    """A step of the optimizer, unless norm () float32, that of the gradient, is not finite."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        # A fused optimizer looks at this on the GPU, and the CPU need not wait.
-        optimizer.found_inf = (~norm.isfinite()).float()
-        optimizer.step()
-    elif norm.isfinite():
-        optimizer.step()
+def update(optimizers, norm):
+    """A step of all optimizers, or of none if norm () float32, that of the gradient, is not finite."""
+    # A fused optimizer looks at found_inf on the GPU. For any other the CPU must wait for the norm.
+    fused = all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in optimizers)
+    if fused or norm.isfinite():
+        for optimizer in optimizers:
+            optimizer.found_inf = (~norm.isfinite()).float()
+            optimizer.step()
 
 
 # ---- 6. Evaluation and sampling ----------------------------------------------------------------------------
@@ -1093,7 +1136,7 @@ def distribute(model, c):
     return fully_shard(model, mesh=mesh)
 
 
-def snapshot(model, optimizer):
+def snapshot(model, optimizers):
     """-> what a checkpoint holds: whole weights and moments, and the generators of all processes, by rank."""
     # Every process draws its own noise.
     generators = dict(cpu=torch.get_rng_state(), cuda=None)
@@ -1102,21 +1145,21 @@ def snapshot(model, optimizer):
 
     # Rank 0 gets all weights, also those that are sharded, and the others nothing.
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
+    weights, moments = get_state_dict(model, optimizers, options=options)
     return dict(model=weights, optimizer=moments, generators=gather(generators))
 
 
-def restore(model, optimizer, saved, directory):
+def restore(model, optimizers, saved, directory):
     """Undo `snapshot`. saved loses weights and moments, so that no process keeps a copy of them."""
     # If weights are sharded, each process takes its part of the whole.
     options = StateDictOptions(full_state_dict=saved["config"]["shard"] == "true")
     try:
-        # The optimizer's state must have the form that it has here. What is missing would stay as it is,
+        # The optimizers' state must have the form that it has here. What is missing would stay as it is,
         # without a word.
-        _, moments = get_state_dict(model, optimizer)
+        _, moments = get_state_dict(model, optimizers)
         if form_of(saved["optimizer"]) != form_of(moments):
-            raise ValueError("its optimizer holds another state")
-        set_state_dict(model, optimizer, model_state_dict=saved.pop("model"),
+            raise ValueError("its optimizers hold another state")
+        set_state_dict(model, optimizers, model_state_dict=saved.pop("model"),
                        optim_state_dict=saved.pop("optimizer"), options=options)
 
         # The noise goes on where it was.
@@ -1130,7 +1173,7 @@ def restore(model, optimizer, saved, directory):
 
 
 def form_of(moments):
-    """What an optimizer's state is of: parameters and settings of groups, and the shapes that it keeps."""
+    """What optimizers' state is of: parameters and settings of groups, and the shapes that it keeps."""
     groups = [(group["params"], group.keys()) for group in moments["param_groups"]]
     return groups, {name: shapes(state) for name, state in moments["state"].items()}
 
@@ -1240,7 +1283,7 @@ def compare(c, data, directory, stop, saved):
 # What a knob can be, what weights are made for, and what a resumed run may change.
 CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
                device=("auto", "cpu", "cuda"), shard=("true", "false"), qk_norm=("true", "false"),
-               mlp=("swiglu", "relu2"), schedule=("cosine", "wsd"))
+               mlp=("swiglu", "relu2"), schedule=("cosine", "wsd"), optimizer=("adamw", "muon"))
 NUMBERS = {int: (1, 10**12), float: (0, 1e38)}                    # bounds, if a knob has no others
 LIMITS = dict(layers=(1, 1000), seed=(0, 10**12))
 LIMITS |= dict.fromkeys(["width", "hidden", "vocab_size", "sequence"], (1, 2**20))

@@ -565,7 +565,7 @@ def test_a_failed_start_leaves_the_name_free(monkeypatch):
 def fails_in_step_3():
     steps = iter(range(1, 4))
 
-    def update(optimizer, norm):
+    def update(optimizers, norm):
         if next(steps) == 3:
             raise RuntimeError("a bug")
 
@@ -633,16 +633,16 @@ def test_any_optimizer_skips_a_step_without_a_finite_gradient_and_groups_keep_th
     def make(model, c):
         head = dict(params=[*model.head.parameters()], lr=0.5 * c.lr)
         groups = [dict(params=[*model.blocks.parameters()]), head]
-        return getattr(torch.optim, kind)(groups, lr=c.lr)
+        return [getattr(torch.optim, kind)(groups, lr=c.lr)]
 
     update = train_gpt.update
     rates = []
 
-    def note(optimizer, norm):
-        rates.append([group["lr"] for group in optimizer.param_groups])
-        update(optimizer, norm)
+    def note(optimizers, norm):
+        rates.append([group["lr"] for group in optimizers[0].param_groups])
+        update(optimizers, norm)
 
-    monkeypatch.setattr(train_gpt, "make_optimizer", make)
+    monkeypatch.setattr(train_gpt, "make_optimizers", make)
     monkeypatch.setattr(train_gpt, "update", note)
     weights = spoil_losses(monkeypatch, [3])
     train(steps=5, recipe="bf16", save_every=4)
@@ -659,6 +659,57 @@ def test_any_optimizer_skips_a_step_without_a_finite_gradient_and_groups_keep_th
     go_back()
     train_gpt.main(["resume", "a"])
     assert rates[5:] == expected[4:]
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_each_group_its_learning_rate(monkeypatch):
+    rates = []
+    update = train_gpt.update
+
+    def note(optimizers, norm):
+        rates.append([group["lr"] for optimizer in optimizers for group in optimizer.param_groups])
+        update(optimizers, norm)
+
+    monkeypatch.setattr(train_gpt, "update", note)
+    knobs = dict(optimizer="muon", lr=0.02, embedding_lr=0.3, head_lr=0.008, save_every=2, recipe="quintet")
+    train(**knobs)
+    c = train_gpt.Config(**checkpoint()["config"])
+    model = train_gpt.GPT(c)
+    muon, adamw = train_gpt.make_optimizers(model, c)
+    block = model.blocks[0]
+    matrices = {block.qkv.weight, block.out.weight, block.up.weight, block.down.weight}
+    assert {p for group in muon.param_groups for p in group["params"]} == matrices
+    assert {p for group in adamw.param_groups for p in group["params"]} == {*model.parameters()} - matrices
+
+    # By the schedule; the pull is that of AdamW's steps of the same length.
+    shares = torch.tensor([1.0, 0.4, 15.0, 0.4])
+    expected = [train_gpt.learning_rate(c, step) * shares for step in range(4)]
+    torch.testing.assert_close(torch.tensor(rates), torch.stack(expected))
+    assert train_gpt.pull(c, 0.02) == pytest.approx(0.02 / (0.2 * 128**0.5))
+    assert train_gpt.pull(dataclasses.replace(c, optimizer="adamw"), 0.02) == 0.02
+
+    # It goes on from step 2 to the same bits.
+    straight = checkpoint()
+    go_back()
+    Path("runs/a/result.json").unlink()
+    train_gpt.main(["resume", "a"])
+    assert same(checkpoint()["model"], straight["model"])
+
+
+def test_the_loss_falls_also_by_muon_in_nanochats_block():
+    learn_in_twenty_steps(recipe="quartet2", optimizer="muon", lr=0.02, embedding_lr=0.1, head_lr=0.008,
+                          schedule="wsd", qk_norm="true", mlp="relu2")
+
+
+@pytest.mark.parametrize("preset, size, tokens", [("d12", 84934656, 1.48e9), ("d20", 393216000, 5.49e9)])
+def test_nanochats_presets_have_its_shapes_and_read_12_tokens_a_parameter(preset, size, tokens):
+    c = train_gpt.Config(**train_gpt.PRESETS[preset])
+    train_gpt.check_knobs(c)
+    with torch.device("meta"):
+        model = train_gpt.GPT(c)
+    assert sum(m.weight.numel() for m in model.quantized_linears().values()) == size
+    assert c.width // c.heads == 128
+    assert c.steps * c.tokens_per_step == pytest.approx(tokens, rel=1e-2)
+    assert tokens == pytest.approx(12 * (size + model.head.weight.numel()), rel=1e-2)
 
 
 @pytest.mark.parametrize("error", [
