@@ -624,7 +624,8 @@ def update(optimizers, norm):
     fused = all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in optimizers)
     if fused or norm.isfinite():
         for optimizer in optimizers:
-            optimizer.found_inf = (~norm.isfinite()).float()
+            if fused:
+                optimizer.found_inf = (~norm.isfinite()).float()
             optimizer.step()
 
 
@@ -699,9 +700,9 @@ def sample_text(model, c):
         yield decoder.decode(bytes_of(token))
 
 
-def eval_recipes(model, c, device):
+def eval_recipes(model, c):
     """Print the validation loss in nats by the forward pass of each recipe of c."""
-    data = Shards(c, "val", device)
+    data = Shards(c, "val", model.rope.device.type)
     losses = []
     print("forward pass     loss  difference")
     for recipe in c.recipe.split(","):
@@ -1434,27 +1435,33 @@ def new_directory(c, preset):
     return path
 
 
-def read_out(mode, c, step, knobs, weights):
-    """Evaluate weights, by all recipes, or sample, by the recipe of their step, unless knobs name others."""
-    # Which recipes
-    if mode == "eval":
-        recipe = ",".join(quartet.RECIPES)
-    else:
-        recipe = recipe_of(c, step)
-    c = dataclasses.replace(c, recipe=knobs.get("recipe", recipe))
-    check(c)
+def load_model(run, **knobs):
+    """A run's model, for notebooks: on its device, with the forward pass of its last step -> model, Config.
 
-    # Make the model, and read it out.
-    device = pick_device(c)
-    model = GPT(c).to(device)
-    model.load_state_dict(weights)
+    run: a name in runs/, or a path. knobs: any that `eval` takes, such as recipe=, device="cpu". UserError.
+    Example: model, c = load_model("mine"); logits = model(torch.tensor([[*b"def "]], device=model.rope.device))
+    """
+    c, _, saved = load("eval", run, knobs)
+    if "recipe" not in knobs:
+        c = dataclasses.replace(c, recipe=recipe_of(c, saved["step"]))
+    check(c)
+    model = GPT(c).to(pick_device(c))
+    model.load_state_dict(saved["model"])
+    # Of several recipes the first, until the caller names another.
+    model.use_recipe(c.recipe.split(",")[0], c.backend)
+    return model.eval(), c
+
+
+def read_out(mode, run, knobs):
+    """Evaluate a run, by all recipes, or sample, by the recipe of its last step, unless knobs name others."""
     if mode == "eval":
-        eval_recipes(model, c, device)
+        model, c = load_model(run, **dict(recipe=",".join(quartet.RECIPES)) | knobs)
+        eval_recipes(model, c)
         return
 
     # A sample is by one recipe, and is printed as it comes.
+    model, c = load_model(run, **knobs)
     known(c.recipe, quartet.RECIPES, f"--recipe={c.recipe}: one recipe samples")
-    model.use_recipe(c.recipe, c.backend)
     for piece in sample_text(model, c):
         print(piece, end="", flush=True)
     print()
@@ -1538,10 +1545,10 @@ def main(argv):
     check_processes()
     keep_freed_memory()
     mode, word, knobs = parse(argv)
-    c, directory, saved = load(mode, word, knobs)
     if mode in ("eval", "sample"):
-        read_out(mode, c, saved["step"], knobs, saved["model"])
+        read_out(mode, word, knobs)
     else:
+        c, directory, saved = load(mode, word, knobs)
         run_training(c, word, directory, saved)
 
 

@@ -260,6 +260,7 @@ def test_knobs_keep_blocks_and_the_last_steps_in_bf16(monkeypatch):
 
 @pytest.mark.parametrize("recipe", ["quartet2", "nvidia", "bf16"])
 def test_the_last_steps_may_leave_4_bits_in_the_forward_pass_alone(recipe, monkeypatch):
+    monkeypatch.setattr(quartet, "RECIPES", dict(RECIPES))      # it gets a row
     c = train_gpt.Config(recipe=recipe, steps=10, bf16_forward_end=0.3)
     names = [train_gpt.recipe_of(c, step) for step in range(1, 11)]
     last = f"{recipe}+bf16_forward" if recipe != "bf16" else "bf16"
@@ -285,6 +286,18 @@ def test_the_last_steps_may_leave_4_bits_in_the_forward_pass_alone(recipe, monke
     # A run does so.
     train(recipe=recipe, steps=4, bf16_forward_end=0.5, eval_every=9, name=recipe)
     assert checkpoint(recipe)["step"] == 4
+
+
+def test_a_model_is_loaded_in_one_line_with_the_forward_of_its_last_step(capsys):
+    train(recipe="rtn", bf16_end=0.5, save_every=2)
+    model, c = train_gpt.load_model("a")
+    assert not model.training
+    assert model.blocks[0].up.recipe == c.recipe == "bf16"
+    tokens = torch.tensor([[*b"the"]])
+    assert torch.equal(train_gpt.load_model("runs/a", recipe="bf16,rtn")[0](tokens), model(tokens))
+    assert not torch.equal(train_gpt.load_model("a", recipe="rtn")[0](tokens), model(tokens))
+    with pytest.raises(train_gpt.UserError, match="unknown recipe 'rt'"):
+        train_gpt.load_model("a", recipe="rt")
 
 
 def test_a_new_run_starts_from_the_weights_of_another_with_its_own_schedule_and_recipe():
