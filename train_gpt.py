@@ -88,18 +88,30 @@ class Config:
     layers: int = 6                 # Transformer blocks
     width: int = 640                # of the residual stream
     heads: int = 5                  # attention heads
-    hidden: int = 1792              # width of the SwiGLU
+    kv_heads: int = 0               # heads of keys and values, which queries share; 0: as many as heads
+    qk_norm: str = "false"          # true: queries and keys are normalised after their rotation
+    mlp: str = "swiglu"             # swiglu | relu2: what stands between a block's last two layers
+    hidden: int = 1792              # width of that
     vocab_size: int = 256           # 256 for bytes, 50304 for GPT-2 tokens (fineweb)
     sequence: int = 512             # tokens of context
     # what is left in bf16
-    bf16_blocks: int = 0            # so many last blocks keep bf16 linear layers (arXiv:2509.25149: 15%)
+    bf16_first: int = 0             # so many first blocks keep bf16 linear layers
+    bf16_last: int = 0              # so many last blocks, too (arXiv:2509.25149: 15% of them)
     bf16_end: float = 0.0           # this last share of the steps trains all layers in bf16 (same source)
+    bf16_forward_end: float = 0.0   # this last share of the steps multiplies forward in bf16 only
     # data, optimizer, schedule
     corpus: str = "python"          # data/CORPUS_train_*.bin, written by data/prepare.py
     batch: int = 64                 # sequences in one forward pass
     tokens_per_step: int = 2**18    # tokens of one optimizer step: several forward passes accumulate
     steps: int = 2861               # optimizer steps; the paper's 30m, 25 tokens a parameter
-    lr: float = 1.2e-3              # peak learning rate of AdamW: 10% linear warm-up, then cosine to a tenth
+    optimizer: str = "adamw"        # adamw | muon: Muon for the matrices of blocks, AdamW for the rest
+    lr: float = 1.2e-3              # peak learning rate; by muon that of matrices in blocks
+    embedding_lr: float = 0.0       # of the embedding; 0: lr
+    head_lr: float = 0.0            # of head and norms; 0: lr
+    schedule: str = "cosine"        # cosine | wsd: after the warm-up a cosine down; or stay, then a line
+    warmup: float = 0.1             # this first share of the steps lr rises along a line
+    decay: float = 0.2              # of wsd: this last share of the steps lr falls along a line
+    final_lr: float = 0.1           # lr at the end, as a share of the peak
     weight_decay: float = 0.1       # on the weights of linear layers
     clip: float = 1.0               # largest gradient norm; 0: any
     seed: int = 1                   # of initialisation, data order and rounding noise
@@ -141,15 +153,37 @@ PRESETS = {
 PRESETS["gpu"] = PRESETS["100m"] | dict(batch=128, tokens_per_step=2**16, steps=1200)
 
 
+def nanochat(depth, tokens_per_step, steps, weight_decay):
+    """A preset of karpathy/nanochat by its one dial, as its scripts/base_train.py (92d63d4) computes it.
+
+    Left out: value embeddings, windows of attention, mixing of the residual stream, the cap of logits, zeros
+    in output layers; of its Muon, equal rows, variance reduction, and schedules of momentum and decay.
+    """
+    width = 64 * depth
+    scale = math.sqrt(tokens_per_step / 2**19)                # of learning rates, with the batch
+    return dict(layers=depth, width=width, heads=width // 128, qk_norm="true", mlp="relu2", hidden=4 * width,
+                vocab_size=50304, sequence=2048, batch=32, tokens_per_step=tokens_per_step, steps=steps,
+                corpus="fineweb", optimizer="muon", lr=0.02 * scale, weight_decay=weight_decay,
+                embedding_lr=0.3 * scale * math.sqrt(768 / width),
+                head_lr=0.008 * scale * math.sqrt(768 / width),
+                schedule="wsd", warmup=40 / steps, decay=0.65, final_lr=0.05)
+
+
+# 12 tokens for each parameter of blocks and head
+PRESETS["d12"] = nanochat(12, 2**19, steps=2828, weight_decay=0.28)
+PRESETS["d20"] = nanochat(20, 2**20, steps=5236, weight_decay=0.107)
+
+
 # ---- 2. The model ------------------------------------------------------------------------------------------
 #
-# It is Llama's: RMSNorm, rotary positions, SwiGLU, no biases. The four linear layers of a block are
+# It is Llama's: RMSNorm, rotary positions, SwiGLU, no biases. Knobs make it nanochat's: queries and keys are
+# normalised, and the square of ReLU takes the place of SwiGLU. The four linear layers of a block are
 # quartet.Linear, each of which multiplies by a recipe; embedding, head, norms and attention are never
 # quantized. To keep a layer in bf16 for good, make it an nn.Linear: `quantized_linears` says which layers
 # recipes are about, and training, evaluation, sampling, export and the printed header all ask there.
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + SwiGLU(norm(x)). x (B, T, width) -> (B, T, width)."""
+    """x + attention(norm(x)), then x + MLP(norm(x)). x (B, T, width) -> (B, T, width)."""
 
     def __init__(self, c, quantized):
         super().__init__()
@@ -159,26 +193,39 @@ class Block(nn.Module):
         if quantized:
             linear = partial(quartet.Linear, recipe="bf16")      # until GPT.use_recipe names another
 
-        # Attention, then the SwiGLU.
+        # Attention. Queries, keys and values come from one layer.
         self.heads = c.heads
+        self.kv_heads = c.kv_heads or c.heads
+        self.qk_norm = c.qk_norm == "true"
         self.norm1 = nn.RMSNorm(c.width, eps=1e-5)
         self.norm2 = nn.RMSNorm(c.width, eps=1e-5)
-        self.qkv = linear(c.width, 3 * c.width)
+        self.qkv = linear(c.width, c.width + 2 * self.kv_heads * c.width // c.heads)
         self.out = linear(c.width, c.width)
-        self.up = linear(c.width, 2 * c.hidden)       # gate and up in one
+
+        # The rest. For a SwiGLU the layer `up` makes both the gate and what it lets through.
+        self.swiglu = c.mlp == "swiglu"
+        self.up = linear(c.width, 2 * c.hidden if self.swiglu else c.hidden)
         self.down = linear(c.hidden, c.width)
 
     def forward(self, x, rope):
-        # Attention: queries, keys and values come from one layer.
+        # Attention, (B, heads, T, D / heads) each. Keys may have fewer heads, each of which serves several.
         B, T, D = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)           # (B, heads, T, D / heads) each
-        y = F.scaled_dot_product_attention(rotary(q, rope), rotary(k, rope), v, is_causal=True)
+        qkv = self.qkv(self.norm1(x)).view(B, T, self.heads + 2 * self.kv_heads, -1).transpose(1, 2)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        q = rotary(q, rope)
+        k = rotary(k, rope)
+        if self.qk_norm:
+            q = F.rms_norm(q, q.shape[-1:])
+            k = F.rms_norm(k, k.shape[-1:])
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads < self.heads)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
 
-        # SwiGLU: the layer `up` makes both the gate and what it lets through.
-        gate, up = self.up(self.norm2(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        # SwiGLU, or the square of ReLU.
+        up = self.up(self.norm2(x))
+        if self.swiglu:
+            gate, up = up.chunk(2, -1)
+            return x + self.down(F.silu(gate) * up)
+        return x + self.down(F.relu(up).square())
 
 
 def rotary(x, rope):
@@ -198,7 +245,8 @@ class GPT(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.embedding = nn.Embedding(c.vocab_size, c.width)
-        self.blocks = nn.ModuleList(Block(c, i < c.layers - c.bf16_blocks) for i in range(c.layers))
+        self.blocks = nn.ModuleList(Block(c, c.bf16_first <= i < c.layers - c.bf16_last)
+                                    for i in range(c.layers))
         self.norm = nn.RMSNorm(c.width, eps=1e-5)
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
 
@@ -360,48 +408,84 @@ def digest(*contents):
 
 # ---- 4. Optimizer and schedule -----------------------------------------------------------------------------
 #
-# The optimizer is AdamW. The learning rate rises for a tenth of the steps and then falls along a cosine to a
-# tenth. Two things happen late in a run. A recipe with `dampen` pulls weights towards their quantized values,
-# as `ramp` grows (quartet.py, section 12). And with --bf16_end, as in NVIDIA's recipe, the last steps train
-# all layers in bf16.
+# The optimizer is AdamW, or Muon for the matrices of the blocks. The learning rate rises, and then falls
+# along a cosine, or, by wsd (warm-up, stable, decay), stays and falls late along a line. Two things happen
+# late in a run. A recipe with `dampen` pulls weights towards their quantized values, as `ramp` grows
+# (quartet.py, section 12). And with --bf16_end, as in NVIDIA's recipe, the last steps train all layers in
+# bf16; with --bf16_forward_end only their forward pass.
 
 DAMPEN_EVERY = 10      # steps; every tenth step, ten times as strongly, is cheaper
 
 
-def make_optimizer(model, c):
-    """AdamW; weight decay on the weights of linear layers, none on embedding and norms.
+def make_optimizers(model, c):
+    """[AdamW] of all parameters, or [Muon, AdamW], Muon of the matrices of the blocks.
 
-    A fork may give a group a learning rate of its own, lr=...: the schedule scales each from there.
+    Weight decay is on the weights of linear layers; by Muon not on the head. Each group has a learning rate
+    of its own, which the schedule scales. Source of Muon: kellerjordan.github.io/posts/muon.
     """
-    # Vectors, which are gains of norms, and the embedding are not decayed.
-    decay = []
-    rest = []
-    for name, p in model.named_parameters():
-        if p.dim() == 2 and name != "embedding.weight":
-            decay.append(p)
-        else:
-            rest.append(p)
-    groups = [dict(params=decay, weight_decay=c.weight_decay), dict(params=rest, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)
+    # The matrices of the blocks, and vectors, which are gains of norms.
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    muon = c.optimizer == "muon"
+    groups = [
+        dict(params=matrices, weight_decay=c.weight_decay),
+        dict(params=[model.head.weight], lr=c.head_lr or c.lr, weight_decay=0.0 if muon else c.weight_decay),
+        dict(params=[model.embedding.weight], lr=c.embedding_lr or c.lr, weight_decay=0.0),
+        dict(params=norms, lr=c.head_lr or c.lr, weight_decay=0.0),
+    ]
+    if muon:
+        # AdamW's settings beside Muon are nanochat's.
+        return [torch.optim.Muon(groups[:1], lr=c.lr),
+                torch.optim.AdamW(groups[1:], lr=c.lr, betas=(0.8, 0.95), eps=1e-10, fused=True)]
+    return [torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=True)]
 
 
 def learning_rate(c, step):
-    """After so many steps: 10% of the steps linear warm-up, then a cosine from lr to lr / 10."""
+    """After so many steps, by the schedule."""
     # Rise along a line.
-    warmup = max(1, c.steps // 10)
+    warmup = max(1, int(c.steps * c.warmup))
     if step < warmup:
         return c.lr * (step + 1) / warmup
 
+    # Stay, and fall along a line.
+    if c.schedule == "wsd":
+        left = min((c.steps - step) / max(1, c.steps * c.decay), 1.0)
+        return c.lr * (c.final_lr + (1 - c.final_lr) * left)
+
     # Fall along half a cosine.
     progress = math.pi * (step - warmup) / (c.steps - warmup)
-    return c.lr * (0.55 + 0.45 * math.cos(progress))
+    return c.lr * ((1 + c.final_lr) / 2 + (1 - c.final_lr) / 2 * math.cos(progress))
 
 
 def recipe_of(c, step):
-    """The recipe of a step, and of the forward pass after it: bf16 in the last bf16_end of the steps."""
-    if min(step, c.steps) > c.steps - c.steps * c.bf16_end:
+    """The recipe of a step, and of the forward pass after it: another one in the last steps."""
+    step = min(step, c.steps)
+    if step > c.steps - c.steps * c.bf16_end:
         return "bf16"
+    if step > c.steps - c.steps * c.bf16_forward_end:
+        return in_bf16_forward(c.recipe)
     return c.recipe
+
+
+def in_bf16_forward(recipe):
+    """The name of a recipe's row of which only the backward pass multiplies in 4 bits. RECIPES gets it."""
+    row = quartet.RECIPES[recipe]
+    if row is None:
+        return recipe
+    name = f"{recipe}+bf16_forward"
+    # A w that came as it was, in blocks of 16x16, is now quantized for dx alone, and needs no such blocks.
+    dx = row.dx._replace(other=row.dx.other or row.w.removesuffix("_16x16"))
+    quartet.RECIPES[name] = row._replace(x="bf16", w="bf16", dx=dx)
+    return name
+
+
+def pull(c, lr):
+    """The learning rate by which weights are dampened: AdamW's for steps as long as Muon's."""
+    # The root mean square of a step of Muon is lr / sqrt(width) in a square matrix; of AdamW some 0.2 lr
+    # (arXiv:2502.16982).
+    if c.optimizer == "muon":
+        return lr / (0.2 * math.sqrt(c.width))
+    return lr
 
 
 def ramp(t):
@@ -421,7 +505,7 @@ def train(c, data, directory, stop, checkpoint=None):
     train_data, val_data = data
     device = pick_device(c)
     compiled = pick_compile(c, device)
-    model, net, optimizer = build(c, directory, checkpoint, device, compiled)
+    model, net, optimizers = build(c, directory, checkpoint, device, compiled)
     need_room(directory, model)
     log = Log(c, directory, checkpoint, model, data, device)
     # A step may have more tokens than a forward pass can take. Then gradients of micro-batches add up.
@@ -450,8 +534,9 @@ def train(c, data, directory, stop, checkpoint=None):
 
         # Set the learning rate of each group of parameters.
         lr = learning_rate(c, step - 1)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["share"]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["share"]
 
         # Forward and backward. Gradients of micro-batches add up; each weight is quantized once for them all.
         total.zero_()
@@ -465,9 +550,10 @@ def train(c, data, directory, stop, checkpoint=None):
         norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip or math.inf)
         if c.shard == "true":
             norm = norm.full_tensor()
-        update(optimizer, norm)
+        update(optimizers, norm)
         if step % DAMPEN_EVERY == 0:
-            quartet.dampen(model, DAMPEN_EVERY * lr * ramp(step / c.steps) * norm.isfinite())
+            share = DAMPEN_EVERY * pull(c, lr) * ramp(step / c.steps)
+            quartet.dampen(model, share * norm.isfinite())
         model.zero_grad(set_to_none=run is micro_step)      # a graph's gradients stay where they are
 
         # Report and validate; save, unless the step was bad. A signal ends the run after this step, saved.
@@ -482,7 +568,7 @@ def train(c, data, directory, stop, checkpoint=None):
         if evaluating:
             log.validation(step, evaluate(model, val_data, c))
         if saving and (last or stopping or not log.bad_in_a_row):
-            save(directory, c, step, log=log.state(), **identity(data), **snapshot(model, optimizer))
+            save(directory, c, step, log=log.state(), **identity(data), **snapshot(model, optimizers))
         if stopping:
             leave(directory, step, stop)
 
@@ -493,7 +579,7 @@ def train(c, data, directory, stop, checkpoint=None):
 
 
 def build(c, directory, checkpoint, device, compiled):
-    """-> the model, what to call for its loss, its optimizer: as a checkpoint holds them, or at the start."""
+    """-> the model, what to call for its loss, its optimizers: as in a checkpoint, or at the start."""
     if device == "cuda":
         # Every sum in one order, so that a resumed run is the same to the bit. No leftovers of a run before.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -509,7 +595,7 @@ def build(c, directory, checkpoint, device, compiled):
     if c.init_from and not checkpoint:
         model.load_state_dict(weights_of(c.init_from, c))
 
-    # Compile, then spread over processes. FSDP2 replaces parameters, so the optimizer is made after that.
+    # Compile, then spread over processes. FSDP2 replaces parameters, so optimizers are made after that.
     if compiled:
         for block in model.blocks:
             # All share one program. Of a block only `forward` is compiled: FSDP2's hooks stay outside.
@@ -518,27 +604,29 @@ def build(c, directory, checkpoint, device, compiled):
     net = model
     if WORLD > 1:
         net = distribute(model, c)
-    optimizer = make_optimizer(model, c)
-    for group in optimizer.param_groups:
-        # Each group keeps its share of the learning rate that the schedule says.
-        group["share"] = group["lr"] / (c.lr or 1.0)
+    optimizers = make_optimizers(model, c)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            # Each group keeps its share of the learning rate that the schedule says.
+            group["share"] = group["lr"] / (c.lr or 1.0)
 
     # From here on the generator draws rounding noise only, and each process has its own.
     if RANK:
         torch.manual_seed((c.seed << 20) + RANK)
     if checkpoint:
-        restore(model, optimizer, checkpoint, directory)
-    return model, net, optimizer
+        restore(model, optimizers, checkpoint, directory)
+    return model, net, optimizers
 
 
-def update(optimizer, norm):
-    """A step of the optimizer, unless norm () float32, that of the gradient, is not finite."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        # A fused optimizer looks at this on the GPU, and the CPU need not wait.
-        optimizer.found_inf = (~norm.isfinite()).float()
-        optimizer.step()
-    elif norm.isfinite():
-        optimizer.step()
+def update(optimizers, norm):
+    """A step of all optimizers, or of none if norm () float32, that of the gradient, is not finite."""
+    # A fused optimizer looks at found_inf on the GPU. For any other the CPU must wait for the norm.
+    fused = all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in optimizers)
+    if fused or norm.isfinite():
+        for optimizer in optimizers:
+            if fused:
+                optimizer.found_inf = (~norm.isfinite()).float()
+            optimizer.step()
 
 
 # ---- 6. Evaluation and sampling ----------------------------------------------------------------------------
@@ -612,9 +700,9 @@ def sample_text(model, c):
         yield decoder.decode(bytes_of(token))
 
 
-def eval_recipes(model, c, device):
+def eval_recipes(model, c):
     """Print the validation loss in nats by the forward pass of each recipe of c."""
-    data = Shards(c, "val", device)
+    data = Shards(c, "val", model.rope.device.type)
     losses = []
     print("forward pass     loss  difference")
     for recipe in c.recipe.split(","):
@@ -1049,7 +1137,7 @@ def distribute(model, c):
     return fully_shard(model, mesh=mesh)
 
 
-def snapshot(model, optimizer):
+def snapshot(model, optimizers):
     """-> what a checkpoint holds: whole weights and moments, and the generators of all processes, by rank."""
     # Every process draws its own noise.
     generators = dict(cpu=torch.get_rng_state(), cuda=None)
@@ -1058,21 +1146,21 @@ def snapshot(model, optimizer):
 
     # Rank 0 gets all weights, also those that are sharded, and the others nothing.
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
+    weights, moments = get_state_dict(model, optimizers, options=options)
     return dict(model=weights, optimizer=moments, generators=gather(generators))
 
 
-def restore(model, optimizer, saved, directory):
+def restore(model, optimizers, saved, directory):
     """Undo `snapshot`. saved loses weights and moments, so that no process keeps a copy of them."""
     # If weights are sharded, each process takes its part of the whole.
     options = StateDictOptions(full_state_dict=saved["config"]["shard"] == "true")
     try:
-        # The optimizer's state must have the form that it has here. What is missing would stay as it is,
+        # The optimizers' state must have the form that it has here. What is missing would stay as it is,
         # without a word.
-        _, moments = get_state_dict(model, optimizer)
+        _, moments = get_state_dict(model, optimizers)
         if form_of(saved["optimizer"]) != form_of(moments):
-            raise ValueError("its optimizer holds another state")
-        set_state_dict(model, optimizer, model_state_dict=saved.pop("model"),
+            raise ValueError("its optimizers hold another state")
+        set_state_dict(model, optimizers, model_state_dict=saved.pop("model"),
                        optim_state_dict=saved.pop("optimizer"), options=options)
 
         # The noise goes on where it was.
@@ -1086,7 +1174,7 @@ def restore(model, optimizer, saved, directory):
 
 
 def form_of(moments):
-    """What an optimizer's state is of: parameters and settings of groups, and the shapes that it keeps."""
+    """What optimizers' state is of: parameters and settings of groups, and the shapes that it keeps."""
     groups = [(group["params"], group.keys()) for group in moments["param_groups"]]
     return groups, {name: shapes(state) for name, state in moments["state"].items()}
 
@@ -1195,10 +1283,14 @@ def compare(c, data, directory, stop, saved):
 
 # What a knob can be, what weights are made for, and what a resumed run may change.
 CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
-               device=("auto", "cpu", "cuda"), shard=("true", "false"))
+               device=("auto", "cpu", "cuda"), shard=("true", "false"), qk_norm=("true", "false"),
+               mlp=("swiglu", "relu2"), schedule=("cosine", "wsd"), optimizer=("adamw", "muon"))
 NUMBERS = {int: (1, 10**12), float: (0, 1e38)}                    # bounds, if a knob has no others
-LIMITS = dict.fromkeys(["width", "hidden", "vocab_size", "sequence"], (1, 2**20)) | dict(layers=(1, 1000))
-SHAPE = {"layers", "width", "heads", "hidden", "vocab_size"}      # what weights are made for
+LIMITS = dict(layers=(1, 1000), seed=(0, 10**12))
+LIMITS |= dict.fromkeys(["width", "hidden", "vocab_size", "sequence"], (1, 2**20))
+LIMITS |= dict.fromkeys(["bf16_end", "bf16_forward_end", "warmup", "decay", "final_lr"], (0, 1))
+# What weights are made for
+SHAPE = {"layers", "width", "heads", "kv_heads", "qk_norm", "mlp", "hidden", "vocab_size"}
 HARMLESS = {"log_every", "save_every", "device", "prompt", "sample_tokens", "temperature", "top_k"}
 
 
@@ -1251,7 +1343,7 @@ def check_knobs(c):
     # Each knob alone
     for name, choices in CHOICES.items():
         known(getattr(c, name), choices, f"--{name}={getattr(c, name)}")
-    bounds = LIMITS | dict(bf16_blocks=(0, c.layers - 1), bf16_end=(0, 1), seed=(0, 10**12))
+    bounds = LIMITS | dict(kv_heads=(0, c.heads), bf16_first=(0, c.layers), bf16_last=(0, c.layers))
     for name, kind in Config.__annotations__.items():
         if kind is not str:
             least, most = bounds.get(name, NUMBERS[kind])
@@ -1261,6 +1353,11 @@ def check_knobs(c):
     # Knobs together
     if c.width % (2 * c.heads):
         raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
+    if c.kv_heads and c.heads % c.kv_heads:
+        raise UserError(f"--kv_heads={c.kv_heads} --heads={c.heads}: heads must be a multiple of kv_heads")
+    if c.bf16_first + c.bf16_last >= c.layers:
+        raise UserError(f"--bf16_first={c.bf16_first} --bf16_last={c.bf16_last}: no block of {c.layers} is "
+                        "left for the recipe; --recipe=bf16 trains all in bf16")
     if c.batch * c.sequence > 2**28:
         raise UserError(f"--batch={c.batch} --sequence={c.sequence}: more than 2^28 tokens at a time")
 
@@ -1338,27 +1435,33 @@ def new_directory(c, preset):
     return path
 
 
-def read_out(mode, c, step, knobs, weights):
-    """Evaluate weights, by all recipes, or sample, by the recipe of their step, unless knobs name others."""
-    # Which recipes
-    if mode == "eval":
-        recipe = ",".join(quartet.RECIPES)
-    else:
-        recipe = recipe_of(c, step)
-    c = dataclasses.replace(c, recipe=knobs.get("recipe", recipe))
-    check(c)
+def load_model(run, **knobs):
+    """A run's model, for notebooks: on its device, with the forward pass of its last step -> model, Config.
 
-    # Make the model, and read it out.
-    device = pick_device(c)
-    model = GPT(c).to(device)
-    model.load_state_dict(weights)
+    run: a name in runs/, or a path. knobs: any that `eval` takes, such as recipe=, device="cpu". UserError.
+    Example: model, c = load_model("mine"); logits = model(torch.tensor([[*b"def "]], device=model.rope.device))
+    """
+    c, _, saved = load("eval", run, knobs)
+    if "recipe" not in knobs:
+        c = dataclasses.replace(c, recipe=recipe_of(c, saved["step"]))
+    check(c)
+    model = GPT(c).to(pick_device(c))
+    model.load_state_dict(saved["model"])
+    # Of several recipes the first, until the caller names another.
+    model.use_recipe(c.recipe.split(",")[0], c.backend)
+    return model.eval(), c
+
+
+def read_out(mode, run, knobs):
+    """Evaluate a run, by all recipes, or sample, by the recipe of its last step, unless knobs name others."""
     if mode == "eval":
-        eval_recipes(model, c, device)
+        model, c = load_model(run, **dict(recipe=",".join(quartet.RECIPES)) | knobs)
+        eval_recipes(model, c)
         return
 
     # A sample is by one recipe, and is printed as it comes.
+    model, c = load_model(run, **knobs)
     known(c.recipe, quartet.RECIPES, f"--recipe={c.recipe}: one recipe samples")
-    model.use_recipe(c.recipe, c.backend)
     for piece in sample_text(model, c):
         print(piece, end="", flush=True)
     print()
@@ -1442,10 +1545,10 @@ def main(argv):
     check_processes()
     keep_freed_memory()
     mode, word, knobs = parse(argv)
-    c, directory, saved = load(mode, word, knobs)
     if mode in ("eval", "sample"):
-        read_out(mode, c, saved["step"], knobs, saved["model"])
+        read_out(mode, word, knobs)
     else:
+        c, directory, saved = load(mode, word, knobs)
         run_training(c, word, directory, saved)
 
 

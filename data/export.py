@@ -40,14 +40,15 @@ def half_split(w, heads):
     return w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def split(layer, w, heads):
+def split(layer, w, c):
     """A tensor with a row for every output of train_gpt.Block's layer -> {name in Llama: its rows}."""
     if layer == "qkv":
-        q, k, v = w.chunk(3)
+        kv_heads = c.kv_heads or c.heads
+        q, k, v = w.unflatten(0, (c.heads + 2 * kv_heads, -1)).split([c.heads, kv_heads, kv_heads])
         return {
-            "self_attn.q_proj": half_split(q, heads),
-            "self_attn.k_proj": half_split(k, heads),
-            "self_attn.v_proj": v,
+            "self_attn.q_proj": half_split(q.flatten(0, 1), c.heads),
+            "self_attn.k_proj": half_split(k.flatten(0, 1), kv_heads),
+            "self_attn.v_proj": v.flatten(0, 1),
         }
     if layer == "up":
         gate, up = w.chunk(2)
@@ -57,11 +58,11 @@ def split(layer, w, heads):
     return {"mlp.down_proj": w}
 
 
-def packed_split(layer, t, heads):
+def packed_split(layer, t, c):
     """A layer's weight, NVFP4 -> {name in Llama: tensor}, in 4 bits as `tensors` says."""
     out = {}
-    scales = split(layer, t.block_scale, heads)
-    for name, codes in split(layer, t.codes, heads).items():
+    scales = split(layer, t.block_scale, c)
+    for name, codes in split(layer, t.codes, c).items():
         out[f"{name}.weight_packed"] = codes
         out[f"{name}.weight_scale"] = scales[name]
         out[f"{name}.weight_global_scale"] = 1 / t.tensor_scale.view(1)      # q, k and v share one
@@ -83,12 +84,15 @@ def tensors(c, state, packed):
         with torch.device("meta"):
             quantized = train_gpt.GPT(c).quantized_linears()
 
-    # A fork may have another model.
+    # A Llama has no other blocks. A fork may have another model.
+    for name, value in dict(qk_norm="false", mlp="swiglu").items():
+        if getattr(c, name) != value:
+            raise UserError(f"--{name}={getattr(c, name)}: Llama has no such block, only --{name}={value}")
     if len(state) != 3 + 6 * c.layers or len(state["blocks.0.up.weight"]) != 2 * c.hidden:
         raise UserError("the model is not train_gpt.py's Llama: change `split` and `config` here, too")
     if packed and not quantized:
-        raise UserError(f"recipe {c.recipe} in the end, --bf16_blocks={c.bf16_blocks}: no weights are NVFP4: "
-                        "take --format=hf, or train otherwise")
+        raise UserError(f"recipe {c.recipe} in the end, --bf16_first={c.bf16_first}, --bf16_last="
+                        f"{c.bf16_last}: no weights are NVFP4: take --format=hf, or train otherwise")
 
     out = {}
     ignore = ["lm_head"]
@@ -105,11 +109,11 @@ def tensors(c, state, packed):
             if f"{block}.{layer}" in quantized:
                 t = quartet.NVFP4(*quartet.quantized(w.bfloat16(), c.recipe))
                 if packed:
-                    for name, part in packed_split(layer, t, c.heads).items():
+                    for name, part in packed_split(layer, t, c).items():
                         out[f"{at}.{name}"] = part
                     continue
                 w = quartet.decode(t, torch.bfloat16)
-            for name, rows in split(layer, w, c.heads).items():
+            for name, rows in split(layer, w, c).items():
                 out[f"{at}.{name}.weight"] = rows
                 ignore.append(f"{at}.{name}")
 
@@ -134,7 +138,7 @@ def config(c, ignore):
         intermediate_size=c.hidden,
         num_hidden_layers=c.layers,
         num_attention_heads=c.heads,
-        num_key_value_heads=c.heads,
+        num_key_value_heads=c.kv_heads or c.heads,
         head_dim=c.width // c.heads,
         max_position_embeddings=c.sequence,
         rms_norm_eps=1e-5,

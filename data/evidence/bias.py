@@ -20,7 +20,6 @@ errs, and next to nothing, below 1e-7 on N(0, 1), where draws scatter more widel
 --operands=on also dy alone and w or x alone are quantized, and the other is in bf16, rotated before.
 """
 import argparse
-import dataclasses
 import functools
 import json
 import math
@@ -228,22 +227,17 @@ def parse(argv):
 def load(options):
     """The run of a command line -> its directory, the recipe of the forward pass, `capture` of a batch."""
     knobs = dict(batch=options.batch, backend="auto", device="auto", compile="off")
-    c, directory, saved = train_gpt.load("eval", options.run, knobs)
+    c, directory, _ = train_gpt.load("eval", options.run, knobs)
     recipe = options.recipe or c.recipe
     if recipe == "bf16" and not options.recipe:
         recipe = "quartet2"
     quantized = [name for name, row in quartet.RECIPES.items() if row]
     train_gpt.known(recipe, quantized, f"--recipe={recipe} is not a quantized forward pass")
-    c = dataclasses.replace(c, recipe=recipe)
-    train_gpt.check(c)
 
     # As a checkpoint is evaluated, but trained for one backward pass.
-    device = train_gpt.pick_device(c)
+    model, c = train_gpt.load_model(options.run, recipe=recipe, **knobs)
     torch.manual_seed(c.seed)
-    model = train_gpt.GPT(c).to(device)
-    model.use_recipe(recipe, c.backend)
-    model.load_state_dict(saved["model"])
-    batch = train_gpt.Shards(c, "val", device).random(0, 0)
+    batch = train_gpt.Shards(c, "val", model.rope.device.type).random(0, 0)
     return directory, recipe, capture(model, *batch)
 
 

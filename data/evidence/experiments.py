@@ -141,7 +141,7 @@ ROWS = {
 }
 KNOBS = {    # row: its recipe, its knobs
     "quartet2_end": ("quartet2", "--bf16_end=0.1"),
-    "quartet2_last": ("quartet2", "--bf16_blocks=1"),     # 15% of the blocks or a little more
+    "quartet2_last": ("quartet2", "--bf16_last=1"),     # 15% of the blocks or a little more
 }
 
 

@@ -18,7 +18,7 @@ import train_gpt
 
 KNOBS = dict(
     layers=2, width=128, heads=2, hidden=256, sequence=32, batch=2, steps=2, tokens_per_step=64, lr=0.01,
-    eval_tokens=64, sample_tokens=1, device="cpu", bf16_blocks=1,
+    eval_tokens=64, sample_tokens=1, device="cpu", bf16_last=1,
 )
 PACKAGES = ("safetensors", "transformers", "compressed_tensors")
 lacking = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -26,14 +26,15 @@ needs_safetensors = pytest.mark.skipif("safetensors" in lacking, reason="needs s
 needs_all = pytest.mark.skipif(bool(lacking), reason=f"needs {', '.join(PACKAGES)}")
 
 
-@pytest.fixture(scope="module", params=["quartet2", "nvidia"])
+@pytest.fixture(scope="module", params=[("quartet2", 1), ("nvidia", 0)])
 def trained(request, tmp_path_factory):
-    """A directory where runs/a is a run of two steps."""
+    """A directory where runs/a is a run of two steps, by a recipe, with so many heads of keys."""
     place = tmp_path_factory.mktemp("trained")
     tokens = np.frombuffer(b"the quick brown fox jumps over the lazy dog\n" * 40, np.uint8)
     for split in ("train", "val"):
         prepare.write_shard(place / f"tiny_{split}_000000.bin", tokens)
-    knobs = KNOBS | dict(recipe=request.param, name="a", corpus=place / "tiny")
+    recipe, kv_heads = request.param
+    knobs = KNOBS | dict(recipe=recipe, kv_heads=kv_heads, name="a", corpus=place / "tiny")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(place)
         monkeypatch.setattr(train_gpt, "listen", lambda stop: None)      # signals are left to pytest
@@ -94,7 +95,7 @@ def llama(c, tensors, tokens):
         return F.rms_norm(x, x.shape[-1:], tensors[f"{name}.weight"].float(), 1e-5)
 
     def heads(x):
-        return x.unflatten(-1, (c.heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (-1, D)).transpose(1, 2)
 
     def rope(x):
         first, second = x.chunk(2, -1)
@@ -105,7 +106,7 @@ def llama(c, tensors, tokens):
         at = f"model.layers.{i}"
         h = norm(x, f"{at}.input_layernorm")
         q, k, v = [heads(linear(h, f"{at}.self_attn.{name}_proj")) for name in "qkv"]
-        y = F.scaled_dot_product_attention(rope(q), rope(k), v, is_causal=True)
+        y = F.scaled_dot_product_attention(rope(q), rope(k), v, is_causal=True, enable_gqa=True)
         x = x + linear(y.transpose(1, 2).flatten(2), f"{at}.self_attn.o_proj")
         h = norm(x, f"{at}.post_attention_layernorm")
         h = F.silu(linear(h, f"{at}.mlp.gate_proj")) * linear(h, f"{at}.mlp.up_proj")
@@ -132,7 +133,9 @@ def test_llamas_layout_computes_the_trained_model(run, packed):
 @needs_safetensors
 def test_nothing_is_overwritten_and_what_has_no_nvfp4_weights_says_so(run, tmp_path, capsys):
     export.main(["a", "out", "--format=compressed-tensors"])
-    assert "in NVFP4: 163,840 parameters, 4.50" in capsys.readouterr().out
+    c, _ = run
+    size = f"{163840 - 16384 * c.kv_heads:,}"      # one head of keys and values less
+    assert f"in NVFP4: {size} parameters, 4.50" in capsys.readouterr().out
     with pytest.raises(train_gpt.UserError, match="out exists"):
         export.main(["a", "out"])
 
@@ -156,6 +159,13 @@ def test_without_safetensors_it_says_what_to_install(tmp_path, monkeypatch):
 def test_a_recipe_of_a_fork_is_an_error_that_names_it():
     with pytest.raises(train_gpt.UserError, match="recipe 'mine' is unknown, add it.*there are bf16, rtn"):
         export.tensors(train_gpt.Config(recipe="mine"), {}, False)
+
+
+@pytest.mark.parametrize("knob, value", [("qk_norm", "true"), ("mlp", "relu2")])
+def test_a_block_that_llama_has_not_is_refused_by_name(knob, value):
+    c = train_gpt.Config(**KNOBS | {knob: value})
+    with pytest.raises(train_gpt.UserError, match=f"--{knob}={value}: Llama has no such block"):
+        export.tensors(c, train_gpt.GPT(c).state_dict(), False)
 
 
 def test_another_model_is_not_exported_as_a_llama():

@@ -133,6 +133,11 @@ def main():
     assert all(resume_from_step_3("fewer", "shared-bf16", 1))
     assert not any(run("started", 1, recipe="bf16", init_from="shared-bf16", lr=1e-9))
 
+    # Muon
+    for name, processes, shard in [("one", 1, "false"), ("two", 2, "false"), ("shared", 2, "true")]:
+        assert not any(run(f"muon-{name}", processes, recipe="bf16", optimizer="muon", lr=0.02, shard=shard))
+    assert not any(resume_from_step_3("muon-resumed", "muon-shared", 2))
+
     # A comparison; gradients between micro-batches; then what goes wrong in rank 1 alone.
     assert not any(run("compared", 2, recipe="bf16,rtn", steps=2))
     assert not any(run("accumulated", 2, random=accumulate, recipe="bf16", shard="true", steps=2))
@@ -200,6 +205,13 @@ def test_a_resumed_run_is_the_same_to_the_bit_with_noise_of_its_own_in_each_proc
     assert not torch.equal(first, second)
     assert torch.equal(first, first_again)
     assert torch.equal(second, second_again)
+
+
+def test_muon_in_two_processes_moves_as_in_one_and_goes_on_to_the_same_bits(trained):
+    # Newton and Schulz iterate in bf16.
+    for name in ("two", "shared"):
+        assert (losses("muon-one") - losses(f"muon-{name}")).abs().max() < 0.01
+    assert same(checkpoint("muon-shared")["model"], checkpoint("muon-resumed")["model"])
 
 
 def test_one_process_starts_from_the_weights_of_two(trained):

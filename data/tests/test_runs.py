@@ -189,7 +189,7 @@ def test_the_last_steps_in_bf16_are_counted_exactly():
 
 @pytest.mark.parametrize("knob, value, most", [
     ("bf16_end", "2", "1"),
-    ("bf16_blocks", "1", "0"),
+    ("bf16_last", "2", "1"),
     ("lr", "inf", "1e+38"),
     ("seed", "1000000000001", "1000000000000"),
 ])

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import prepare
 import quartet
@@ -68,6 +69,46 @@ def test_the_model_is_causal_and_starts_as_the_paper_says():
         assert abs(w.std().item() / std - 1) < 5 / (2 * w.numel())**0.5
 
 
+def test_grouped_queries_qk_norm_and_the_square_of_relu_compute_what_they_say():
+    def block(**knobs):
+        torch.manual_seed(0)
+        c = train_gpt.Config(layers=1, width=128, heads=4, hidden=128, sequence=16, vocab_size=64, **knobs)
+        model = train_gpt.GPT(c)
+        return model.blocks[0], model.rope
+
+    x = torch.randn(2, 16, 128)
+
+    # Each key and value head is that of two queries: as if it stood there twice.
+    grouped, rope = block(kv_heads=2)
+    full, _ = block()
+    assert grouped.qkv.weight.shape == (256, 128)
+    q, k, v = grouped.qkv.weight.detach().unflatten(0, (8, 32)).split([4, 2, 2])
+    full.load_state_dict(grouped.state_dict() | {"qkv.weight": torch.cat(
+        [q, k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)]).flatten(0, 1)})
+    torch.testing.assert_close(grouped(x, rope), full(x, rope))
+
+    # With QK norm the lengths of queries and keys make no difference.
+    for qk_norm, same_result in (("true", True), ("false", False)):
+        normed, rope = block(qk_norm=qk_norm)
+        before = normed(x, rope)
+        normed.qkv.weight.data[:256] *= 50
+        assert torch.allclose(normed(x, rope), before, atol=1e-5) == same_result
+
+    relu2, rope = block(mlp="relu2")
+    h = x + attention_of(relu2, x, rope)
+    expected = h + relu2.down(F.relu(relu2.up(relu2.norm2(h))) ** 2)
+    torch.testing.assert_close(relu2(x, rope), expected)
+
+
+def attention_of(block, x, rope):
+    """What a block adds to x before its MLP."""
+    weight = block.down.weight
+    block.down.weight = torch.nn.Parameter(torch.zeros_like(weight))
+    found = block(x, rope) - x
+    block.down.weight = weight
+    return found
+
+
 def test_the_learning_rate_warms_up_for_a_tenth_and_falls_to_a_tenth():
     c = train_gpt.Config(steps=100, lr=1.0)
     rates = [train_gpt.learning_rate(c, step) for step in range(101)]
@@ -77,6 +118,16 @@ def test_the_learning_rate_warms_up_for_a_tenth_and_falls_to_a_tenth():
 
 
 # ---- Data --------------------------------------------------------------------------------------------------
+
+def test_by_wsd_the_learning_rate_stays_and_falls_late_along_a_line():
+    c = train_gpt.Config(steps=100, lr=1.0, schedule="wsd", warmup=0.05, decay=0.2, final_lr=0.5)
+    rates = [train_gpt.learning_rate(c, step) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert set(rates[5:81]) == {1.0}
+    assert rates[80:] == pytest.approx([1 - 0.5 * i / 20 for i in range(20)])
+    c = dataclasses.replace(c, decay=0.0)
+    assert train_gpt.learning_rate(c, 99) == 1.0
+
 
 def test_data_order_is_a_function_of_seed_and_step(place):
     # Two shards of different tokens, each of which is one more than the one before
@@ -203,8 +254,50 @@ def test_knobs_keep_blocks_and_the_last_steps_in_bf16(monkeypatch):
         return forward(model, *tokens)
 
     monkeypatch.setattr(train_gpt.GPT, "forward", note)
-    train(layers=2, bf16_blocks=1, bf16_end=0.5, eval_every=9)
-    assert passes[:4] == [["quartet2", "plain"]] * 2 + [["bf16", "plain"]] * 2
+    train(layers=3, bf16_first=1, bf16_last=1, bf16_end=0.5, eval_every=9)
+    assert passes[:4] == [["plain", "quartet2", "plain"]] * 2 + [["plain", "bf16", "plain"]] * 2
+
+
+@pytest.mark.parametrize("recipe", ["quartet2", "nvidia", "bf16"])
+def test_the_last_steps_may_leave_4_bits_in_the_forward_pass_alone(recipe, monkeypatch):
+    monkeypatch.setattr(quartet, "RECIPES", dict(RECIPES))      # it gets a row
+    c = train_gpt.Config(recipe=recipe, steps=10, bf16_forward_end=0.3)
+    names = [train_gpt.recipe_of(c, step) for step in range(1, 11)]
+    last = f"{recipe}+bf16_forward" if recipe != "bf16" else "bf16"
+    assert names == [recipe] * 7 + [last] * 3
+    if recipe == "bf16":
+        return
+
+    # y is that of bf16; gradients are those of the recipe's own quantizers, of operands in bf16.
+    quartet.check(last, "torch", 128, 128)
+    torch.manual_seed(0)
+    layer = quartet.Linear(128, 128, recipe=last)
+    plain = quartet.Linear(128, 128, recipe="bf16", dtype=torch.bfloat16)
+    plain.weight.data = layer.weight.detach().bfloat16()
+    x = torch.randn(128, 128).bfloat16()
+    torch.testing.assert_close(layer(x), plain(x))
+    used = []
+    quantize = quartet.quantize
+    monkeypatch.setattr(quartet, "quantize", lambda name, *rest: used.append(name) or quantize(name, *rest))
+    layer(x.requires_grad_()).float().sum().backward()
+    backward = {"quartet2": ["ms_eden"] * 4, "nvidia": ["sr", "rtn", "sr", "rtn"]}[recipe]
+    assert [name for name in used if name != "bf16"] == backward
+
+    # A run does so.
+    train(recipe=recipe, steps=4, bf16_forward_end=0.5, eval_every=9, name=recipe)
+    assert checkpoint(recipe)["step"] == 4
+
+
+def test_a_model_is_loaded_in_one_line_with_the_forward_of_its_last_step(capsys):
+    train(recipe="rtn", bf16_end=0.5, save_every=2)
+    model, c = train_gpt.load_model("a")
+    assert not model.training
+    assert model.blocks[0].up.recipe == c.recipe == "bf16"
+    tokens = torch.tensor([[*b"the"]])
+    assert torch.equal(train_gpt.load_model("runs/a", recipe="bf16,rtn")[0](tokens), model(tokens))
+    assert not torch.equal(train_gpt.load_model("a", recipe="rtn")[0](tokens), model(tokens))
+    with pytest.raises(train_gpt.UserError, match="unknown recipe 'rt'"):
+        train_gpt.load_model("a", recipe="rt")
 
 
 def test_a_new_run_starts_from_the_weights_of_another_with_its_own_schedule_and_recipe():
@@ -402,6 +495,9 @@ def test_bad_checkpoints_are_named_and_never_executed():
     ("--name=/a", "it takes letters"),
     # knobs together, with the corpus, with this machine
     ("--width=130", "multiple of twice the heads"),
+    ("--kv_heads=3 --heads=4", "heads must be a multiple of kv_heads"),
+    ("--bf16_first=1", "no block of 1 is left"),
+    ("--mlp=gelu", "mlp=gelu: there are swiglu, relu2"),
     ("--hidden=96", r"blocks.0.up\(128, 192\).*out_features % 128"),
     ("--batch=3", "of 96, processes x batch x sequence"),
     ("--corpus=none", r"none_train_\*.bin.*python data/prepare.py none"),
@@ -482,7 +578,7 @@ def test_a_failed_start_leaves_the_name_free(monkeypatch):
 def fails_in_step_3():
     steps = iter(range(1, 4))
 
-    def update(optimizer, norm):
+    def update(optimizers, norm):
         if next(steps) == 3:
             raise RuntimeError("a bug")
 
@@ -550,16 +646,16 @@ def test_any_optimizer_skips_a_step_without_a_finite_gradient_and_groups_keep_th
     def make(model, c):
         head = dict(params=[*model.head.parameters()], lr=0.5 * c.lr)
         groups = [dict(params=[*model.blocks.parameters()]), head]
-        return getattr(torch.optim, kind)(groups, lr=c.lr)
+        return [getattr(torch.optim, kind)(groups, lr=c.lr)]
 
     update = train_gpt.update
     rates = []
 
-    def note(optimizer, norm):
-        rates.append([group["lr"] for group in optimizer.param_groups])
-        update(optimizer, norm)
+    def note(optimizers, norm):
+        rates.append([group["lr"] for group in optimizers[0].param_groups])
+        update(optimizers, norm)
 
-    monkeypatch.setattr(train_gpt, "make_optimizer", make)
+    monkeypatch.setattr(train_gpt, "make_optimizers", make)
     monkeypatch.setattr(train_gpt, "update", note)
     weights = spoil_losses(monkeypatch, [3])
     train(steps=5, recipe="bf16", save_every=4)
@@ -576,6 +672,57 @@ def test_any_optimizer_skips_a_step_without_a_finite_gradient_and_groups_keep_th
     go_back()
     train_gpt.main(["resume", "a"])
     assert rates[5:] == expected[4:]
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_each_group_its_learning_rate(monkeypatch):
+    rates = []
+    update = train_gpt.update
+
+    def note(optimizers, norm):
+        rates.append([group["lr"] for optimizer in optimizers for group in optimizer.param_groups])
+        update(optimizers, norm)
+
+    monkeypatch.setattr(train_gpt, "update", note)
+    knobs = dict(optimizer="muon", lr=0.02, embedding_lr=0.3, head_lr=0.008, save_every=2, recipe="quintet")
+    train(**knobs)
+    c = train_gpt.Config(**checkpoint()["config"])
+    model = train_gpt.GPT(c)
+    muon, adamw = train_gpt.make_optimizers(model, c)
+    block = model.blocks[0]
+    matrices = {block.qkv.weight, block.out.weight, block.up.weight, block.down.weight}
+    assert {p for group in muon.param_groups for p in group["params"]} == matrices
+    assert {p for group in adamw.param_groups for p in group["params"]} == {*model.parameters()} - matrices
+
+    # By the schedule; the pull is that of AdamW's steps of the same length.
+    shares = torch.tensor([1.0, 0.4, 15.0, 0.4])
+    expected = [train_gpt.learning_rate(c, step) * shares for step in range(4)]
+    torch.testing.assert_close(torch.tensor(rates), torch.stack(expected))
+    assert train_gpt.pull(c, 0.02) == pytest.approx(0.02 / (0.2 * 128**0.5))
+    assert train_gpt.pull(dataclasses.replace(c, optimizer="adamw"), 0.02) == 0.02
+
+    # It goes on from step 2 to the same bits.
+    straight = checkpoint()
+    go_back()
+    Path("runs/a/result.json").unlink()
+    train_gpt.main(["resume", "a"])
+    assert same(checkpoint()["model"], straight["model"])
+
+
+def test_the_loss_falls_also_by_muon_in_nanochats_block():
+    learn_in_twenty_steps(recipe="quartet2", optimizer="muon", lr=0.02, embedding_lr=0.1, head_lr=0.008,
+                          schedule="wsd", qk_norm="true", mlp="relu2")
+
+
+@pytest.mark.parametrize("preset, size, tokens", [("d12", 84934656, 1.48e9), ("d20", 393216000, 5.49e9)])
+def test_nanochats_presets_have_its_shapes_and_read_12_tokens_a_parameter(preset, size, tokens):
+    c = train_gpt.Config(**train_gpt.PRESETS[preset])
+    train_gpt.check_knobs(c)
+    with torch.device("meta"):
+        model = train_gpt.GPT(c)
+    assert sum(m.weight.numel() for m in model.quantized_linears().values()) == size
+    assert c.width // c.heads == 128
+    assert c.steps * c.tokens_per_step == pytest.approx(tokens, rel=1e-2)
+    assert tokens == pytest.approx(12 * (size + model.head.weight.numel()), rel=1e-2)
 
 
 @pytest.mark.parametrize("error", [
