@@ -39,6 +39,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 BLOCK = 16             # values that share a block scale: fixed by the format NVFP4
 GROUP = 128            # values that a rotation mixes
@@ -435,7 +436,7 @@ def hadamard(size, device):
     parity = i & j
     for half in 4, 2, 1:
         parity = parity ^ parity >> half               # after this, the last bit is the parity of all
-    return (1.0 - 2.0 * (parity & 1)) * (i // size == j // size)
+    return (1.0 - 2.0 * (parity & 1).float()) * (i // size == j // size)
 
 
 def rotation_from(name, signs):
@@ -460,7 +461,7 @@ def rotation(name, generator=None):
     if name not in ROTATIONS:
         raise ValueError(f"unknown rotation {name!r}: choose one of {', '.join(ROTATIONS)}")
     signs = torch.randint(0, 2, (3, GROUP), generator=generator, device=generator and generator.device)
-    return rotation_from(name, signs * 2.0 - 1.0)
+    return rotation_from(name, signs.float() * 2.0 - 1.0)
 
 
 def rotate(x, R):
@@ -694,7 +695,7 @@ def draw_noise(dy, row):
     rounds = max([2] + [ROTATIONS[gemm.rotation][1] for gemm in (row.dx, row.dw) if gemm.rotation])
     words = draw(dy, 4 * rounds + 4).view(2, -1)      # for each GEMM 64 signs a word, then two seeds
     bits = words[:, :-2, None] >> torch.arange(64, device=dy.device) & 1
-    signs = bits.view(2, rounds, GROUP) * 2.0 - 1.0
+    signs = bits.view(2, rounds, GROUP).float() * 2.0 - 1.0
     return [Noise(gemm_signs, gemm_words[-2], gemm_words[-1]) for gemm_signs, gemm_words in zip(signs, words)]
 
 
@@ -784,8 +785,10 @@ class Linear(nn.Linear):
     16, or of 128 where the recipe rotates dx. With a recipe that dampens, call dampen(model, share) after
     steps of the optimizer.
     """
-    weight_nvfp4 = NOTHING       # the place of the quantized weight, always the same, and within
-    weight_source = (None,)      # `quantized_weights` what it is made from; any other weight forward quantizes
+    # The place of the quantized weight, always the same; and, within `quantized_weights`, what is there: of
+    # which weight, by which recipe and backend. Anything else forward quantizes itself.
+    weight_nvfp4 = NOTHING
+    weight_source = None, None, None
 
     def __init__(self, in_features, out_features, bias=False, recipe="quartet2", backend="auto",
                  device=None, dtype=None):
@@ -802,16 +805,25 @@ class Linear(nn.Linear):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x16 = x.reshape(-1, self.in_features).bfloat16()
-        w_q = self.weight_nvfp4 if self.weight is self.weight_source[0] else NOTHING
-        y = backend_of(self).QuantizedMatmul.apply(x16, self.weight.bfloat16(), self.recipe, *w_q)
+        weight = self.weight                           # read once: a parametrization computes it
+        w_q = NOTHING
+        if weight is self.weight_source[0] and self.weight_source[1:] == (self.recipe, self.backend):
+            w_q = self.weight_nvfp4
+        apply = backend_of(self, weight).QuantizedMatmul.apply
+        y = apply(x16, weight.bfloat16(), self.recipe, *w_q)
         y = y.to(dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, recipe={self.recipe!r}"
 
+    def __getstate__(self):
+        # A copy quantizes its weight itself.
+        own = {"weight_nvfp4", "weight_source"}
+        return {name: value for name, value in vars(self).items() if name not in own}
+
     def __setstate__(self, state):
-        super().__setstate__(state | {"weight_source": (None,)})
+        super().__setstate__(state)
         # Where this is unpickled, kernels.py may not be loaded yet: check loads it. Without it torch serves.
         check(self.recipe, "torch" if self.backend == "torch" else "auto")
 
@@ -840,18 +852,21 @@ def dampen(model, share):
 
     share: float, or () tensor on the weights' device. After step t of T, the learning rate times (t/T)^4; or,
     every few steps, the sum of these, which is cheaper. Frozen weights stay; a weight of several layers moves
-    once. ValueError for a weight that is no parameter, but computed from others, or not in memory.
+    once. ValueError, and nothing moved, for a weight that is no parameter, but computed, or not in memory.
     """
-    for weight, (name, m) in {m.weight: (name, m) for name, m in quantized_layers(model).items()}.items():
-        strength = RECIPES[m.recipe].dampen
-        if strength and weight is not own_weight(m):
-            raise ValueError(f"the weight of {name or 'this Linear'} is pruned, parametrized or offloaded, "
-                             f"and {m.recipe!r} cannot dampen it: give this layer another recipe")
-        if strength and weight.requires_grad:
+    layers = {}
+    for name, m in quantized_layers(model).items():
+        if RECIPES[m.recipe].dampen:
+            if own_weight(m) is None:
+                raise ValueError(f"the weight of {name or 'this Linear'} is pruned, parametrized or offloaded: "
+                                 f"{m.recipe!r} cannot dampen it, give this layer another recipe")
+            layers[m.weight] = m
+    for weight, m in layers.items():
+        if weight.requires_grad:
             # FSDP2 shards weights: take the rows that this process has, as a tensor of their own.
             w = getattr(weight, "to_local", lambda: weight)()
-            values = backend_of(m).on_grid(w.bfloat16(), m.recipe)
-            fraction = w.new_zeros(()) + share * strength      # a tensor, also of a float
+            values = backend_of(m, w).on_grid(w.bfloat16(), m.recipe)
+            fraction = w.new_zeros(()) + share * RECIPES[m.recipe].dampen      # a tensor, also of a float
             w.lerp_(values.to(w.dtype), fraction.clamp(max=1))
 
 
@@ -992,9 +1007,9 @@ def resolve(backend, device, recipe):
     return "torch"
 
 
-def backend_of(layer):
+def backend_of(layer, weight):
     """The module, kernels.py or this one, that computes a Linear where its weight is."""
-    if resolve(layer.backend, layer.weight.device.type, layer.recipe) == "triton":
+    if resolve(layer.backend, weight.device.type, layer.recipe) == "triton":
         return kernels
     return sys.modules[__name__]
 
@@ -1092,6 +1107,10 @@ def quantize_model(model, recipe, skip=(), backend="auto"):
 
 def quantized_layers(model):
     """The Linears of a model whose recipe is not bf16, {name: Linear}."""
+    for m in model.modules():
+        # A forward pass can leave FSDP2's weights whole: copies, which nothing may be done with.
+        if isinstance(m, nn.Module) and hasattr(m, "set_reshard_after_forward"):
+            m.reshard()
     return {name: m for name, m in model.named_modules()
             if isinstance(m, Linear) and RECIPES[m.recipe] is not None}
 
@@ -1110,16 +1129,24 @@ def quantized_weights(model):
 
     The quantized weight has a fixed place in memory, as a CUDA graph wants it. A weight that is not here
     outside of forward (sharded by FSDP2, pruned, parametrized, offloaded) is quantized in every forward, as
-    without this. RuntimeError at the end if a weight has changed (a change through .data goes unnoticed).
+    without this. RuntimeError at the end if a weight has changed (values changed through .data go unnoticed).
     """
     layers = [m for m in quantized_layers(model).values() if type(own_weight(m)) is nn.Parameter]
     form = lambda parts: [(t.shape, t.dtype, t.device) for t in parts]
-    # What inference_mode has made has no version, and cannot be trained.
+    # What inference_mode has made has no version, and cannot be trained. A fused optimizer leaves versions as
+    # they are, so its steps are noticed, too.
     weights = [m.weight for m in layers if not m.weight.is_inference()]
-    versions = [w._version for w in weights]
+    state = lambda: [(w._version, w.data_ptr(), w.dtype) for w in weights]
+    before = state()
+    stepped = set()
+
+    def note(optimizer, *arguments):
+        stepped.update(id(p) for group in optimizer.param_groups for p in group["params"])
+
+    hook = register_optimizer_step_post_hook(note)
     try:
         for m in layers:
-            new = backend_of(m).quantized(m.weight.detach().bfloat16(), m.recipe)
+            new = backend_of(m, m.weight).quantized(m.weight.detach().bfloat16(), m.recipe)
             if m.weight_nvfp4 is NOTHING or form(m.weight_nvfp4) != form(new):
                 # Memory of its own: what an op has returned must not be written to. Also in inference_mode it
                 # is such that training can use it later.
@@ -1127,12 +1154,13 @@ def quantized_weights(model):
                     m.weight_nvfp4 = [torch.empty_like(t) for t in new]
             for place, t in zip(m.weight_nvfp4, new):
                 place.copy_(t)
-            m.weight_source = (m.weight,)
+            m.weight_source = m.weight, m.recipe, m.backend
         yield
     finally:
+        hook.remove()
         for m in layers:
-            m.weight_source = (None,)
-    if versions != [w._version for w in weights]:
+            m.weight_source = None, None, None
+    if before != state() or not stepped.isdisjoint(map(id, weights)):
         raise RuntimeError("a weight changed within quantized_weights: step the optimizer after it")
 
 

@@ -61,6 +61,18 @@ def test_a_weight_that_is_computed_is_not_dampened_in_silence():
     with pytest.raises(ValueError, match="weight of 1 is .* another recipe"):
         quartet.dampen(model, 0.03)
 
+    # Nothing has moved then. Of a weight of two layers, the one that dampens decides.
+    first, second = layers_of("quintet", "quintet")
+    torch.nn.utils.parametrizations.weight_norm(second)
+    before = first.weight.detach().clone()
+    with pytest.raises(ValueError, match="weight of 1 is"):
+        quartet.dampen(torch.nn.Sequential(first, second), 0.03)
+    assert torch.equal(first.weight, before)
+    second = Linear(128, 128, recipe="quartet2")
+    second.weight = first.weight
+    quartet.dampen(torch.nn.Sequential(first, second), 0.03)
+    assert not torch.equal(first.weight, before)
+
 
 def test_weights_between_two_grid_points_flip_to_the_end_unless_dampened():
     assert demonstrate.flips("quartet2", steps=200) > 0.2

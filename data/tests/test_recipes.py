@@ -11,7 +11,9 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.utils.checkpoint
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 
 import quartet
@@ -260,7 +262,7 @@ def test_quantized_weights_that_cannot_be_made_are_not_used(monkeypatch):
     with pytest.raises(MemoryError):
         with quartet.quantized_weights(model):
             pass
-    assert model[0].weight_source == (None,)
+    assert model[0].weight_source == (None, None, None)
 
 
 def pruned(layer):
@@ -297,6 +299,96 @@ def test_a_weight_that_comes_when_its_layer_is_called_is_that_of_the_call(form):
             return layer(x)
 
     assert torch.equal(output(quartet.quantized_weights), output(contextlib.nullcontext))
+
+
+def test_another_recipe_within_quantized_weights_is_what_multiplies():
+    layer = Linear(128, 128, recipe="quartet2")
+    x = torch.randn(4, 128)
+    expected = Linear(128, 128, recipe="nvidia")
+    expected.weight = layer.weight
+    with quartet.quantized_weights(layer):
+        layer.recipe = "nvidia"
+        assert torch.equal(layer(x), expected(x))
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_a_step_of_a_fused_optimizer_within_quantized_weights_is_an_error(kind):
+    layer = Linear(128, 128)
+    optimizer = getattr(torch.optim, kind)(layer.parameters(), lr=0.1, fused=True)
+    with pytest.raises(RuntimeError, match="a weight changed"), quartet.quantized_weights(layer):
+        layer(torch.ones(2, 128)).sum().backward()
+        optimizer.step()
+    with quartet.quantized_weights(layer):      # another's step is none of its
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]).step()
+
+
+def test_new_data_of_a_weight_within_quantized_weights_is_an_error():
+    layer = Linear(128, 128)
+    with pytest.raises(RuntimeError, match="a weight changed"), quartet.quantized_weights(layer):
+        torch.nn.utils.vector_to_parameters(torch.ones(128 * 128), layer.parameters())
+
+
+def test_what_was_quantized_once_is_neither_pickled_nor_copied():
+    layer = Linear(128, 128)
+    with quartet.quantized_weights(layer):
+        pass
+    x = torch.randn(4, 128)
+    for other in pickle.loads(pickle.dumps(layer)), copy.copy(layer), copy.deepcopy(layer):
+        assert other.weight_nvfp4 is quartet.NOTHING
+        assert torch.equal(other(x), layer(x))
+
+
+def test_a_parametrized_weight_is_computed_once_a_forward_pass():
+    class Counted(torch.nn.Module):
+        calls = 0
+
+        def forward(self, w):
+            self.calls += 1
+            return w
+
+    layer = Linear(128, 128)
+    counted = Counted()
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", counted)
+    before = counted.calls
+    layer(torch.ones(2, 128))
+    assert counted.calls == before + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_makes_no_difference(dtype):
+    def gradients():
+        torch.manual_seed(0)
+        layer = Linear(128, 128, dtype=torch.float32)
+        x = torch.ones(4, 128, dtype=torch.float32, requires_grad=True)
+        return torch.autograd.grad(layer(x).sum(), [x, layer.weight])
+
+    expected = gradients()
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(map(torch.equal, gradients(), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_weights_that_fsdp2_has_left_whole_are_not_taken_for_the_own_ones():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(torch.nn.Sequential(Linear(128, 128, recipe="quintet")))
+        x = torch.ones(2, 128)
+        with torch.no_grad():
+            model(x)
+        assert type(model[0].weight) is torch.nn.Parameter      # whole, as the root leaves it
+        before = model.state_dict()["0.weight"].full_tensor().clone()
+        quartet.dampen(model, 0.05)
+        assert not torch.equal(model.state_dict()["0.weight"].full_tensor(), before)
+
+        with torch.no_grad():
+            model(x)
+        with quartet.quantized_weights(model):
+            assert torch.equal(model(x), model(x))
+            assert model[0].weight_nvfp4 is quartet.NOTHING
+    finally:
+        dist.destroy_process_group()
 
 
 def test_another_weight_within_quantized_weights_is_what_multiplies():
