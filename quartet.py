@@ -858,8 +858,8 @@ def dampen(model, share):
     for name, m in quantized_layers(model).items():
         if RECIPES[m.recipe].dampen:
             if own_weight(m) is None:
-                raise ValueError(f"the weight of {name or 'this Linear'} is pruned, parametrized or offloaded: "
-                                 f"{m.recipe!r} cannot dampen it, give this layer another recipe")
+                raise ValueError(f"the weight of {name or 'this Linear'} is pruned, parametrized or "
+                                 f"offloaded: {m.recipe!r} cannot dampen it, give this layer another recipe")
             layers[m.weight] = m
     for weight, m in layers.items():
         if weight.requires_grad:
