@@ -56,7 +56,7 @@ DATA = Path(__file__).resolve().parent / "data"
 def in_environment(name, default):
     """A number in an environment variable; the default if none is there, or none that makes sense."""
     value = os.environ.get(name, "")
-    return int(value) if value.isdecimal() else default
+    return int(value) if value.isdecimal() and len(value) < 10 else default
 
 
 # Who this process is among those that torchrun starts. Alone: rank 0 of 1.
@@ -358,10 +358,10 @@ def find_shards(corpus, split):
     them: any of such a name, and sha256 is None. UserError if it is damaged.
     """
     manifest = corpus.with_name(f"{corpus.name}.json")
-    if not manifest.exists():
+    if not os.path.exists(manifest):
         pattern = f"{glob.escape(corpus.name)}_{split}_{'[0-9]' * 6}.bin"
         return [(path, None) for path in sorted(corpus.parent.glob(pattern))]
-    if not manifest.stat().st_size:
+    if manifest.is_file() and not manifest.stat().st_size:
         return []
     way_out = "is damaged, or no list of shards: move it away, and run data/prepare.py again"
     shards = read_json(manifest, dict(train=list, val=list), way_out)[split]
@@ -710,6 +710,8 @@ def eval_recipes(model, c):
         loss = evaluate(model, data, c)
         losses.append(loss)
         print(f"{recipe:12}{loss:9.4f}{loss - losses[0]:12.4f}{bits_per_byte(c, loss)}")
+    if not all(map(math.isfinite, losses)):
+        raise Diverged("not all of these losses are finite: the weights have diverged")
 
 
 # ============================================================================================================
@@ -768,7 +770,7 @@ def need_room(directory, model):
     """UserError if the disk of a run has no room for checkpoints: the last two, and one that is written."""
     # Of each parameter, weight and two moments in float32. What is there already will be replaced.
     needed = 3 * 12 * sum(p.numel() for p in model.parameters())
-    there = sum(path.stat().st_size for path in directory.glob("*.pt"))
+    there = sum(path.stat().st_size for path in directory.glob("*.pt") if path.is_file())
     room = shutil.disk_usage(directory).free + there
     if room < needed:
         raise UserError(f"{directory} needs {needed / 1e6:,.0f} MB for checkpoints, and the disk has room "
@@ -815,10 +817,11 @@ def as_json(**record):
 
 def read_json(path, kinds, way_out="is damaged: remove it, then resume"):
     """The record in a file, of these kinds, {name: type}. UserError if it is none."""
-    try:
-        record = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        record = None
+    # A pipe or a device has no end, and what is as large is no record.
+    record = None
+    if path.is_file() and path.stat().st_size < 2**24:
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(path.read_text())
     if not fits(record, kinds):
         raise UserError(f"{path} {way_out}")
     return record
@@ -829,7 +832,10 @@ def fits(record, kinds):
     if isinstance(kinds, dict):
         return (isinstance(record, dict) and record.keys() == kinds.keys()
                 and all(fits(record[name], kind) for name, kind in kinds.items()))
-    return isinstance(record, kinds)
+    # What Python can hold, and a float, or UTF-8, cannot
+    too_large = isinstance(record, int) and abs(record) >= 2**63
+    no_text = isinstance(record, str) and re.search("[\ud800-\udfff]", record)
+    return isinstance(record, kinds) and not too_large and not no_text
 
 
 def save(directory, c, step, **state):
@@ -854,8 +860,15 @@ def begun(directory):
 def find(word, names):
     """The path of the first of names that a run has, by name in runs/ or by path; None if it has none."""
     # A name in runs/ comes first; a path outside of it is second.
-    places = [directory / name for directory in (Path("runs") / word, Path(word)) for name in names]
-    return next((path for path in places if path.is_file()), None)
+    for directory in (Path("runs") / word, Path(word)):
+        for name in names:
+            path = directory / name
+            if os.path.isfile(path):
+                return path
+            # Not to take an older one in its place, without a word
+            if name != "." and os.path.lexists(path):
+                raise UserError(f"{path} is no file: remove it")
+    return None
 
 
 def load_checkpoint(word, names=CHECKPOINTS):
@@ -896,12 +909,26 @@ def load_checkpoint(word, names=CHECKPOINTS):
         model = GPT(c).state_dict()
     if shapes(checkpoint["model"]) != shapes(model) or not 0 <= checkpoint["step"] <= c.steps:
         raise UserError(f"{path} holds other weights, or another step, than its config says")
+    if not plain(checkpoint):
+        raise UserError(f"{path} holds tensors that are not plain numbers in memory, one after another")
     return path, checkpoint
+
+
+def plain(value):
+    """Whether all tensors in value, in whatever it holds, lie in a CPU's memory, each number in its place."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, (list, tuple)):
+        return all(map(plain, value))
+    if not isinstance(value, torch.Tensor):
+        return True
+    return value.device.type == "cpu" and value.layout == torch.strided and not value.is_quantized and (
+        value.is_contiguous())
 
 
 def config_in(path, record, kinds):
     """The Config in a record that was read from a file. UserError unless it could be that of a run."""
-    if not fits(record, kinds):
+    if not fits(record, kinds) or ("," in record["config"]["recipe"]) != (kinds is COMPARISON):
         raise UserError(f"{path} was not written by this version of train_gpt.py")
     # Each knob alone has the right type by now. Whether they make sense is asked as of a new run.
     c = Config(**record["config"])
@@ -913,8 +940,8 @@ def config_in(path, record, kinds):
 
 
 def shapes(tensors):
-    """{name: tensor} -> {name: its shape, or None of what is no tensor}."""
-    return {name: getattr(t, "shape", None) for name, t in tensors.items()}
+    """{name: tensor} -> {name: its shape and dtype, or None of what is no tensor}."""
+    return {name: isinstance(t, torch.Tensor) and (t.shape, t.dtype) for name, t in tensors.items()}
 
 
 def weights_of(run, c):
@@ -1103,7 +1130,10 @@ def start_processes(device, shard):
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    try:
+        dist.init_process_group(backend)
+    except (ValueError, RuntimeError) as e:
+        raise UserError(f"cannot join the other processes: {str(e).splitlines()[0]}")
     atexit.register(dist.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w")
@@ -1158,10 +1188,14 @@ def restore(model, optimizers, saved, directory):
         # The optimizers' state must have the form that it has here. What is missing would stay as it is,
         # without a word.
         _, moments = get_state_dict(model, optimizers)
+        settings = [dict(group) for optimizer in optimizers for group in optimizer.param_groups]
         if form_of(saved["optimizer"]) != form_of(moments):
             raise ValueError("its optimizers hold another state")
         set_state_dict(model, optimizers, model_state_dict=saved.pop("model"),
                        optim_state_dict=saved.pop("optimizer"), options=options)
+        # Settings are those of the code, whatever the file says.
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group.update({name: value for name, value in settings.pop(0).items() if name != "params"})
 
         # The noise goes on where it was.
         generators = saved["generators"][RANK]
@@ -1248,23 +1282,31 @@ def compare(c, data, directory, stop, saved):
     results = []
     for recipe in c.recipe.split(","):
         run = directory / recipe
-        run.mkdir(exist_ok=True)
-        if not (run / "result.json").exists():
+        if run.is_symlink():
+            raise UserError(f"{run} is a link: remove it")
+        with writing(run):
+            run.mkdir(exist_ok=True)
+        if not os.path.lexists(run / "result.json"):
             # Train it, or go on where it stopped.
             print(f"\n==== {recipe}")
+            own = dataclasses.replace(c, recipe=recipe)
             torch._dynamo.reset()
             checkpoint = None
             if find(run, CHECKPOINTS):
                 _, checkpoint = load_checkpoint(run)
+                unchanged(vars(own), checkpoint["config"], FIXED, f"{run} is no run of this comparison")
+                refuse_another(checkpoint, data, run)
             try:
                 with held(run):
-                    train(dataclasses.replace(c, recipe=recipe), data, run, stop, checkpoint)
+                    train(own, data, run, stop, checkpoint)
             except Diverged as e:      # does not end the others
                 print(e)
                 write(run / "result.json", as_json(**dict.fromkeys(RESULT) | dict(recipe=recipe)))
-        # null is what was not finite.
         result = read_json(run / "result.json", RESULT)
-        results.append({key: value or math.nan for key, value in result.items()})
+        if result["recipe"] != recipe:
+            raise UserError(f"{run / 'result.json'} is of {result['recipe']}: remove it, then resume")
+        # null is what was not finite.
+        results.append({key: math.nan if value is None else value for key, value in result.items()})
 
     # Make the table.
     base = next((r["val_loss"] for r in results if r["recipe"] == "bf16"), math.nan)
@@ -1274,6 +1316,9 @@ def compare(c, data, directory, stop, saved):
         table += "{recipe:12}{val_loss:10.4f}{gap:13.4f}{tokens_per_s:12,.0f}{peak_gib:10.2f}\n".format(**r)
     write(directory / "compare.txt", table)
     print(f"\n{table}written to {directory / 'compare.txt'}")
+    diverged = [r["recipe"] for r in results if math.isnan(r["val_loss"])]
+    if diverged:
+        raise Diverged(f"{directory}: {', '.join(diverged)} has no finite validation loss")
 
 
 # ---- D. The command line -----------------------------------------------------------------------------------
@@ -1292,6 +1337,7 @@ LIMITS |= dict.fromkeys(["bf16_end", "bf16_forward_end", "warmup", "decay", "fin
 # What weights are made for
 SHAPE = {"layers", "width", "heads", "kv_heads", "qk_norm", "mlp", "hidden", "vocab_size"}
 HARMLESS = {"log_every", "save_every", "device", "prompt", "sample_tokens", "temperature", "top_k"}
+FIXED = Config.__annotations__.keys() - HARMLESS
 
 
 def known(word, words, problem):
@@ -1351,6 +1397,8 @@ def check_knobs(c):
                 raise UserError(f"--{name}={getattr(c, name)}: it must be from {least} to {most}")
 
     # Knobs together
+    if not c.corpus:
+        raise UserError("--corpus=: it takes a name, such as python")
     if c.width % (2 * c.heads):
         raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
     if c.kv_heads and c.heads % c.kv_heads:
@@ -1401,11 +1449,12 @@ def load(mode, word, knobs):
 
     # To resume, nothing may change a number. A comparison has compare.json.
     if mode == "resume":
-        fixed = Config.__annotations__.keys() - HARMLESS
+        fixed = FIXED
         names = CHECKPOINTS
         path = find(word, ["compare.json"])
     if path:
-        saved = read_json(path, COMPARISON)
+        saved = read_json(path, COMPARISON, "is damaged: the comparison cannot go on, but each of its runs "
+                          f"can, resume {word}/RECIPE")
         config_in(path, saved, COMPARISON)
     else:
         path, saved = load_checkpoint(word, names)
@@ -1421,12 +1470,12 @@ def new_directory(c, preset):
     if not name:
         # The time, and four digits for what starts in the same second
         name = f"{preset}-{c.recipe.replace(',', '+')}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise UserError(f"--name={name!r}: it takes letters, digits and . _ + -")
+    if not re.fullmatch(r"\w[\w.+-]{,99}", name):
+        raise UserError(f"--name={name!r}: it takes up to 100 letters, digits and . _ + -")
 
     # Make the directory.
     path = Path("runs") / name
-    if path.exists():
+    if os.path.lexists(path):
         state = "resume it" if begun(path) else "it has no checkpoint"
         raise UserError(f"{path} exists: {state}, remove it, or take another --name")
     with writing(path):
@@ -1439,7 +1488,7 @@ def load_model(run, **knobs):
     """A run's model, for notebooks: on its device, with the forward pass of its last step -> model, Config.
 
     run: a name in runs/, or a path. knobs: any that `eval` takes, such as recipe=, device="cpu". UserError.
-    Example: model, c = load_model("mine"); logits = model(torch.tensor([[*b"def "]], device=model.rope.device))
+    Example: model, c = load_model("mine"); logits = model(torch.tensor([[*b"def "]]).to(model.rope.device))
     """
     c, _, saved = load("eval", run, knobs)
     if "recipe" not in knobs:
@@ -1475,7 +1524,7 @@ def listen(stop):
         os.write(2, b"\nstopping: this step, then saving\n")
         # A cluster may send SIGTERM twice, and means the same.
         if signum == signal.SIGINT:
-            signal.signal(signum, signal.SIG_DFL)
+            signal.signal(signum, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
@@ -1518,19 +1567,18 @@ def run_training(c, preset, directory, saved):
                 compare(c, data, directory, stop, saved)
             elif saved and saved["step"] == c.steps and (directory / "result.json").exists():
                 print(f"{directory} has ended: see its result.json and sample.txt")
+                if read_json(directory / "result.json", RESULT)["val_loss"] is None:
+                    raise Diverged(f"{directory}: its validation loss is not finite")
             else:
                 train(c, data, directory, stop, saved)
-    except Exception as e:
+    except BaseException as e:
         # If there is nothing to go on from, the name is free again. But what has diverged can be looked at.
         if fresh and not RANK and not isinstance(e, Diverged) and not begun(directory):
             shutil.rmtree(directory)
-        # Two kinds of errors are no bugs: the user can put them right.
+        # No bug: the user can put it right.
         if isinstance(e, torch.cuda.OutOfMemoryError):
             raise UserError("the GPU has too little memory, try a smaller --batch. "
                             f"{str(e).splitlines()[0]}")
-        # Where a process dies, the others' connections to it break.
-        if WORLD > 1 and re.search("gloo|nccl|connection", str(e), re.IGNORECASE):
-            raise UserError("another process of this run has ended, see what it says; then resume the run")
         raise
 
 
@@ -1549,11 +1597,18 @@ def main(argv):
         read_out(mode, word, knobs)
     else:
         c, directory, saved = load(mode, word, knobs)
-        run_training(c, word, directory, saved)
+        try:
+            run_training(c, word, directory, saved)
+        except RuntimeError as e:
+            # Where a process dies, the others' connections to it break.
+            if WORLD > 1 and re.search("gloo|nccl|connection", str(e), re.IGNORECASE):
+                raise UserError("another process of this run has ended, see what it says; then resume")
+            raise
 
 
 if __name__ == "__main__":
     # A line is shown at once, also in a file. A terminal may lack letters of the sample.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
@@ -1561,3 +1616,7 @@ if __name__ == "__main__":
         sys.exit(f"train_gpt.py: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the lines has gone. Python is not to try once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)

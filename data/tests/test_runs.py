@@ -267,6 +267,9 @@ def test_a_streak_of_bad_steps_leaves_the_checkpoint_from_before_it(monkeypatch)
 def test_a_run_whose_last_validation_is_not_finite_ends_as_diverged(monkeypatch, capsys):
     monkeypatch.setattr(train_gpt, "evaluate", lambda model, data, c: math.nan)
     refused("runs/a: its validation loss is not finite.*lower --lr", *words())
+    refused("runs/a: its validation loss is not finite", "resume", "a")
+    refused("not all of these losses are finite", "eval", "a", "--recipe=bf16")
+    refused("runs/c: bf16, rtn has no finite validation loss", *words(name="c", recipe="bf16,rtn"))
     assert result()["val_loss"] is None
     assert result()["tokens_per_s"]
     assert (RUN / "sample.txt").exists()
@@ -275,7 +278,11 @@ def test_a_run_whose_last_validation_is_not_finite_ends_as_diverged(monkeypatch,
 def test_a_recipe_that_diverges_does_not_end_the_others(capsys):
     # In too few steps to be noticed, and in enough
     for steps, ended in [(4, 0), (14, 2)]:
-        train(recipe="bf16,rtn", lr=1e30, steps=steps, name=f"r{steps}")
+        command = words(recipe="bf16,rtn", lr=1e30, steps=steps, name=f"r{steps}")
+        if ended:
+            refused("runs/r14: bf16, rtn has no finite validation loss", *command)
+        else:
+            train_gpt.main(command)
         said = capsys.readouterr().out
         assert said.count("10 steps in a row") == ended
         assert said.count("its logits are not finite: no sample") == 2 - ended
@@ -367,6 +374,66 @@ def test_a_bit_of_a_checkpoints_directory_is_seen(finished):
             refused("not a whole checkpoint.*remove it", "sample", "a")
 
 
+@pytest.mark.parametrize("name", ["seed", "lr", "steps", "recipe"])
+def test_a_comparison_takes_no_checkpoint_of_another_run(name):
+    train(recipe="bf16,rtn", save_every=2, name="c")
+    run = Path("runs/c/rtn")
+    (run / "result.json").unlink()
+    other = dict(seed=2, lr=1e-4, steps=3, recipe="bf16")[name]
+    train(**dict(recipe="rtn", save_every=2, name="other") | {name: other})
+    shutil.copy("runs/other/checkpoint.pt", run / "checkpoint.pt")
+    refused(f"runs/c/rtn is no run of this comparison: .*--{name}=", "resume", "c")
+
+
+@pytest.mark.parametrize("content", ["{}", '{"recipe": "bf16", "val_loss": 1.0, "skipped": 0, "tokens_per_s": 1.0, '
+                                     '"peak_gib": null}', None])
+def test_a_comparison_takes_no_result_of_another(content):
+    train(recipe="bf16,rtn", steps=1, name="c")
+    path = Path("runs/c/rtn/result.json")
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(content)
+    refused("runs/c/rtn/result.json is (damaged|of bf16): remove it, then resume", "resume", "c")
+
+
+def test_a_run_of_a_comparison_is_no_link():
+    train(recipe="bf16,rtn", steps=1, name="c")
+    shutil.move("runs/c/rtn", "elsewhere")
+    Path("runs/c/rtn").symlink_to(Path("elsewhere").absolute())
+    refused("runs/c/rtn is a link: remove it", "resume", "c")
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda t: torch.zeros(1).expand(t.shape),
+    lambda t: t.to_sparse(),
+    lambda t: t.to("meta"),
+    lambda t: t.long(),
+])
+def test_tensors_of_a_checkpoint_are_plain_numbers(finished, spoil):
+    for mode, *where in [("sample", "model", "head.weight"), ("resume", "optimizer", "state", "head.weight", "exp_avg")]:
+        saved = checkpoint(name="previous.pt")
+        holder = saved
+        for name in where[:-1]:
+            holder = holder[name]
+        holder[where[-1]] = spoil(holder[where[-1]])
+        torch.save(saved, LAST)
+        (RUN / "result.json").unlink(missing_ok=True)
+        refused("runs/a.*(other weights|not plain numbers|cannot be restored)", mode, "a")
+
+
+def test_settings_of_the_optimizer_are_those_of_the_code(finished):
+    straight = checkpoint()
+    saved = checkpoint(name="previous.pt")
+    for group in saved["optimizer"]["param_groups"]:
+        group.update(weight_decay=1e30, eps=-1.0, betas=(0.1, 0.2), share=7.0)
+    torch.save(saved, LAST)
+    (RUN / "result.json").unlink()
+    resume()
+    assert same(checkpoint()["model"], straight["model"])
+
+
 def test_a_damaged_checkpoint_names_the_one_before_which_is_kept(finished):
     before = checkpoint()["model"]
     previous = PREVIOUS.read_bytes()
@@ -443,14 +510,16 @@ def test_what_a_checkpoint_cannot_hold_is_one_line_that_names_it(finished, where
 def test_a_damaged_comparison_is_one_line_that_names_the_file(place, content):
     Path("runs/c").mkdir(parents=True)
     Path("runs/c/compare.json").write_bytes(content.encode("latin-1"))
-    refused("runs/c/compare.json (is damaged: remove it|was not written by)", "resume", "c")
+    refused("runs/c/compare.json (is damaged: .* resume c/RECIPE|was not written by)", "resume", "c")
 
 
 def test_what_is_no_file_is_no_checkpoint(place):
     RUN.mkdir(parents=True)
     os.mkfifo(LAST)
     PREVIOUS.symlink_to("/dev/zero")
-    refused("no checkpoint of a", "eval", "a")
+    refused("runs/a/checkpoint.pt is no file: remove it", "eval", "a")
+    LAST.unlink()
+    refused("runs/a/previous.pt is no file: remove it", "eval", "a")
     refused("no checkpoint of /dev/zero", "eval", "/dev/zero")
 
 

@@ -490,9 +490,9 @@ def test_bad_checkpoints_are_named_and_never_executed():
     ("--init_from=none", "no checkpoint of none"),
     ("--prompt=\udce9", "--prompt.*UTF-8"),
     ("--name=taken", "runs/taken exists.*another"),
-    ("--name=../a", "name='../a': it takes letters"),
-    ("--name=two\nlines", "it takes letters"),
-    ("--name=/a", "it takes letters"),
+    ("--name=../a", "name='../a': it takes up to 100 letters"),
+    ("--name=two\nlines", "it takes up to 100 letters"),
+    ("--name=/a", "it takes up to 100 letters"),
     # knobs together, with the corpus, with this machine
     ("--width=130", "multiple of twice the heads"),
     ("--kv_heads=3 --heads=4", "heads must be a multiple of kv_heads"),
@@ -500,6 +500,9 @@ def test_bad_checkpoints_are_named_and_never_executed():
     ("--mlp=gelu", "mlp=gelu: there are swiglu, relu2"),
     ("--hidden=96", r"blocks.0.up\(128, 192\).*out_features % 128"),
     ("--batch=3", "of 96, processes x batch x sequence"),
+    ("--corpus=", "corpus=: it takes a name"),
+    ("--corpus=" + 300 * "a", "no .*run python data/prepare.py aaa"),
+    ("--name=" + 300 * "a", "it takes up to 100 letters"),
     ("--corpus=none", r"none_train_\*.bin.*python data/prepare.py none"),
     ("--vocab_size=100", "token 122, beyond"),
     ("--sequence=4096 --tokens_per_step=16384", "too few for --sequence=4096"),
@@ -565,6 +568,14 @@ def test_a_failed_start_leaves_the_name_free(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "update", fails_in_step_3())
         with pytest.raises(RuntimeError, match="a bug"):
+            train()
+    assert not Path("runs/a").exists()
+
+    # A second Ctrl-C
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "update", lambda optimizers, norm: [signal.raise_signal(signal.SIGINT)
+                                                                     for _ in range(2)])
+        with pytest.raises(KeyboardInterrupt):
             train()
     assert not Path("runs/a").exists()
 
