@@ -13,6 +13,7 @@ package safetensors.
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -224,7 +225,7 @@ def export(run, directory, packed):
 
     # The weights are those that the forward pass after the last step multiplies.
     c, _, checkpoint = train_gpt.load("eval", run, {})
-    if directory.exists():
+    if os.path.lexists(directory):
         raise UserError(f"{directory} exists: take another name, nothing is overwritten")
     c = dataclasses.replace(c, recipe=train_gpt.recipe_of(c, checkpoint["step"]))
     found, ignore = tensors(c, checkpoint["model"], packed)
@@ -236,10 +237,9 @@ def export(run, directory, packed):
     part = directory.with_name(directory.name + ".part")
     with train_gpt.writing(part):
         # Remove what an export that was broken off, or somebody's link, has left there.
-        if part.is_symlink():
-            part.unlink()
-        elif part.exists():
+        if part.is_dir() and not part.is_symlink():
             shutil.rmtree(part)
+        part.unlink(missing_ok=True)
         part.mkdir(parents=True)
         for name, content in files.items():
             (part / name).write_text(json.dumps(content, indent=1) + "\n")

@@ -169,6 +169,8 @@ def main(argv):
 
     # Read what it says.
     check(a)
+    if not a.text.is_file():
+        raise ValueError(f"{a.text} is no file of text")
     try:
         text = a.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:

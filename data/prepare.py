@@ -34,6 +34,7 @@ import shlex
 import shutil
 import sys
 import sysconfig
+import threading
 import time
 import urllib.request
 import zlib
@@ -159,8 +160,10 @@ def writing(directory):
     with locked(directory):
         new = directory / ".new"
         try:
-            # Remove what one that was killed has left there.
-            shutil.rmtree(new, ignore_errors=True)
+            # Remove what one that was killed, or somebody's link, has left there.
+            if new.is_dir() and not new.is_symlink():
+                shutil.rmtree(new)
+            new.unlink(missing_ok=True)
             new.mkdir()
             yield new
         except OSError as e:
@@ -183,7 +186,9 @@ def publish(name, train, val, new):
     (new / "empty").touch()
 
     old = b""
-    if manifest.exists():
+    if os.path.lexists(manifest):
+        if not manifest.is_file():
+            raise ValueError(f"{manifest} is no file: move it away, since the list of shards takes its place")
         old = manifest.read_bytes()
     if old and not old.startswith(b'{\n "train":'):
         raise ValueError(f"{manifest} is no list of shards: move it away, since the list takes its place")
@@ -337,18 +342,26 @@ def write_text(name, documents, directory):
 
 # ---- 3. Downloads ------------------------------------------------------------------------------------------
 
-def receive(url, size, deadline):
-    """What is at url, bytes; no more than the first size + 1 of them. OSError after the deadline."""
-    received = b""
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as reply:
-        while len(received) <= size:
-            piece = reply.read1(size + 1 - len(received))
-            if not piece:
-                break
-            received += piece
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"only {len(received)} bytes came in {PATIENCE:g} seconds")
-    return received
+def receive(url, size, seconds):
+    """What is at url, bytes; no more than the first size + 1 of them. OSError after so many seconds."""
+    received = []
+
+    def read():
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as reply:
+                received.append(reply.read(size + 1))
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            received.append(e)
+
+    # A server may send a byte now and then, in its headers too: the time is that of all of it.
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(max(seconds, 0))
+    if not received:
+        raise TimeoutError(f"not all of it came in {PATIENCE:g} seconds")
+    if isinstance(received[0], Exception):
+        raise OSError(str(received[0]) or type(received[0]).__name__)
+    return received[0]
 
 
 def download_shakespeare():
@@ -357,13 +370,13 @@ def download_shakespeare():
     for tries in range(1, TRIES + 1):
         time.sleep(tries - 1)
         try:
-            text = receive(SHAKESPEARE, SHAKESPEARE_SIZE, deadline)
+            text = receive(SHAKESPEARE, SHAKESPEARE_SIZE, deadline - time.monotonic())
             if digest(text).hex() == SHAKESPEARE_SHA256:
                 return text
             # A network that wants a log-in first sends a page of its own.
             fault = f"what came, {text[:20]!r}..., is another text"
-        except (OSError, http.client.HTTPException) as e:
-            fault = str(e) or type(e).__name__
+        except OSError as e:
+            fault = str(e)
         print(f"shakespeare, try {tries}: {fault}", flush=True)
         if time.monotonic() > deadline:
             break

@@ -686,7 +686,7 @@ def records(log):
     for line in log.read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             found.append(record)
@@ -733,7 +733,7 @@ def follow(paths):
     A gap, in 1e-3 nats, is to the bf16 run that is the same in all else, at the last validation of both.
     """
     runs = {}
-    for log in sorted({log for path in paths for log in Path(path).rglob("log.jsonl")}):
+    for log in sorted({log for path in paths for log in Path(path).rglob("log.jsonl") if log.is_file()}):
         run = read_own(log)
         if run:
             runs[str(log.parent)] = run
@@ -764,6 +764,7 @@ def follow(paths):
     axes[0].legend(fontsize=8)
     plt.tight_layout()
     target = Path(os.path.commonpath([Path(path).absolute().parent for path in paths])) / "curves.png"
+    target.unlink(missing_ok=True)      # it may be a link
     plt.savefig(target)
     plt.close()
     print(f"wrote {target}")

@@ -1,5 +1,6 @@
 """Tests of export.py: Llama's layout computes what the trained model does, and other software reads it."""
 import importlib.util
+import os
 import resource
 import shutil
 import subprocess
@@ -187,6 +188,8 @@ def test_a_link_that_is_there_already_is_not_followed(run):
     export.main(["a", "new"])
     Path("newer.part").symlink_to("new")
     export.main(["a", "newer"])
+    os.mkfifo("newest.part")
+    export.main(["a", "newest"])
     assert other.read_text() == "keep"
     assert not Path("new/config.json").is_symlink()
     assert not Path("newer").is_symlink()
