@@ -204,7 +204,7 @@ class Block(nn.Module):
 
         # The rest. For a SwiGLU the layer `up` makes both the gate and what it lets through.
         self.swiglu = c.mlp == "swiglu"
-        self.up = linear(c.width, 2 * c.hidden if self.swiglu else c.hidden)
+        self.up = linear(c.width, (1 + self.swiglu) * c.hidden)
         self.down = linear(c.hidden, c.width)
 
     def forward(self, x, rope):
@@ -1299,9 +1299,11 @@ def compare(c, data, directory, stop, saved):
             try:
                 with held(run):
                     train(own, data, run, stop, checkpoint)
-            except Diverged as e:      # does not end the others
+            except Diverged as e:
+                # It does not end the others. It may have a result, without a loss.
                 print(e)
-                write(run / "result.json", as_json(**dict.fromkeys(RESULT) | dict(recipe=recipe)))
+                if not (run / "result.json").exists():
+                    write(run / "result.json", as_json(**dict.fromkeys(RESULT) | dict(recipe=recipe)))
         result = read_json(run / "result.json", RESULT)
         if result["recipe"] != recipe:
             raise UserError(f"{run / 'result.json'} is of {result['recipe']}: remove it, then resume")
@@ -1316,6 +1318,8 @@ def compare(c, data, directory, stop, saved):
         table += "{recipe:12}{val_loss:10.4f}{gap:13.4f}{tokens_per_s:12,.0f}{peak_gib:10.2f}\n".format(**r)
     write(directory / "compare.txt", table)
     print(f"\n{table}written to {directory / 'compare.txt'}")
+
+    # A table of nothing is no success.
     diverged = [r["recipe"] for r in results if math.isnan(r["val_loss"])]
     if diverged:
         raise Diverged(f"{directory}: {', '.join(diverged)} has no finite validation loss")
@@ -1476,7 +1480,9 @@ def new_directory(c, preset):
     # Make the directory.
     path = Path("runs") / name
     if os.path.lexists(path):
-        state = "resume it" if begun(path) else "it has no checkpoint"
+        state = "it has no checkpoint"
+        if begun(path):
+            state = "resume it"
         raise UserError(f"{path} exists: {state}, remove it, or take another --name")
     with writing(path):
         # Of two processes that come here at once, one fails.

@@ -270,6 +270,7 @@ def test_a_run_whose_last_validation_is_not_finite_ends_as_diverged(monkeypatch,
     refused("runs/a: its validation loss is not finite", "resume", "a")
     refused("not all of these losses are finite", "eval", "a", "--recipe=bf16")
     refused("runs/c: bf16, rtn has no finite validation loss", *words(name="c", recipe="bf16,rtn"))
+    assert result("c/rtn")["tokens_per_s"]
     assert result()["val_loss"] is None
     assert result()["tokens_per_s"]
     assert (RUN / "sample.txt").exists()
