@@ -296,7 +296,11 @@ def test_stochastic_rounding_goes_to_a_neighbour_by_u_without_bias(rounding, gri
         assert ((r.mean(0) - v).abs() * m <= (high - low) * (f > 0)).all()
 
 
-@parametrize("u", [None, torch.zeros(1), torch.full((1,), 1 - 2.0**-24)], ids=["none", "0", "1-"])
+@parametrize("u", [
+    None,
+    torch.zeros(1),
+    torch.full((1,), 1 - 2.0**-24),
+], ids=["none", "0", "1-"])
 def test_rounding_saturates_keeps_nan_and_makes_no_negative_zero(u):
     for rounding, top in (e2m1, 6.0), (e4m3, 448.0):
         beyond = tensor([top * 1.01, top * 1e30, math.inf])
@@ -606,7 +610,10 @@ def draws_of_every_scale(f):
     # Many scales are sub-normal, and many are not.
     assert 0.3 < (t.block_scale.float() < 2.0**-6).float().mean() < 0.9
     b = x.view(10, 8, 16)
-    return decode(t).view(-1, 10, 8, 16), b, b.abs().amax(-1, keepdim=True), 2.0**-9 * t.tensor_scale
+    draws = decode(t).view(-1, 10, 8, 16)
+    amax = b.abs().amax(-1, keepdim=True)
+    step = 2.0**-9 * t.tensor_scale
+    return draws, b, amax, step
 
 
 def test_sr_is_unbiased_element_by_element_also_at_sub_normal_scales():
@@ -1029,8 +1036,11 @@ def test_strides_dtypes_autocast_and_what_bf16_drops_make_no_difference(recipe):
 @parametrize("backend", ["torch", "triton"])
 def test_a_small_power_of_two_on_an_operand_is_one_on_the_results(recipe, backend, monkeypatch):
     # As where a CPU has bf16 units; but these take sub-normal sums as 0, and float64 does not.
+    def gemm(a, b, n=1):
+        return (a.double() @ b.double().T / n).bfloat16()
+
+    monkeypatch.setattr(quartet, "gemm", gemm)
     monkeypatch.setattr(quartet, "CPU_DTYPE", bfloat16)
-    monkeypatch.setattr(quartet, "gemm", lambda a, b, n=1: (a.double() @ b.double().T / n).bfloat16())
     linear, x, dy = layer(recipe, 128, 128, device=DEVICE if backend == "triton" else "cpu")
     quantize_model(linear, recipe, backend=backend)
     # Columns that are small already. dy is large, so that gradients are no sub-normal numbers.

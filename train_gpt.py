@@ -160,7 +160,8 @@ def nanochat(depth, tokens_per_step, steps, weight_decay):
     in output layers; of its Muon, equal rows, variance reduction, and schedules of momentum and decay.
     """
     width = 64 * depth
-    scale = math.sqrt(tokens_per_step / 2**19)                # of learning rates, with the batch
+    # Learning rates grow with the root of the batch; those of AdamW shrink with the root of the width.
+    scale = math.sqrt(tokens_per_step / 2**19)
     return dict(layers=depth, width=width, heads=width // 128, qk_norm="true", mlp="relu2", hidden=4 * width,
                 vocab_size=50304, sequence=2048, batch=32, tokens_per_step=tokens_per_step, steps=steps,
                 corpus="fineweb", optimizer="muon", lr=0.02 * scale, weight_decay=weight_decay,
@@ -472,6 +473,7 @@ def in_bf16_forward(recipe):
     row = quartet.RECIPES[recipe]
     if row is None:
         return recipe
+    # All else stays as it is. Where nothing is quantized forward, the pull on weights has no aim, and is none.
     name = f"{recipe}+bf16_forward"
     # A w that came as it was, in blocks of 16x16, is now quantized for dx alone, and needs no such blocks.
     dx = row.dx._replace(other=row.dx.other or row.w.removesuffix("_16x16"))
@@ -916,12 +918,14 @@ def load_checkpoint(word, names=CHECKPOINTS):
 
 def plain(value):
     """Whether all tensors in value, in whatever it holds, lie in a CPU's memory, each number in its place."""
+    # Look into what holds others.
     if isinstance(value, dict):
         value = [*value.values()]
     if isinstance(value, (list, tuple)):
         return all(map(plain, value))
     if not isinstance(value, torch.Tensor):
         return True
+    # Any other tensor may have fewer numbers than its shape says, or none.
     return value.device.type == "cpu" and value.layout == torch.strided and not value.is_quantized and (
         value.is_contiguous())
 
@@ -1281,6 +1285,7 @@ def compare(c, data, directory, stop, saved):
         write(directory / "compare.json", as_json(config=vars(c), **identity(data)))
     results = []
     for recipe in c.recipe.split(","):
+        # Its directory stands in that of the comparison, and nowhere else.
         run = directory / recipe
         if run.is_symlink():
             raise UserError(f"{run} is a link: remove it")
@@ -1293,6 +1298,7 @@ def compare(c, data, directory, stop, saved):
             torch._dynamo.reset()
             checkpoint = None
             if find(run, CHECKPOINTS):
+                # What it has saved must be of the same knobs, text and code as all the others.
                 _, checkpoint = load_checkpoint(run)
                 unchanged(vars(own), checkpoint["config"], FIXED, f"{run} is no run of this comparison")
                 refuse_another(checkpoint, data, run)
@@ -1304,6 +1310,8 @@ def compare(c, data, directory, stop, saved):
                 print(e)
                 if not (run / "result.json").exists():
                     write(run / "result.json", as_json(**dict.fromkeys(RESULT) | dict(recipe=recipe)))
+
+        # Its result may be from before.
         result = read_json(run / "result.json", RESULT)
         if result["recipe"] != recipe:
             raise UserError(f"{run / 'result.json'} is of {result['recipe']}: remove it, then resume")
@@ -1497,9 +1505,11 @@ def load_model(run, **knobs):
     Example: model, c = load_model("mine"); logits = model(torch.tensor([[*b"def "]]).to(model.rope.device))
     """
     c, _, saved = load("eval", run, knobs)
+    # The last steps may have had another recipe than the others.
     if "recipe" not in knobs:
         c = dataclasses.replace(c, recipe=recipe_of(c, saved["step"]))
     check(c)
+    # Make it, and fill it.
     model = GPT(c).to(pick_device(c))
     model.load_state_dict(saved["model"])
     # Of several recipes the first, until the caller names another.

@@ -106,7 +106,12 @@ def uniform(seed, count):
     for _ in range(7):
         a = c[0] * np.uint64(0xD2511F53)
         b = c[2] * np.uint64(0xCD9E8D57)
-        c = [b >> half ^ c[1] ^ np.uint64(key[0]), b & word, a >> half ^ c[3] ^ np.uint64(key[1]), a & word]
+        c = [
+            b >> half ^ c[1] ^ np.uint64(key[0]),
+            b & word,
+            a >> half ^ c[3] ^ np.uint64(key[1]),
+            a & word,
+        ]
         key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
     words = np.stack(c, 1).reshape(-1)[:count]
     return (words >> np.uint64(8)).astype(np.float64) * 2.0**-24
@@ -154,7 +159,8 @@ def by_definition(name, x, seed):
     if not np.isfinite(x).all():
         # Nothing remains that could be mistaken for a number.
         codes = np.zeros((M, K // 2), np.uint8)
-        return Expected(codes, np.zeros((M, K // 16), np.uint8), np.nan, np.full((M, K), np.nan))
+        scales = np.zeros((M, K // 16), np.uint8)
+        return Expected(codes, scales, np.nan, np.full((M, K), np.nan))
 
     # A block a row, its 16 columns one after another. Of 16x16 blocks a sum is over columns, then over rows.
     mode = name.removesuffix("_16x16")
@@ -342,7 +348,8 @@ def as_tensor(rng, v, dtypes=DTYPES):
 
 def values_of(t):
     """t (..., K) -> its float32 values as (M, K) float64."""
-    return t.detach().float().cpu().double().reshape(t.shape[:-1].numel(), t.shape[-1]).numpy()
+    rows = t.shape[:-1].numel()
+    return t.detach().float().cpu().double().reshape(rows, t.shape[-1]).numpy()
 
 
 # ---- 3. The tests ------------------------------------------------------------------------------------------
