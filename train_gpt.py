@@ -473,11 +473,11 @@ def in_bf16_forward(recipe):
     row = quartet.RECIPES[recipe]
     if row is None:
         return recipe
-    # All else stays as it is. Where nothing is quantized forward, the pull on weights has no aim, and is none.
     name = f"{recipe}+bf16_forward"
     # A w that came as it was, in blocks of 16x16, is now quantized for dx alone, and needs no such blocks.
     dx = row.dx._replace(other=row.dx.other or row.w.removesuffix("_16x16"))
-    quartet.RECIPES[name] = row._replace(x="bf16", w="bf16", dx=dx)
+    # Where no weight is quantized forward, a pull has no aim.
+    quartet.RECIPES[name] = row._replace(x="bf16", w="bf16", dx=dx, dampen=0.0)
     return name
 
 
