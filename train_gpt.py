@@ -1437,12 +1437,23 @@ def check(c):
     # Every recipe must fit the shapes of the layers, which a model without memory tells.
     with torch.device("meta"):
         model = GPT(c)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    if weights > memory():
+        raise UserError(f"--layers={c.layers} --width={c.width} --hidden={c.hidden}: the weights take "
+                        f"{weights / 1e9:,.0f} GB, and this machine has {memory() / 1e9:,.0f}")
     for recipe in c.recipe.split(","):
         known(recipe, quartet.RECIPES, f"unknown recipe {recipe!r}")
         try:
             model.use_recipe(recipe, c.backend)
         except ValueError as e:
             raise UserError(f"--width={c.width} --hidden={c.hidden}: {e}")
+
+
+def memory():
+    """The bytes that this machine has; on Windows, which does not tell, any number."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def load(mode, word, knobs):

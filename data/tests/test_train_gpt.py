@@ -496,6 +496,7 @@ def test_bad_checkpoints_are_named_and_never_executed():
     # knobs together, with the corpus, with this machine
     ("--width=130", "multiple of twice the heads"),
     ("--kv_heads=3 --heads=4", "heads must be a multiple of kv_heads"),
+    ("--layers=90 --width=1048576 --hidden=1048576", "the weights take .* GB, and this machine has"),
     ("--bf16_first=1", "no block of 1 is left"),
     ("--mlp=gelu", "mlp=gelu: there are swiglu, relu2"),
     ("--hidden=96", r"blocks.0.up\(128, 192\).*out_features % 128"),
