@@ -1109,7 +1109,7 @@ def quantized_layers(model):
     """The Linears of a model whose recipe is not bf16, {name: Linear}."""
     for m in model.modules():
         # A forward pass can leave FSDP2's weights whole: copies, which nothing may be done with.
-        if isinstance(m, nn.Module) and hasattr(m, "set_reshard_after_forward"):
+        if hasattr(m, "set_reshard_after_forward"):
             m.reshard()
     return {name: m for name, m in model.named_modules()
             if isinstance(m, Linear) and RECIPES[m.recipe] is not None}
