@@ -1437,10 +1437,14 @@ def check(c):
     # Every recipe must fit the shapes of the layers, which a model without memory tells.
     with torch.device("meta"):
         model = GPT(c)
+
+    # Its weights, in float32, must fit into this machine, whether training or only evaluating.
     weights = 4 * sum(p.numel() for p in model.parameters())
     if weights > memory():
         raise UserError(f"--layers={c.layers} --width={c.width} --hidden={c.hidden}: the weights take "
                         f"{weights / 1e9:,.0f} GB, and this machine has {memory() / 1e9:,.0f}")
+
+    # Each layer must suit each recipe.
     for recipe in c.recipe.split(","):
         known(recipe, quartet.RECIPES, f"unknown recipe {recipe!r}")
         try:
