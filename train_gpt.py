@@ -508,7 +508,6 @@ def train(c, data, directory, stop, checkpoint=None):
     device = pick_device(c)
     compiled = pick_compile(c, device)
     model, net, optimizers = build(c, directory, checkpoint, device, compiled)
-    need_room(directory, model)
     log = Log(c, directory, checkpoint, model, data, device)
     # A step may have more tokens than a forward pass can take. Then gradients of micro-batches add up.
     accumulate = c.tokens_per_step // (c.batch * c.sequence * WORLD)
@@ -536,9 +535,7 @@ def train(c, data, directory, stop, checkpoint=None):
 
         # Set the learning rate of each group of parameters.
         lr = learning_rate(c, step - 1)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["share"]
+        set_rates(optimizers, lr)
 
         # Forward and backward. Gradients of micro-batches add up; each weight is quantized once for them all.
         total.zero_()
@@ -575,9 +572,6 @@ def train(c, data, directory, stop, checkpoint=None):
             leave(directory, step, stop)
 
     finish(c, directory, log, model)
-    if not math.isfinite(log.val_loss):
-        raise Diverged(f"{directory}: its validation loss is not finite. Start a new run with a lower --lr "
-                       f"than {c.lr}")
 
 
 def build(c, directory, checkpoint, device, compiled):
@@ -594,6 +588,7 @@ def build(c, directory, checkpoint, device, compiled):
     # One seed: all recipes and processes start from the same weights.
     torch.manual_seed(c.seed)
     model = GPT(c).to(device)
+    need_room(directory, model)
     if c.init_from and not checkpoint:
         model.load_state_dict(weights_of(c.init_from, c))
 
@@ -618,6 +613,13 @@ def build(c, directory, checkpoint, device, compiled):
     if checkpoint:
         restore(model, optimizers, checkpoint, directory)
     return model, net, optimizers
+
+
+def set_rates(optimizers, lr):
+    """Give each group of parameters its share of a learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["share"]
 
 
 def update(optimizers, norm):
@@ -1086,7 +1088,10 @@ def leave(directory, step, stop):
 
 
 def finish(c, directory, log, model):
-    """Write result.json and sample.txt of a run that has come to its last step; print the sample."""
+    """Write result.json and sample.txt of a run that has come to its last step; print the sample.
+
+    Diverged if its validation loss is not finite.
+    """
     # The speed is the median over the lines of the log, which is robust against pauses.
     rate = np.median(log.rates or [math.nan])
     result = dict(recipe=c.recipe, val_loss=log.val_loss, skipped=log.skipped, tokens_per_s=rate,
@@ -1100,6 +1105,9 @@ def finish(c, directory, log, model):
     write(directory / "result.json", as_json(**result))
     gather(None)      # a comparison reads it in every process
     print(f"sample:\n{text}\nwritten to {directory}/: log.jsonl, checkpoint.pt, result.json, sample.txt")
+    if not math.isfinite(log.val_loss):
+        raise Diverged(f"{directory}: its validation loss is not finite. Start a new run with a lower --lr "
+                       f"than {c.lr}")
 
 
 # ---- B. Several GPUs, and a CUDA graph ---------------------------------------------------------------------
