@@ -588,7 +588,6 @@ def build(c, directory, checkpoint, device, compiled):
     # One seed: all recipes and processes start from the same weights.
     torch.manual_seed(c.seed)
     model = GPT(c).to(device)
-    need_room(directory, model)
     if c.init_from and not checkpoint:
         model.load_state_dict(weights_of(c.init_from, c))
 
@@ -770,11 +769,15 @@ def writing(path):
                         "written; then start again, or, if there is a checkpoint, resume the run")
 
 
-def need_room(directory, model):
-    """UserError if the disk of a run has no room for checkpoints: the last two, and one that is written."""
-    # Of each parameter, weight and two moments in float32. What is there already will be replaced.
-    needed = 3 * 12 * sum(p.numel() for p in model.parameters())
-    there = sum(path.stat().st_size for path in directory.glob("*.pt") if path.is_file())
+def need_room(directory, c):
+    """UserError if the disk has no room for the checkpoints of a run, or of all runs of a comparison."""
+    with torch.device("meta"):
+        model = GPT(c)
+    # Of each run the last two, and one that is written; in each, of every parameter, weight and two moments
+    # in float32. What is there already will be replaced.
+    checkpoints = 2 * len(c.recipe.split(",")) + 1
+    needed = checkpoints * 12 * sum(p.numel() for p in model.parameters())
+    there = sum(path.stat().st_size for path in directory.rglob("*.pt") if path.is_file())
     room = shutil.disk_usage(directory).free + there
     if room < needed:
         raise UserError(f"{directory} needs {needed / 1e6:,.0f} MB for checkpoints, and the disk has room "
@@ -1601,6 +1604,7 @@ def run_training(c, preset, directory, saved):
 
     # Train.
     try:
+        need_room(directory, c)
         with held(directory):
             if "," in c.recipe:
                 compare(c, data, directory, stop, saved)

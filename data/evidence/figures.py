@@ -705,7 +705,7 @@ def read_own(log):
     values = []
     for name in ("loss", "val_loss", "ms"):
         values.append({r["step"]: r[name] for r in lines
-                       if isinstance(r.get(name), train_gpt.NUMBER) and isinstance(r.get("step"), int)})
+                       if train_gpt.fits(r.get(name), train_gpt.NUMBER) and train_gpt.fits(r.get("step"), int)})
     return Own(config, *values)
 
 
@@ -733,14 +733,20 @@ def follow(paths):
     A gap, in 1e-3 nats, is to the bf16 run that is the same in all else, at the last validation of both.
     """
     runs = {}
-    for log in sorted({log for path in paths for log in Path(path).rglob("log.jsonl") if log.is_file()}):
+    logs = set()
+    for path in paths:
+        found = {log for log in Path(path).rglob("log.jsonl") if log.is_file()}
+        if not found:
+            print(f"{path}: no log.jsonl in it")
+        logs |= found
+    for log in sorted(logs):
         run = read_own(log)
         if run:
             runs[str(log.parent)] = run
         else:
             print(f"{log}: nothing yet, skipped")
     if not runs:
-        sys.exit(f"figures.py: no log.jsonl in {', '.join(paths)}: it takes runs, or --base=ROW")
+        sys.exit(f"figures.py: nothing in {', '.join(paths)}: it takes runs, or --base=ROW")
     gaps = {name: gaps_of(run, runs.values()) for name, run in runs.items()}
 
     # The table

@@ -75,7 +75,15 @@ def test_runs_that_have_not_begun_are_skipped(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("log.jsonl: nothing yet, skipped") == 2
     assert "0/9          nan" in printed
-    odd = dict(step="1", loss=1.0), dict(loss=1.0), dict(step=1, loss=[1]), dict(config=dict(recipe=1))
+    assert "bad/new: no log.jsonl in it" in printed
+    odd = [
+        dict(step="1", loss=1.0),
+        dict(loss=1.0),
+        dict(step=1, loss=[1]),
+        dict(config=dict(recipe=1)),
+        dict(step=10**400, loss=1.0),
+        dict(step=1, ms=10**400),
+    ]
     for number, record in enumerate(odd):
         write(tmp_path / f"odd/{number}", "rtn", [])
         with open(tmp_path / f"odd/{number}/log.jsonl", "a") as log:
@@ -86,7 +94,7 @@ def test_runs_that_have_not_begun_are_skipped(tmp_path, monkeypatch, capsys):
         else:
             figures.main([f"odd/{number}"])
     for path in "bad/torn", "nothing":
-        with pytest.raises(SystemExit, match=f"no log.jsonl in {path}"):
+        with pytest.raises(SystemExit, match=f"nothing in {path}"):
             figures.main([path])
 
 

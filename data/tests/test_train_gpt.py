@@ -605,7 +605,15 @@ def test_a_disk_without_room_for_checkpoints_is_told_at_the_start(monkeypatch):
         train(steps=1)
     assert not Path("runs/a").exists()
 
+    # A comparison needs room for all of its runs.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * size))
+    train(steps=1, name="alone")
+    with pytest.raises(train_gpt.UserError, match="needs 11 MB for checkpoints, .* room for 9: remove"):
+        train(steps=1, recipe="bf16,rtn", name="both")
+    assert not Path("runs/both").exists()
+
     # A run that goes on has two of them already.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * size))
     Path("runs/before/result.json").unlink()
     train_gpt.main(["resume", "before"])
 
