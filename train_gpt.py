@@ -2,13 +2,15 @@
 
     python train_gpt.py [PRESET] [--knob=value ...]     train; without a preset: cpu, or gpu if there is one
     python train_gpt.py resume RUN                      go on, the same to the bit as without the stop
-    python train_gpt.py [PRESET] --init_from=RUN ...    a new run from the weights of another, by any recipe
+    python train_gpt.py [PRESET] --init_from=RUN ...    a new run from the weights of another, by any recipe;
+                                                        a RUN may be one of its files, RUN/stable.pt
     python train_gpt.py eval RUN [--recipe=bf16,rtn]    post-training quantization: validation loss by forward
     python train_gpt.py sample RUN --prompt="def "      text from a trained model, by any --recipe's forward
 
 A comma list, --recipe=bf16,nvidia,quartet2, trains each recipe in turn on the same data, seed and steps, and
 ends with a table. torchrun --nproc_per_node=N train_gpt.py ... shares each step among N GPUs. A run writes
-runs/NAME/: log.jsonl, checkpoint.pt, previous.pt (the checkpoint before), result.json, sample.txt.
+runs/NAME/: log.jsonl, checkpoint.pt, previous.pt (the checkpoint before), result.json, sample.txt; with
+--schedule=wsd stable.pt, the checkpoint before the learning rate falls.
 """
 import atexit
 import codecs
@@ -33,6 +35,7 @@ import time
 import zipfile
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -101,6 +104,7 @@ class Config:
     bf16_forward_end: float = 0.0   # this last share of the steps multiplies forward in bf16 only
     # data, optimizer, schedule
     corpus: str = "python"          # data/CORPUS_train_*.bin, written by data/prepare.py
+    tokenizer: str = "auto"         # auto | bytes | gpt2: how tokens are text; auto: as prepare.py made them
     batch: int = 64                 # sequences in one forward pass
     tokens_per_step: int = 2**18    # tokens of one optimizer step: several forward passes accumulate
     steps: int = 2861               # optimizer steps; the paper's 30m, 25 tokens a parameter
@@ -297,6 +301,59 @@ class GPT(nn.Module):
 # batch is windows at random places, a function of seed, step and the number of a window: so all recipes see
 # the same batches, and a resumed run those that it would have seen without the stop.
 
+class Corpus(NamedTuple):
+    """What there is of a corpus, before any of it is read."""
+    train: list                 # its shards, [(path, sha256 or None), ...]
+    val: list                   # and those held out
+    tokenizer: str              # bytes or gpt2
+    bytes_per_token: float      # of the text behind val; NaN if unknown
+
+
+def find_corpus(c):
+    """The Corpus that c names; without shards if it is not there. UserError for other tokens than c says."""
+    # The default can be made on the spot, from what every machine has.
+    found = look_for(c)
+    if c.corpus == "python" and not found.train:
+        subprocess.run([sys.executable, DATA / "prepare.py", "python"])
+        found = look_for(c)
+    if c.tokenizer not in ("auto", found.tokenizer):
+        raise UserError(f"--tokenizer={c.tokenizer}: the tokens of {c.corpus} are {found.tokenizer}")
+    return found
+
+
+def look_for(c):
+    """The Corpus that CORPUS.json lists, prepare.py's manifest, which is empty while shards are replaced.
+
+    Without it other tools may have written shards: any of such a name are taken. UserError if it is damaged.
+    """
+    corpus = DATA / c.corpus
+    manifest = corpus.with_name(f"{corpus.name}.json")
+    if not os.path.exists(manifest):
+        shards = []
+        for split in ("train", "val"):
+            pattern = f"{glob.escape(corpus.name)}_{split}_{'[0-9]' * 6}.bin"
+            shards.append([(path, None) for path in sorted(corpus.parent.glob(pattern))])
+        # What the tokens are, nothing tells but c.
+        tokenizer = c.tokenizer
+        if tokenizer == "auto":
+            tokenizer = "bytes" if c.vocab_size == 256 else "gpt2"
+        return Corpus(*shards, tokenizer, 1.0 if tokenizer == "bytes" else math.nan)
+    if manifest.is_file() and not manifest.stat().st_size:
+        return Corpus([], [], c.tokenizer, math.nan)
+
+    # A bit that is wrong anywhere in it is refused.
+    way_out = "is damaged, or no list of shards: move it away, and run data/prepare.py again"
+    made = read_json(manifest, MANIFEST, way_out)
+    known(made["tokenizer"], CHOICES["tokenizer"][1:], f"{manifest}: tokenizer {made['tokenizer']!r}")
+    shards = made["train"] + made["val"]
+    if not (made["train"] and made["val"] and all(fits(shard, SHARD) for shard in shards)):
+        raise UserError(f"{manifest} {way_out}")
+    splits = [[(corpus.with_name(Path(shard["file"]).name), shard["sha256"]) for shard in made[split]]
+              for split in ("train", "val")]
+    tokens = sum(shard["tokens"] for shard in made["val"])
+    return Corpus(*splits, made["tokenizer"], (made["bytes"]["val"] or math.nan) / max(tokens, 1))
+
+
 class Shards:
     """The tokens of a split: data/CORPUS_SPLIT_000000.bin and so on, in the format of llm.c.
 
@@ -304,15 +361,9 @@ class Shards:
     `digest` is a hash of all the tokens. UserError for files that are missing, damaged, or do not fit c.
     """
 
-    def __init__(self, c, split, device):
-        # The default corpus can be made on the spot, from what every machine has.
-        corpus = DATA / c.corpus
-        found = find_shards(corpus, split)
-        if c.corpus == "python" and not found:
-            subprocess.run([sys.executable, DATA / "prepare.py", "python"])
-            found = find_shards(corpus, split)
-        if not found:
-            raise UserError(f"no {corpus}_{split}_*.bin, or they are being written: run python "
+    def __init__(self, c, corpus, split, device):
+        if not getattr(corpus, split):
+            raise UserError(f"no {DATA / c.corpus}_{split}_*.bin, or they are being written: run python "
                             f"data/prepare.py {shlex.quote(c.corpus)} (python, shakespeare, fineweb, or text "
                             "files)")
 
@@ -320,7 +371,8 @@ class Shards:
         # all shards, and `ends` is where the places of each shard end.
         self.c = c
         self.device = device
-        self.shards = [read_shard(path, c, sha256) for path, sha256 in found]
+        self.bytes_per_token = corpus.bytes_per_token
+        self.shards = [read_shard(path, c, sha256) for path, sha256 in getattr(corpus, split)]
         self.ends = np.cumsum([len(s) - c.sequence for s in self.shards])
         self.digest = digest(self.ends, *self.shards)
 
@@ -350,25 +402,6 @@ class Shards:
         # What fills no batch is left out: another shape would compile anew. Only a single batch may be short.
         for i in range(0, max(len(places) - c.batch, 0) + 1, c.batch):
             yield self.at(places[i:i + c.batch])
-
-
-def find_shards(corpus, split):
-    """The shards of a split, [(path, sha256), ...]: those that CORPUS.json lists, prepare.py's manifest.
-
-    It is empty while shards are being replaced: then there are none. Without it other tools may have written
-    them: any of such a name, and sha256 is None. UserError if it is damaged.
-    """
-    manifest = corpus.with_name(f"{corpus.name}.json")
-    if not os.path.exists(manifest):
-        pattern = f"{glob.escape(corpus.name)}_{split}_{'[0-9]' * 6}.bin"
-        return [(path, None) for path in sorted(corpus.parent.glob(pattern))]
-    if manifest.is_file() and not manifest.stat().st_size:
-        return []
-    way_out = "is damaged, or no list of shards: move it away, and run data/prepare.py again"
-    shards = read_json(manifest, dict(train=list, val=list), way_out)[split]
-    if not shards or not all(fits(shard, dict(file=str, tokens=int, sha256=str)) for shard in shards):
-        raise UserError(f"{manifest} {way_out}")
-    return [(corpus.with_name(Path(shard["file"]).name), shard["sha256"]) for shard in shards]
 
 
 def read_shard(path, c, sha256):
@@ -456,6 +489,14 @@ def learning_rate(c, step):
     # Fall along half a cosine.
     progress = math.pi * (step - warmup) / (c.steps - warmup)
     return c.lr * ((1 + c.final_lr) / 2 + (1 - c.final_lr) / 2 * math.cos(progress))
+
+
+def before_decay(c):
+    """The last step of wsd before its decay, whose checkpoint is kept: others can start there. Or 0."""
+    step = int(c.steps - c.steps * c.decay) + 1
+    if c.schedule == "wsd" and c.steps * c.warmup < step < c.steps:
+        return step
+    return 0
 
 
 def recipe_of(c, step):
@@ -559,7 +600,7 @@ def train(c, data, directory, stop, checkpoint=None):
         last = step == c.steps
         stopping = any(gather(bool(stop))) and not last
         evaluating = last or step % c.eval_every == 0
-        saving = last or stopping or step % c.save_every == 0
+        saving = last or stopping or step % c.save_every == 0 or step == before_decay(c)
         log.step(step, begin, mean(total), norm, lr, flush=evaluating or saving)
         if log.bad_in_a_row >= 10:
             raise Diverged(f"step {step}: 10 steps in a row had no finite gradient. Start a new run with a "
@@ -636,7 +677,7 @@ def update(optimizers, norm):
 #
 # Validation uses the forward pass that is trained, quantized as it is. `eval` and `sample` take any recipe's:
 # weights that were trained in bf16 and evaluated in 4 bits show what post-training quantization costs. Text
-# is made of bytes, or of GPT-2's tokens, which take the package tiktoken.
+# is made of bytes, or of GPT-2's tokens, which take the package tiktoken: the corpus's manifest tells.
 
 @torch.no_grad()
 def evaluate(model, data, c):
@@ -651,11 +692,14 @@ def evaluate(model, data, c):
     return loss.item() / tokens
 
 
-def bits_per_byte(c, loss):
-    """', x bits per byte' where a token is a byte, else nothing."""
-    if c.vocab_size != 256:
+def bits_per_byte(data, loss):
+    """A loss on the Shards data as ', x bits per byte' of text, the end of a document counted as one.
+
+    Models of different tokens can be compared by it. Nothing if the manifest does not tell the bytes.
+    """
+    if math.isnan(data.bytes_per_token):
         return ""
-    return f", {loss / math.log(2):.4f} bits per byte"
+    return f", {loss / math.log(2) / data.bytes_per_token:.4f} bits per byte"
 
 
 @torch.no_grad()
@@ -681,21 +725,30 @@ def sample(model, tokens, c):
         yield token
 
 
-def sample_text(model, c):
-    """Yield the prompt and what the model makes of it, piece by piece, as text."""
-    # A token is a byte; 0 ends a document, and is shown as a new line.
+def codec(c):
+    """-> the tokens of c.prompt, [int, ...], and what makes bytes of a token. UserError without tiktoken."""
+    # A token is a byte; 0 ends a document, and is shown as a new line. Or it is GPT-2's.
     prompt = list(c.prompt.encode()) or [0]
     bytes_of = lambda token: bytes([token or 10])
-    if c.vocab_size != 256:
+    if c.tokenizer == "gpt2":
         try:
             import tiktoken
             gpt2 = tiktoken.get_encoding("gpt2")
         except Exception as e:      # not installed, or its vocabulary could not be downloaded
-            yield f"(GPT-2's tokens need tiktoken, pip install tiktoken: {type(e).__name__})"
-            return
-        # Leave out of the prompt what a smaller vocabulary has not got.
-        prompt = [t for t in gpt2.encode_ordinary(c.prompt) or [gpt2.eot_token] if t < c.vocab_size] or [0]
+            raise UserError(f"GPT-2's tokens need tiktoken, pip install tiktoken: {type(e).__name__}")
+        prompt = gpt2.encode_ordinary(c.prompt) or [gpt2.eot_token]
         bytes_of = lambda token: gpt2.decode_single_token_bytes(token) if token < gpt2.n_vocab else b""
+    # Leave out of the prompt what a smaller vocabulary has not got.
+    return [t for t in prompt if t < c.vocab_size] or [0], bytes_of
+
+
+def sample_text(model, c):
+    """Yield the prompt and what the model makes of it, piece by piece, as text."""
+    try:
+        prompt, bytes_of = codec(c)
+    except UserError as e:
+        yield f"({e})"
+        return
 
     # A token may end within a character: the decoder waits for the rest of it.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -705,14 +758,14 @@ def sample_text(model, c):
 
 def eval_recipes(model, c):
     """Print the validation loss in nats by the forward pass of each recipe of c."""
-    data = Shards(c, "val", model.rope.device.type)
+    data = Shards(c, find_corpus(c), "val", model.rope.device.type)
     losses = []
     print("forward pass     loss  difference")
     for recipe in c.recipe.split(","):
         model.use_recipe(recipe, c.backend)
         loss = evaluate(model, data, c)
         losses.append(loss)
-        print(f"{recipe:12}{loss:9.4f}{loss - losses[0]:12.4f}{bits_per_byte(c, loss)}")
+        print(f"{recipe:12}{loss:9.4f}{loss - losses[0]:12.4f}{bits_per_byte(data, loss)}")
     if not all(map(math.isfinite, losses)):
         raise Diverged("not all of these losses are finite: the weights have diverged")
 
@@ -731,6 +784,7 @@ def eval_recipes(model, c):
 # processes: with these it goes on to the same bits, and with others not at all.
 
 CHECKPOINTS = ("checkpoint.pt", "previous.pt")     # the last one, and the one before
+STABLE = "stable.pt"                               # that of the step before the decay of wsd
 
 # What files of a run hold, {name: type}, or kinds of what is in there. Files come from other machines and
 # other versions, too: `fits` looks at all of it before any is used.
@@ -738,6 +792,8 @@ NUMBER = int, float
 OR_NULL = int, float, type(None)
 KNOBS = {name: NUMBER if kind is float else kind for name, kind in Config.__annotations__.items()}
 LOG = dict(text=str, skipped=int, val_loss=NUMBER)
+SHARD = dict(file=str, tokens=int, sha256=str)
+MANIFEST = dict(train=list, val=list, tokenizer=str, bytes=dict(train=OR_NULL, val=OR_NULL))
 COMPARISON = dict(config=KNOBS, corpus=str, code=str, processes=int)
 CHECKPOINT = COMPARISON | dict(step=int, log=LOG, model=dict, optimizer=dict, generators=list)
 RESULT = dict(recipe=str, val_loss=OR_NULL, skipped=OR_NULL, tokens_per_s=OR_NULL, peak_gib=OR_NULL)
@@ -773,9 +829,9 @@ def need_room(directory, c):
     """UserError if the disk has no room for the checkpoints of a run, or of all runs of a comparison."""
     with torch.device("meta"):
         model = GPT(c)
-    # Of each run the last two, and one that is written; in each, of every parameter, weight and two moments
-    # in float32. What is there already will be replaced.
-    checkpoints = 2 * len(c.recipe.split(",")) + 1
+    # Of each run the last two, perhaps that before a decay, and one that is written; in each, of every
+    # parameter, weight and two moments in float32. What is there already will be replaced.
+    checkpoints = (2 + bool(before_decay(c))) * len(c.recipe.split(",")) + 1
     needed = checkpoints * 12 * sum(p.numel() for p in model.parameters())
     there = sum(path.stat().st_size for path in directory.rglob("*.pt") if path.is_file())
     room = shutil.disk_usage(directory).free + there
@@ -846,7 +902,7 @@ def fits(record, kinds):
 
 
 def save(directory, c, step, **state):
-    """Write a checkpoint, if this is rank 0, and keep the one before."""
+    """Write a checkpoint, if this is rank 0; keep the one before, and for good that before a decay."""
     if RANK:
         return
     # Other processes have given rank 0 their part of the state.
@@ -857,6 +913,9 @@ def save(directory, c, step, **state):
         except RuntimeError as e:
             # torch.save hides an error of the disk behind one of its own.
             raise e.__context__ or e
+    if step == before_decay(c):
+        with replacing(directory / STABLE) as f, open(path, "rb") as written:
+            shutil.copyfileobj(written, f)
 
 
 def begun(directory):
@@ -955,7 +1014,7 @@ def shapes(tensors):
 
 def weights_of(run, c):
     """The weights of a run, {name: tensor}, to start one of Config c from."""
-    _, checkpoint = load_checkpoint(run)
+    _, checkpoint = load_checkpoint(run, (*CHECKPOINTS, "."))
     unchanged(vars(c), checkpoint["config"], SHAPE, f"the weights of {run} have another shape")
     return checkpoint["model"]
 
@@ -983,6 +1042,42 @@ def held(directory):
         os.close(f)      # and with it the lock goes; the system does so for a process that is killed
 
 
+def recipes_by_step(c):
+    """What recipe_of says of all steps, in words. Example: quartet2; from step 91 on bf16"""
+    words = [c.recipe]
+    for share in (c.bf16_forward_end, c.bf16_end):
+        first = int(c.steps - c.steps * share) + 1
+        if share:
+            words.append(f"from step {first} on {recipe_of(c, first)}")
+    return "; ".join(words)
+
+
+def layers_by_kind(model):
+    """Which layers recipes are about, and which not. Example: 4 quantized, 106,496 parameters: blocks.0.qkv,
+    blocks.0.out, blocks.0.up, blocks.0.down; not: embedding, head
+    """
+    quantized = model.quantized_linears()
+    others = [name for name, m in model.named_modules()
+              if isinstance(m, (nn.Linear, nn.Embedding)) and name not in quantized]
+    size = sum(m.weight.numel() for m in quantized.values())
+    return f"{len(quantized)} quantized, {size:,} parameters: {in_short(quantized)}; not: {in_short(others)}"
+
+
+def in_short(names):
+    """Names of layers, of which those in blocks one after another are one. Example: blocks.0-5.up, head"""
+    # {what is before and after the number of a block: [first and last number, ...]}
+    found = {}
+    for name in names:
+        before, number, after = re.fullmatch(r"(\D*)(\d*)(.*)", name).groups()
+        spans = found.setdefault((before, after), [])
+        if spans and int(number) == int(spans[-1][1]) + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(before + "-".join(dict.fromkeys(span)) + after
+                     for (before, after), spans in found.items() for span in spans)
+
+
 class Log:
     """log.jsonl, a record a line, and progress on the screen.
 
@@ -997,6 +1092,7 @@ class Log:
     def __init__(self, c, directory, saved, model, data, device):
         # What a run logs, and the records that are there if it goes on.
         self.c = c
+        self.data = data
         self.path = directory / "log.jsonl"
         self.pending = []      # steps that are not written yet
         self.rates = []        # tokens/s
@@ -1012,14 +1108,16 @@ class Log:
             name = torch.cuda.get_device_name()
         size = sum(p.numel() for p in model.parameters())
         ends = 2 * c.vocab_size * c.width      # parameters of embedding and head
-        quantized = [m.weight.numel() for m in model.quantized_linears().values()]
         header = dict(
             device=f"{WORLD} x {name}, backend {quartet.resolve(c.backend, device, c.recipe)}",
-            recipe=f"{c.recipe}, in {len(quantized)} linear layers, {sum(quantized):,} parameters",
+            recipe=recipes_by_step(c),
+            operands=str(quartet.RECIPES[c.recipe]),
+            layers=layers_by_kind(model),
             parameters=f"{size:,}, {size - ends:,} without embedding and head",
             steps=f"{c.steps:,} of {c.tokens_per_step:,} tokens, {c.batch} x {c.sequence} in a process at a "
                   f"time; in all {c.steps * c.tokens_per_step / (size - ends):.1f} tokens a parameter",
-            corpus=f"{c.corpus}, {sum(map(len, data[0].shards)):,} tokens, sha256 {identity(data)['corpus']}",
+            corpus=f"{c.corpus}, {sum(map(len, data[0].shards)):,} tokens ({c.tokenizer}), sha256 "
+                   f"{identity(data)['corpus']}",
             versions=f"python {platform.python_version()}, torch {torch.__version__}, code {CODE}")
         for what, value in header.items():
             print(f"{what:>10}  {value}")
@@ -1075,7 +1173,7 @@ class Log:
         """Note a validation loss."""
         self.val_loss = loss
         self.write(step=step, val_loss=loss)
-        print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(self.c, loss)}")
+        print(f"step {step}  validation loss {loss:.4f} nats{bits_per_byte(self.data[1], loss)}")
 
 
 def leave(directory, step, stop):
@@ -1352,13 +1450,14 @@ def compare(c, data, directory, stop, saved):
 # What a knob can be, what weights are made for, and what a resumed run may change.
 CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
                device=("auto", "cpu", "cuda"), shard=("true", "false"), qk_norm=("true", "false"),
-               mlp=("swiglu", "relu2"), schedule=("cosine", "wsd"), optimizer=("adamw", "muon"))
+               mlp=("swiglu", "relu2"), schedule=("cosine", "wsd"), optimizer=("adamw", "muon"),
+               tokenizer=("auto", "bytes", "gpt2"))
 NUMBERS = {int: (1, 10**12), float: (0, 1e38)}                    # bounds, if a knob has no others
 LIMITS = dict(layers=(1, 1000), seed=(0, 10**12))
 LIMITS |= dict.fromkeys(["width", "hidden", "vocab_size", "sequence"], (1, 2**20))
 LIMITS |= dict.fromkeys(["bf16_end", "bf16_forward_end", "warmup", "decay", "final_lr"], (0, 1))
 # What weights are made for
-SHAPE = {"layers", "width", "heads", "kv_heads", "qk_norm", "mlp", "hidden", "vocab_size"}
+SHAPE = {"layers", "width", "heads", "kv_heads", "qk_norm", "mlp", "hidden", "vocab_size", "tokenizer"}
 HARMLESS = {"log_every", "save_every", "device", "prompt", "sample_tokens", "temperature", "top_k"}
 FIXED = Config.__annotations__.keys() - HARMLESS
 
@@ -1590,9 +1689,15 @@ def run_training(c, preset, directory, saved):
     # Rank 0 reads the corpus first, since it may have to be made. The others wait: two calls of gather meet.
     if RANK:
         gather(None)
-    data = Shards(c, "train", device), Shards(c, "val", device)
+    corpus = find_corpus(c)
+    data = [Shards(c, corpus, split, device) for split in ("train", "val")]
+    c = dataclasses.replace(c, tokenizer=corpus.tokenizer)
     if not RANK:
         gather(None)
+    try:
+        codec(c)
+    except UserError as e:
+        print(f"without a sample: {e}")
 
     # Take the run's directory, or make one.
     if saved:

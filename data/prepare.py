@@ -7,16 +7,17 @@
                                                by the package huggingface_hub
     python data/prepare.py FILE...             your text, UTF-8, also .xz or .gz; the first names the corpus
 
-A line <|endoftext|> in a FILE parts two documents. If there is only one document, it is cut at its blank
-lines. Whole documents, 5% of the bytes but 10 MB at most, chosen by hashes of their content, are held out for
-validation.
+A line <|endoftext|> in a FILE parts two documents. Held out for validation are 5% of the bytes, but 10 MB at
+most: whole documents, chosen by hashes of their content. Where documents are too long for that, it is the end
+of the longest, from a blank line on if there is one.
+
+With --tokenizer=bytes, the default, a token is a byte, and 0 ends every document: vocabulary 256. With
+--tokenizer=gpt2, by the package tiktoken, tokens are GPT-2's, as FineWeb's are: vocabulary 50257.
 
 Shards, NAME_train_000000.bin (000001, ...) and NAME_val_000000.bin, have the format of llm.c: 256 int32
-(20240520, version 1, number of tokens, zeros), then the tokens as uint16, all little-endian. Text: a token is
-a byte, and 0 ends every document, vocabulary 256. FineWeb: GPT-2's tokens, vocabulary 50257.
-
-NAME.json, the manifest, lists the shards of a corpus with their sha256. It is written last, and is empty
-while shards are replaced.
+(20240520, version 1, number of tokens, zeros), then the tokens as uint16, all little-endian. NAME.json, the
+manifest, lists the shards of a corpus with their sha256, the tokenizer, and how many bytes of text are behind
+the tokens. It is written last, and is empty while shards are replaced.
 """
 import argparse
 import codecs
@@ -64,7 +65,7 @@ HEADER = 1024
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 LIMIT = 2**33
 
-# Of a text: the most bytes in a shard; the share held out, and the most bytes of it.
+# Of a text: the most tokens in a shard; the share of bytes held out, and the most bytes of it.
 SHARD = 10**8
 VAL_SHARE = 0.05
 VAL_MAX = 10**7
@@ -173,15 +174,17 @@ def writing(directory):
             shutil.rmtree(new, ignore_errors=True)
 
 
-def publish(name, train, val, new):
+def publish(name, train, val, tokenizer, sizes, new):
     """Make a corpus of shards, which lie in the folder `new` or already beside it -> their entries.
 
-    train, val: these entries, [dict, ...]. Killed at any moment, it leaves the old corpus, the new one, or an
-    empty manifest, which says that there is none.
+    train, val: these entries, [dict, ...]; sizes: the bytes of text behind the tokens of both, ints, or None
+    if unknown. Killed at any moment, it leaves the old corpus, the new one, or an empty manifest, which says
+    that there is none.
     """
     # Write all there is to write: from then on files are only renamed, and a full disk does no harm.
     manifest = new.with_name(f"{name}.json")
-    text = json.dumps(dict(train=train, val=val), indent=1).encode() + b"\n"
+    record = dict(train=train, val=val, tokenizer=tokenizer, bytes=dict(zip(("train", "val"), sizes)))
+    text = json.dumps(record, indent=1).encode() + b"\n"
     (new / "manifest").write_bytes(text)
     (new / "empty").touch()
 
@@ -273,7 +276,18 @@ def read_texts(files):
     for file in files:
         text = read_text(file, room)
         room -= len(text)
+        if not text.strip():
+            print(f"{file}: skipped, there is no text in it", flush=True)
         yield text
+
+
+def read_sources(files):
+    """files, a list of paths -> their contents, one after another, of those that can be read."""
+    for file in files:
+        try:
+            yield file.read_bytes()
+        except OSError as e:
+            print(f"{file}: skipped, it cannot be read ({e.strerror})", flush=True)
 
 
 def name_of(files):
@@ -298,46 +312,102 @@ def documents_in(texts):
     for text in texts:
         # Source code may hold a 0. It is to end a document, and to be nowhere else.
         documents += re.split(rb"(?m)^<\|endoftext\|>\r?(?:\n|\Z)", text.replace(b"\0", b""))
-
-    # A single document, be it there once or several times, is cut at its blank lines.
-    documents = [d for d in documents if d.strip()]
-    if len(set(documents)) == 1:
-        return re.split(rb"\n\s*\n", documents[0].strip())
-    return documents
+    return [d for d in documents if d.strip()]
 
 
 def split(documents):
     """documents, a list of bytes -> (train, val), two such lists, neither empty; equal ones stay together.
 
-    ValueError if there are no two different ones.
+    ValueError if there is no text to split.
     """
-    different = sorted(set(documents), key=digest)
-    if len(different) < 2:
-        raise ValueError("no two different documents: part by blank or <|endoftext|> line")
-
     # Hold out documents, in the order of their hashes, until the room is full. Pass over those that it cannot
-    # hold even when it is empty. The shortest always fits.
+    # hold even when it is empty.
+    different = sorted(set(documents), key=digest)
     room = min(VAL_SHARE * sum(map(len, different)), VAL_MAX)
-    room = max(room, min(map(len, different)))
     small = [d for d in different if len(d) <= room]
-    used = itertools.accumulate(map(len, small))
+    used = list(itertools.accumulate(map(len, small)))
     val = {d for d, used_with_d in zip(small, used) if used_with_d <= room}
-    return [d for d in documents if d not in val], [d for d in documents if d in val]
+    if sum(map(len, val)) >= room / 2 and val:
+        return [d for d in documents if d not in val], [d for d in documents if d in val]
+
+    # There are few documents, or long ones. Hold out the end of the longest.
+    longest = max(different, key=len, default=b"")
+    if len(longest) < 2:
+        raise ValueError(f"{len(longest)} bytes in the longest document: too little text to hold some out")
+    start = end_of(longest, room)
+    return [d[:start] if d == longest else d for d in documents], [longest[start:]]
 
 
-def write_text(name, documents, directory):
+def end_of(document, room):
+    """Where the last `room` bytes of a document begin, or up to half of them later: where text can be cut."""
+    # After a blank line, or at least a line, or else a letter of UTF-8.
+    first = len(document) - max(1, int(room))
+    last = len(document) - max(1, int(room / 2))
+    for gap in (rb"\n[ \t\r]*\n", rb"\n"):
+        found = re.compile(gap).search(document, first - 1, last)
+        if found:
+            return found.end()
+    while first < len(document) - 1 and 0x80 <= document[first] < 0xC0:
+        first += 1
+    return first
+
+
+def gpt2_tokenizer():
+    """GPT-2's, of the package tiktoken. ValueError if it cannot be had."""
+    try:
+        import tiktoken
+        return tiktoken.get_encoding("gpt2")
+    except Exception as e:      # not installed, or its vocabulary could not be downloaded
+        raise ValueError("GPT-2's tokens need tiktoken (pip install tiktoken), which downloads a vocabulary: "
+                         f"{type(e).__name__}, {str(e).partition(chr(10))[0]}")
+
+
+def tokens_of(documents, tokenizer):
+    """documents, a list of bytes -> their tokens (n,) integers, each document's with a mark at its end."""
+    if tokenizer == "bytes":
+        return np.frombuffer(b"".join(d + b"\0" for d in documents), np.uint8)
+    gpt2 = gpt2_tokenizer()
+    found = []
+    for document in documents:
+        # Source code may hold what is not UTF-8.
+        tokens = gpt2.encode_ordinary(document.decode(errors="replace"))
+        found.append(np.array(tokens + [gpt2.eot_token], np.uint16))
+    return np.concatenate(found)
+
+
+def bytes_behind(paths):
+    """The bytes of text behind GPT-2's tokens in shards, an int; None without tiktoken."""
+    try:
+        gpt2 = gpt2_tokenizer()
+    except ValueError as e:
+        print(f"no bits per byte will be printed, but nats a token only: {e}", flush=True)
+        return None
+    # The end of a document counts as one byte, as in a corpus of bytes.
+    length = np.array([len(gpt2.decode_single_token_bytes(token)) for token in range(gpt2.n_vocab)])
+    length[gpt2.eot_token] = 1
+    total = 0
+    for path in paths:
+        tokens = np.memmap(path, "<u2", "r", HEADER)
+        total += int(np.bincount(tokens, minlength=len(length))[:len(length)] @ length)
+    return total
+
+
+def write_text(name, documents, directory, tokenizer):
     """documents, a list of bytes -> the manifest's entries of their shards, validation last."""
     listed = []
+    sizes = []
     with writing(directory) as new:
         for part, documents in zip(("train", "val"), split(documents)):
-            tokens = np.frombuffer(b"".join(d + b"\0" for d in documents), np.uint8)
+            tokens = tokens_of(documents, tokenizer)
             # Cut into equal pieces, so that no shard is a short rest.
             pieces = np.array_split(tokens, -(-len(tokens) // SHARD))
             paths = [new / f"{name}_{part}_{i:06d}.bin" for i in range(len(pieces))]
             for path, piece in zip(paths, pieces):
                 write_shard(path, piece)
             listed.append([entry(path) for path in paths])
-        return publish(name, *listed, new)
+            # The end of a document counts as one byte, whatever the tokens.
+            sizes.append(sum(len(d) + 1 for d in documents))
+        return publish(name, *listed, tokenizer, sizes, new)
 
 
 # ---- 3. Downloads ------------------------------------------------------------------------------------------
@@ -423,23 +493,25 @@ def download_fineweb(directory, shards):
 
 # ---- 4. Corpora --------------------------------------------------------------------------------------------
 
-def prepare(corpus, directory=Path(__file__).parent, shards=1):
+def prepare(corpus, directory=Path(__file__).parent, shards=1, tokenizer="bytes"):
     """Write a corpus to directory; print and return the paths of its shards, validation last.
 
-    corpus: one of CORPORA, or a file, or a list of files. shards: how many of FineWeb. ValueError for what
-    cannot be had.
+    corpus: one of CORPORA, or a file, or a list of files. shards: how many of FineWeb. tokenizer: bytes or
+    gpt2, of text. ValueError for what cannot be had.
     """
     directory.mkdir(parents=True, exist_ok=True)
     name = corpus
     if corpus == "fineweb":
+        tokenizer = "gpt2"
         *train, val = download_fineweb(directory, shards)
+        sizes = bytes_behind(train), bytes_behind([val])
         with writing(directory) as new:
-            listed = publish(name, [entry(path) for path in train], [entry(val)], new)
+            listed = publish(name, [entry(path) for path in train], [entry(val)], tokenizer, sizes, new)
     else:
         if corpus == "python":
-            documents = documents_in(file.read_bytes() for file in standard_library())
+            documents = documents_in(read_sources(standard_library()))
         elif corpus == "installed":
-            documents = sorted(set(documents_in(file.read_bytes() for file in packages())), key=digest)
+            documents = sorted(set(documents_in(read_sources(packages()))), key=digest)
         elif corpus == "shakespeare":
             documents = documents_in([download_shakespeare()])
         else:
@@ -448,24 +520,30 @@ def prepare(corpus, directory=Path(__file__).parent, shards=1):
             files = [Path(file) for file in corpus]
             name = name_of(files)
             documents = documents_in(read_texts(files))
-        listed = write_text(name, documents, directory)
+        listed = write_text(name, documents, directory, tokenizer)
 
     paths = [directory / shard["file"] for shard in listed]
     for path, shard in zip(paths, listed):
         print(f"{path}: {shard['tokens']} tokens, sha256 {shard['sha256'][:8]}")
-    print(f"now: python train_gpt.py {shlex.quote(f'--corpus={name}')}")
+    knobs = [f"--corpus={name}"]
+    if tokenizer == "gpt2":
+        knobs.append("--vocab_size=50304")
+    print(f"now: python train_gpt.py {shlex.join(knobs)}")
     return paths
 
 
 def main(argv):
     """Do what the command line says."""
     parser = argparse.ArgumentParser(
-        usage="python data/prepare.py python | installed | shakespeare | fineweb [shards] | FILE...",
+        usage="python data/prepare.py python | installed | shakespeare | fineweb [shards] | FILE... "
+              "[--tokenizer=bytes|gpt2]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("corpus", nargs="*", help="its name, or the files to make it of")
-    corpus = parser.parse_args(argv).corpus
+    parser.add_argument("--tokenizer", choices=("bytes", "gpt2"), default="bytes", help="of text")
+    own = parser.parse_args(argv)
+    corpus = own.corpus
     if not corpus:
         raise SystemExit(parser.format_help())
 
@@ -476,7 +554,7 @@ def main(argv):
             shards = int(corpus.pop())
         if len(corpus) == 1:
             corpus = corpus[0]
-        prepare(corpus, shards=shards)
+        prepare(corpus, shards=shards, tokenizer=own.tokenizer)
     except MemoryError:
         raise SystemExit("prepare.py: so much text does not fit into the memory: give less of it")
     except BrokenPipeError:

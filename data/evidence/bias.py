@@ -237,8 +237,8 @@ def load(options):
     # As a checkpoint is evaluated, but trained for one backward pass.
     model, c = train_gpt.load_model(options.run, recipe=recipe, **knobs)
     torch.manual_seed(c.seed)
-    batch = train_gpt.Shards(c, "val", model.rope.device.type).random(0, 0)
-    return directory, recipe, capture(model, *batch)
+    data = train_gpt.Shards(c, train_gpt.find_corpus(c), "val", model.rope.device.type)
+    return directory, recipe, capture(model, *data.random(0, 0))
 
 
 def main(argv):

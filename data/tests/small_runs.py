@@ -50,6 +50,11 @@ def write_corpus(directory):
         prepare.write_shard(directory / f"tiny_{split}_000000.bin", tokens)
 
 
+def shards(c, split):
+    """The Shards of a split of c's corpus, on the CPU."""
+    return train_gpt.Shards(c, train_gpt.find_corpus(c), split, "cpu")
+
+
 @contextlib.contextmanager
 def training_in(directory):
     """Within it runs are trained in a directory, on its own corpus. All is then as it was before."""

@@ -265,7 +265,7 @@ def test_a_prompt_of_tokens_that_the_model_has_not_got_is_left_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=lambda name: gpt2))
     monkeypatch.setattr(train_gpt, "sample", lambda model, prompt, c: [len(prompt)])
     for vocabulary, text in (512, "7 9 2 "), (50304, "7 600 9 3 "), (5, "0 1 "):
-        c = train_gpt.Config(vocab_size=vocabulary)
+        c = train_gpt.Config(vocab_size=vocabulary, tokenizer="gpt2")
         assert "".join(train_gpt.sample_text(None, c)) == text
 
 

@@ -1,6 +1,7 @@
 """The tests of data/prepare.py, and of how train_gpt.py reads what it makes: text in, a whole corpus out."""
 import collections
 import contextlib
+import dataclasses
 import fcntl
 import gzip
 import hashlib
@@ -25,6 +26,7 @@ import pytest
 
 import prepare
 import train_gpt
+from small_runs import shards
 
 
 def shard(tokens=(1, 2, 3), magic=20240520, version=1, n=None):
@@ -77,29 +79,55 @@ def test_bad_shard_is_named_with_its_fault_and_the_way_out(tmp_path, data, fault
 
 # ---- Text --------------------------------------------------------------------------------------------------
 
-XZ = ("my.txt.xZ", lzma.compress(b"\nA:\nlonger one\n\n \r\n\n  B:\nspeech\n"))
-GZ = ("novels.TXT.Gz", gzip.compress(b"second"))
-MARKED = b"one\n<|endoftext|>\n \n<|endoftext|>\r\ntwo <|endoftext|>\n\n2\n<|endoftext|>"
+LONG = b"A long document.\n" * 10
+MARKED = LONG + b"<|endoftext|>\n \n<|endoftext|>\r\ntwo <|endoftext|>\n\n2\n<|endoftext|>"
+XZ = ("my.txt.xZ", lzma.compress(MARKED))
+GZ = ("novels.TXT.Gz", gzip.compress(b"short"))
 
 
 @pytest.mark.parametrize("files, train, val", [
-    ([("my.txt", MARKED)], b"two <|endoftext|>\n\n2\n", b"one\n"),
-    ([XZ], b"A:\nlonger one", b"  B:\nspeech"),
-    ([XZ, XZ], b"A:\nlonger one", b"  B:\nspeech"),
+    ([("my.txt", MARKED + b"\nThree")], [LONG, b"two <|endoftext|>\n\n2\n"], [b"Three"]),
     # The first file names the corpus.
-    ([GZ, XZ], lzma.decompress(XZ[1]), b"second"),
+    ([GZ, XZ], [LONG, b"two <|endoftext|>\n\n2\n"], [b"short"]),
+    # Equal documents stay together.
+    ([GZ, XZ, GZ], [LONG, b"two <|endoftext|>\n\n2\n"], [b"short", b"short"]),
 ])
-def test_files_are_documents_and_a_single_one_is_cut_at_its_marks_or_blank_lines(tmp_path, files, train, val):
-    for name, data in files:
-        (tmp_path / name).write_bytes(data)
-    paths = [str(tmp_path / name) for name, _ in files]
+def test_files_are_documents_which_marks_part(tmp_path, files, train, val):
+    paths = []
+    for i, (name, data) in enumerate(files):
+        path = tmp_path / str(i) / name
+        path.parent.mkdir()
+        path.write_bytes(data)
+        paths.append(str(path))
     written = prepare.prepare(paths if len(paths) > 1 else paths[0], tmp_path / "new")
     corpus = files[0][0].split(".")[0]
     assert [path.name for path in written] == [f"{corpus}_train_000000.bin", f"{corpus}_val_000000.bin"]
-    assert [path.read_bytes() for path in written] == [shard_of(train), shard_of(val)]
+    assert [path.read_bytes() for path in written] == [shard_of(*train), shard_of(*val)]
 
 
-def test_split_is_of_whole_documents_in_any_order_and_holds_out_the_shortest_where_none_fits(monkeypatch):
+LINE = b"x" * 9 + b"\n"
+
+
+@pytest.mark.parametrize("documents, train, val", [
+    # After a blank line, or else a line, in the second half of the last 5%
+    ([LINE * 97 + b"\n" + LINE * 3], [LINE * 97 + b"\n"], [LINE * 3]),
+    ([LINE * 94 + b" \n\n" + LINE * 6], [LINE * 94 + b" \n\n" + LINE], [LINE * 5]),
+    ([LINE * 100], [LINE * 95], [LINE * 5]),
+    # After a letter: here 5% begin in the middle of one
+    ([("\xfc" * 510).encode()], [("\xfc" * 485).encode()], [("\xfc" * 25).encode()]),
+    # Of three documents, one would be a third.
+    ([LINE * 33, LINE * 34, b"y" * 330], [LINE * 33, LINE * 29, b"y" * 330], [LINE * 5]),
+    # One that fits is too little.
+    ([b"short", LINE * 100], [b"short", LINE * 95], [LINE * 5]),
+    # No copy of the end is left in the training text.
+    ([LINE * 50, LINE * 50], [LINE * 48, LINE * 48], [LINE * 2]),
+    ([b"xy"], [b"x"], [b"y"]),
+])
+def test_where_documents_are_long_the_end_of_the_longest_is_held_out(documents, train, val):
+    assert prepare.split(documents) == (train, val)
+
+
+def test_split_is_of_whole_documents_in_any_order(monkeypatch):
     rng = random.Random(0)
     documents = [rng.randbytes(rng.randrange(1, 2000)) for _ in range(300)]
     documents += documents[:100]      # duplicates
@@ -112,8 +140,6 @@ def test_split_is_of_whole_documents_in_any_order_and_holds_out_the_shortest_whe
     assert set(prepare.split(documents[::-1])[1]) == set(val)
     monkeypatch.setattr(prepare, "VAL_MAX", 3000)
     assert sum(map(len, set(prepare.split(documents)[1]))) <= 3000
-    short = [b"x" * 9, b"y" * 5, b"y" * 5, b"z" * 7]
-    assert prepare.split(short) == ([b"x" * 9, b"z" * 7], [b"y" * 5, b"y" * 5])
 
 
 def test_python_corpus_is_the_standard_library_without_packages(tmp_path, monkeypatch):
@@ -122,16 +148,30 @@ def test_python_corpus_is_the_standard_library_without_packages(tmp_path, monkey
         path = lib / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
+    (lib / "a.py").write_text("long " * 20)
     monkeypatch.setattr(prepare.sysconfig, "get_path", {"stdlib": str(lib)}.get)
     assert prepare.standard_library() == [lib / "a/z.py", lib / "a.py", lib / "b.py"]
     train, val = prepare.prepare("python", tmp_path)
-    assert train.read_bytes() == shard_of(b"a/z.py", b"a.py")
+    assert train.read_bytes() == shard_of(b"a/z.py", b"long " * 20)
     assert val.read_bytes() == shard_of(b"b.py")
+
+
+def test_files_without_text_and_sources_that_cannot_be_read_are_named(tmp_path, monkeypatch, capsys):
+    files = [tmp_path / name for name in ("a.txt", "empty.txt", "b.txt")]
+    for path, content in zip(files, (b"one" * 20, b" \n\0".strip(b"\0"), b"two")):
+        path.write_bytes(content)
+    prepare.prepare(files, tmp_path)
+    assert f"{files[1]}: skipped, there is no text in it\n" in capsys.readouterr().out
+
+    monkeypatch.setattr(prepare, "packages", lambda: [*files, tmp_path / "gone.py"])
+    train, val = prepare.prepare("installed", tmp_path)
+    assert f"{tmp_path}/gone.py: skipped, it cannot be read (No such file" in capsys.readouterr().out
+    assert (train.read_bytes(), val.read_bytes()) == (shard_of(b"one" * 20), shard_of(b"two"))
 
 
 def test_installed_is_every_package_once_in_an_order_of_content_alone(tmp_path, monkeypatch):
     files = {
-        "one/a.py": "second",
+        "one/a.py": "second" * 20,
         "one/b.py": "first",
         "one/same.py": "first",
         "two/c.py": "third",
@@ -152,8 +192,8 @@ def test_installed_is_every_package_once_in_an_order_of_content_alone(tmp_path, 
     train, val = corpus("one", "two")
     assert corpus("two", "one") == [train, val]
 
-    # Held out is, of the shortest, the first by hash.
-    order = sorted((b"first", b"second", b"third"), key=lambda d: hashlib.sha256(d).digest())
+    # Held out is, of those that fit, the first by hash.
+    order = sorted((b"first", b"second" * 20, b"third"), key=lambda d: hashlib.sha256(d).digest())
     held_out = next(d for d in order if len(d) == 5)
     order.remove(held_out)
     assert val == shard_of(held_out) and train == shard_of(*order)
@@ -162,7 +202,7 @@ def test_installed_is_every_package_once_in_an_order_of_content_alone(tmp_path, 
 def test_long_text_is_several_shards_and_a_shorter_one_replaces_them_all(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SHARD", 10)
     text = tmp_path / "t.txt"
-    for content, sizes in ((b"ab\n\n" + b"c" * 24, [9, 8, 8, 3]), (b"ab\n\ncde", [4, 3])):
+    for content, sizes in ((b"c" * 26, [9, 9, 8, 2]), (b"cde", [3, 2])):
         text.write_bytes(content)
         paths = prepare.prepare(text, tmp_path)
         assert [prepare.check_shard(path) for path in paths] == sizes
@@ -188,12 +228,12 @@ def test_long_text_is_several_shards_and_a_shorter_one_replaces_them_all(tmp_pat
     (["fineweb", "x"], "fineweb is a corpus"),
     (["x.xz"], "cannot read x.xz"),
     (["x.gz"], "cannot read x.gz"),
-    (["1", "1"], "no two different documents"),
-    (["0"], "no two different"),
+    (["0", "0"], "^prepare.py: 0 bytes in the longest document: too little text to hold some out"),
+    (["1"], "^prepare.py: 1 bytes in the longest"),
 ])
 def test_user_errors_are_one_message(tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
-    files = {"x.xz": b"not xz", "x.gz": gzip.compress(b"x")[:-9], "1": b"one", "0": b" \n"}
+    files = {"x.xz": b"not xz", "x.gz": gzip.compress(b"x")[:-9], "1": b"1", "0": b" \n"}
     for name, data in files.items():
         Path(name).write_bytes(data)
     Path("directory").mkdir()
@@ -204,23 +244,86 @@ def test_user_errors_are_one_message(tmp_path, monkeypatch, args, message):
         assert "\n" not in str(error.value)
 
 
+# ---- Tokens ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    """A stand-in for tiktoken's GPT-2: token 300 is `the `, 301 ends a document, others are a byte."""
+    names = {300: b"the ", 301: b"<|endoftext|>"}
+    gpt2 = types.SimpleNamespace(
+        encode_ordinary=lambda text: [300 if word == b"the " else word[0]
+                                      for word in re.findall(b"(?s)the |.", text.encode())],
+        decode_single_token_bytes=lambda token: names.get(token) or bytes([token % 256]),
+        eot_token=301,
+        n_vocab=302,
+    )
+    monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding={"gpt2": gpt2}.get))
+    return gpt2
+
+
+def test_tokens_are_gpt2s_if_asked_and_the_manifest_tells(gpt2, tmp_path, capsys):
+    text = tmp_path / "t.txt"
+    text.write_bytes(b"the long one" * 20 + b"\n<|endoftext|>\nthe end")
+    train, val = prepare.prepare(text, tmp_path, tokenizer="gpt2")
+    assert train.read_bytes() == shard([300, *b"long one"] * 20 + [10, 301])
+    assert val.read_bytes() == shard([300, *b"end", 301])
+    manifest = json.loads((tmp_path / "t.json").read_text())
+    assert (manifest["tokenizer"], manifest["bytes"]) == ("gpt2", dict(train=242, val=8))
+    assert capsys.readouterr().out.endswith("now: python train_gpt.py --corpus=t --vocab_size=50304\n")
+
+    # The bytes that FineWeb's tokens stand for are counted by their names, and are the same.
+    assert [prepare.bytes_behind([path]) for path in (train, val)] == [242, 8]
+
+    # So bits per byte of text can be compared: 5 tokens stand for 8 bytes.
+    c = train_gpt.Config(corpus=str(tmp_path / "t"), sequence=1, vocab_size=512)
+    assert train_gpt.find_corpus(c).tokenizer == "gpt2"
+    assert train_gpt.bits_per_byte(shards(c, "val"), 8 * np.log(2)) == ", 5.0000 bits per byte"
+    with pytest.raises(train_gpt.UserError, match="^--tokenizer=bytes: the tokens of .*/t are gpt2"):
+        train_gpt.find_corpus(dataclasses.replace(c, tokenizer="bytes"))
+
+
+def test_without_tiktoken_there_are_no_gpt2_tokens_and_no_bits_per_byte(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)      # to import it is an error
+    (tmp_path / "t.txt").write_bytes(b"some text")
+    with pytest.raises(ValueError, match=r"need tiktoken \(pip install tiktoken\).*: ModuleNotFound"):
+        prepare.prepare(tmp_path / "t.txt", tmp_path, tokenizer="gpt2")
+    assert files_in(tmp_path) == ["t.txt"]
+
+    hub.files = {name: shard([50256] * 9) for name in FINEWEB}
+    prepare.prepare("fineweb", tmp_path)
+    assert "no bits per byte will be printed" in capsys.readouterr().out
+    c = train_gpt.Config(corpus=str(tmp_path / "fineweb"), sequence=1, vocab_size=50304)
+    assert train_gpt.find_corpus(c).tokenizer == "gpt2"
+    assert train_gpt.bits_per_byte(shards(c, "val"), 3.0) == ""
+
+
+def test_shards_of_other_tools_are_of_bytes_if_the_vocabulary_says_so(tmp_path):
+    for split in ("train", "val"):
+        prepare.write_shard(tmp_path / f"t_{split}_000000.bin", np.arange(9))
+    for knobs, tokenizer in (({}, "bytes"), (dict(vocab_size=512), "gpt2"), (dict(tokenizer="gpt2"), "gpt2")):
+        c = train_gpt.Config(corpus=str(tmp_path / "t"), **knobs)
+        corpus = train_gpt.find_corpus(c)
+        assert corpus.tokenizer == tokenizer
+        assert corpus.bytes_per_token == 1.0 or tokenizer == "gpt2" and np.isnan(corpus.bytes_per_token)
+
+
 # ---- A corpus is whole and one, or it is not there ---------------------------------------------------------
 
-OLD = b"old one\n\nvalidate\n\n" * 3
-NEW = b"new" * 30 + b"\n\nanother validation"
+OLD = b"<|endoftext|>\n".join(b"old %d\n" % i for i in range(30))
+NEW = b"<|endoftext|>\n".join(b"new one %d\n" % i for i in range(40))
 
 
 def read(corpus):
     """The tokens of a corpus, a path without _train_..., as train_gpt.py reads them: bytes (train, val)."""
-    c = train_gpt.Config(corpus=str(corpus), sequence=2)
-    shards = [train_gpt.Shards(c, split, "cpu").shards for split in ("train", "val")]
-    return [b"".join(bytes(shard.astype(np.uint8)) for shard in split) for split in shards]
+    c = train_gpt.Config(corpus=str(corpus), sequence=1)
+    splits = [shards(c, split).shards for split in ("train", "val")]
+    return [b"".join(bytes(shard.astype(np.uint8)) for shard in split) for split in splits]
 
 
 def old_and_new(tmp_path, monkeypatch):
     """A corpus t of OLD, in several shards, and the file t.txt, which now holds NEW -> what both read as."""
     text = tmp_path / "t.txt"
-    monkeypatch.setattr(prepare, "SHARD", 20)
+    monkeypatch.setattr(prepare, "SHARD", 150)
     text.write_bytes(NEW)
     prepare.prepare(text, tmp_path)
     new = read(tmp_path / "t")
@@ -228,13 +331,16 @@ def old_and_new(tmp_path, monkeypatch):
     prepare.prepare(text, tmp_path)
     old = read(tmp_path / "t")
     text.write_bytes(NEW)
-    assert sum(map(len, old)) == len(b"old one\0validate\0" * 3) and old != new
+    assert sum(map(len, old)) == len(OLD.replace(b"<|endoftext|>\n", b"\0") + b"\0") and old != new
     return old, new
 
 
 def test_the_manifest_lists_shards_with_their_sha256(tmp_path, monkeypatch):
     old_and_new(tmp_path, monkeypatch)
     manifest = json.loads((tmp_path / "t.json").read_text())
+    assert manifest.pop("tokenizer") == "bytes"
+    assert manifest.pop("bytes") == {split: sum(shard["tokens"] for shard in shards)
+                                     for split, shards in manifest.items()}
     assert list(manifest) == ["train", "val"] and len(manifest["train"]) > 1
     for split, shards in manifest.items():
         for i, entry in enumerate(shards):
@@ -429,25 +535,33 @@ def test_shards_are_those_of_the_manifest_or_without_one_all_of_that_name(tmp_pa
 GOOD = {"file": "t_train_000000.bin", "tokens": 3, "sha256": hashlib.sha256(shard()).hexdigest()}
 
 
+def manifest_of(train, val, **others):
+    """What stands in a manifest of these entries."""
+    return dict(train=train, val=val, tokenizer="bytes", bytes=dict(train=3, val=3)) | others
+
+
 @pytest.mark.parametrize("manifest", [
     "{", "\xff", "0", "null", "[]", "{}", '"train"', "[" * 10**5,
     {"train": []},
-    {"train": {"file": "t_train_000000.bin"}},
-    {"train": [GOOD, "file"]},
-    {"train": [{"file": GOOD["file"]}]},
-    {"train": [GOOD | {"sha256": None}]},
-    {"train": [GOOD | {"file": 3}], "val": [GOOD]},
-    {"train": [{"file": GOOD["file"]}], "val": [GOOD]},
-    {"train": [GOOD | {"sha256": None}], "val": [GOOD]},
-    {"train": [], "val": []},
-], ids=range(17))
+    {"train": [GOOD], "val": [GOOD]},
+    manifest_of({"file": "t_train_000000.bin"}, [GOOD]),
+    manifest_of([GOOD, "file"], [GOOD]),
+    manifest_of([{"file": GOOD["file"]}], [GOOD]),
+    manifest_of([GOOD | {"sha256": None}], [GOOD]),
+    manifest_of([GOOD | {"file": 3}], [GOOD]),
+    manifest_of([GOOD], [GOOD], tokenizer=3),
+    manifest_of([GOOD], [GOOD], bytes=3),
+    manifest_of([GOOD], [GOOD], bytes=dict(train=3)),
+    manifest_of([GOOD], []),
+    manifest_of([], [GOOD]),
+], ids=range(20))
 def test_a_damaged_manifest_is_named_with_the_way_out(tmp_path, manifest):
     corpus = tmp_path / "in" / "t"
     corpus.parent.mkdir()
     for split in ("train", "val"):
         (corpus.parent / f"t_{split}_000000.bin").write_bytes(shard())
     path = corpus.parent / "t.json"
-    path.write_text(json.dumps({"train": [GOOD], "val": [GOOD | {"file": "t_val_000000.bin"}]}))
+    path.write_text(json.dumps(manifest_of([GOOD], [GOOD | {"file": "t_val_000000.bin"}])))
     read(corpus)
     path.write_text(manifest if isinstance(manifest, str) else json.dumps(manifest), encoding="latin-1")
     with pytest.raises(train_gpt.UserError, match=f"^{path} is damaged, .*: move it away, and run data/prep"):
@@ -460,7 +574,7 @@ def test_a_manifest_names_no_files_elsewhere(tmp_path):
     corpus.parent.mkdir()
     for name in ("../outside.bin", "/etc/outside.bin"):
         listed = [GOOD | {"file": name}]
-        (corpus.parent / "t.json").write_text(json.dumps({"train": listed, "val": listed}))
+        (corpus.parent / "t.json").write_text(json.dumps(manifest_of(listed, listed)))
         with pytest.raises(train_gpt.UserError, match="in/outside.bin is missing: run data/prepare.py again"):
             read(corpus)
 
@@ -486,9 +600,9 @@ def test_the_default_corpus_is_made_where_it_is_not_there(tmp_path, monkeypatch,
 
     script.write_text("from pathlib import Path\nimport sys\n"
                       f"sys.path.insert(0, {os.path.dirname(prepare.__file__)!r})\nimport prepare\n"
-                      f"prepare.write_text('python', [b'one', b'two'], Path({str(tmp_path)!r}))")
+                      f"prepare.write_text('python', [b'one two three'], Path({str(tmp_path)!r}), 'bytes')")
     (tmp_path / "python.json").touch()
-    assert sorted(read("python")) == [b"one\0", b"two\0"]
+    assert read("python") == [b"one two thre\0", b"e\0"]
     script.unlink()
     read("python")
 
@@ -526,10 +640,11 @@ def test_what_is_not_utf8_is_refused_with_the_byte_and_the_way_out(tmp_path, nam
 
 def test_letters_of_several_bytes_may_lie_across_the_pieces_that_are_read(tmp_path):
     text = tmp_path / "t.txt"
-    text.write_bytes(b"x" * (2**20 - 1) + "\xfc\n\n\xfc".encode())
+    content = b"x" * (2**20 - 1) + "\xfc".encode()
+    text.write_bytes(content + b"\n<|endoftext|>\n\xc3\xb6" + b"y" * 2**15)
     train, val = prepare.prepare(text, tmp_path)
-    assert train.read_bytes() == shard_of(b"x" * (2**20 - 1) + "\xfc".encode())
-    assert val.read_bytes() == shard_of("\xfc".encode())
+    assert train.read_bytes() == shard_of(content + b"\n")
+    assert val.read_bytes() == shard_of(b"\xc3\xb6" + b"y" * 2**15)
 
 
 def test_text_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
@@ -646,10 +761,9 @@ def test_shakespeare_is_that_text_or_an_error_and_leaves_only_shards(server, tmp
             prepare.prepare("shakespeare", tmp_path)
         assert files_in(tmp_path) == []
     else:
-        # It is cut into speeches.
         train, val = prepare.prepare("shakespeare", tmp_path)
-        assert train.read_bytes() == shard_of(b"A:\nspeak.")
-        assert val.read_bytes() == shard_of(b"B:\nno.")
+        assert train.read_bytes() == shard_of(TEXT[:-1])
+        assert val.read_bytes() == shard_of(TEXT[-1:])
         assert files_in(tmp_path) == ["shakespeare.json", train.name, val.name]
     assert server.asked == asked
     assert server.waits == [0, 1, 2][:asked]

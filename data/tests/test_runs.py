@@ -14,7 +14,7 @@ import torch
 import prepare
 import train_gpt
 from small_runs import (
-    checkpoint, go_back, logged, records, result, same, spoil_losses, train, training_in, words
+    checkpoint, go_back, logged, records, result, same, shards, spoil_losses, train, training_in, words
 )
 
 RUN = Path("runs/a")
@@ -117,7 +117,7 @@ def test_what_goes_on_by_other_code_text_or_number_of_processes_is_refused(place
         patch.setattr(train_gpt, "CODE", "12345678")
         refused("runs/a began with code .*, and here is 12345678", "resume", "a")
     c, directory, saved = train_gpt.load("resume", "a", {})
-    data = [train_gpt.Shards(c, split, "cpu") for split in ("train", "val")]
+    data = [shards(c, split) for split in ("train", "val")]
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "WORLD", 2)
         with pytest.raises(train_gpt.UserError, match="runs/a began with processes 1, and here is 2"):
@@ -564,4 +564,4 @@ def test_a_corpus_reads_its_own_shards_only(place):
         prepare.write_shard(place / f"{name}.bin", np.full(40, i))
     for corpus, expected in [("two", [0, 1]), ("two_train", [2]), ("t[w]o", [4])]:
         c = train_gpt.Config(corpus=corpus, sequence=8)
-        assert [shard[0] for shard in train_gpt.Shards(c, "train", "cpu").shards] == expected
+        assert [shard[0] for shard in shards(c, "train").shards] == expected

@@ -22,7 +22,9 @@ import train_gpt
 from quartet import RECIPES
 from background import in_background, python
 from small_runs import (
-    ROOT, checkpoint, go_back, logged, result, same, spoil_losses, train, words, write_corpus)
+    ROOT, checkpoint, go_back, logged, records, result, same, shards, spoil_losses, train, words,
+    write_corpus
+)
 
 pytest_plugins = ["background"]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
@@ -129,19 +131,44 @@ def test_by_wsd_the_learning_rate_stays_and_falls_late_along_a_line():
     assert train_gpt.learning_rate(c, 99) == 1.0
 
 
+@pytest.mark.parametrize("steps, warmup, decay", [
+    (100, 0.05, 0.2),
+    (7, 0.1, 0.3),
+    (10, 0.0, 0.95),
+    (3, 0.0, 0.34),
+])
+def test_the_step_before_the_decay_is_the_last_one_at_the_peak(steps, warmup, decay):
+    c = train_gpt.Config(steps=steps, warmup=warmup, decay=decay, schedule="wsd", lr=1.0)
+    peak = [step for step in range(1, steps + 1) if train_gpt.learning_rate(c, step - 1) == 1.0]
+    assert train_gpt.before_decay(c) == max(peak) < steps
+    # There is none by a cosine, without a decay, or where the decay begins as soon as the warm-up ends.
+    for knobs in dict(schedule="cosine"), dict(decay=0.0), dict(warmup=0.6, decay=0.7):
+        assert not train_gpt.before_decay(dataclasses.replace(c, **knobs))
+
+
+def test_the_checkpoint_before_the_decay_of_wsd_is_kept_and_runs_start_from_it():
+    train(schedule="wsd", decay=0.5, save_every=1, name="old")
+    stable = checkpoint("old", "stable.pt")
+    assert stable["step"] == 3
+    train_gpt.main(["eval", "old/stable.pt", "--recipe=bf16"])
+    train(init_from="old/stable.pt", lr=1e-9, steps=1)
+    new = checkpoint()["model"]
+    assert all((stable["model"][name] - new[name]).abs().max() < 1e-7 for name in new)
+
+
 def test_data_order_is_a_function_of_seed_and_step(place):
     # Two shards of different tokens, each of which is one more than the one before
     prepare.write_shard(place / "two_train_000000.bin", np.arange(0, 200))
     prepare.write_shard(place / "two_train_000001.bin", np.arange(300, 501))
     c = train_gpt.Config(sequence=8, batch=16, corpus="two", vocab_size=600, eval_tokens=64)
-    data = train_gpt.Shards(c, "train", "cpu")
+    data = shards(c, "train")
 
     # A batch depends on seed, step and micro-batch, and on nothing else. No window is of two shards.
     x, y = data.random(3, 1)
-    other_seed = train_gpt.Shards(dataclasses.replace(c, seed=2), "train", "cpu")
+    other_seed = shards(dataclasses.replace(c, seed=2), "train")
     for other in [data.random(4, 1), data.random(3, 0), other_seed.random(3, 1)]:
         assert not torch.equal(x, other[0])
-    assert torch.equal(x, train_gpt.Shards(c, "train", "cpu").random(3, 1)[0])
+    assert torch.equal(x, shards(c, "train").random(3, 1)[0])
     assert torch.equal(y, x + 1)
 
     # All places together reach every token.
@@ -198,12 +225,12 @@ def test_losses_and_gradients_are_means_over_micro_batches_and_over_all_predicte
     c = train_gpt.Config(**checkpoint()["config"])
     torch.manual_seed(c.seed)
     model = train_gpt.GPT(c)
-    data = train_gpt.Shards(c, "train", "cpu")
+    data = shards(c, "train")
     loss = sum(model(*data.random(1, micro)) for micro in range(4)) / 4
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
     model.load_state_dict(checkpoint()["model"])
-    val_loss = model(*train_gpt.Shards(c, "val", "cpu").at(np.arange(4) * 32))
+    val_loss = model(*shards(c, "val").at(np.arange(4) * 32))
 
     # Float32 sums in another order
     assert logged(key="loss")[1] == pytest.approx(loss.item(), rel=1e-5)
@@ -652,7 +679,7 @@ def test_a_layer_that_a_fork_made_plain_stays_plain_when_recipes_switch(monkeypa
     monkeypatch.setattr(train_gpt.Block, "__init__", fork)
     monkeypatch.setattr(train_gpt.GPT, "forward", note)
     train(steps=2, bf16_end=0.5, recipe="rtn")
-    assert "rtn, in 3 linear layers" in capsys.readouterr().out
+    assert "layers  3 quantized, " in capsys.readouterr().out
     train_gpt.main(["eval", "a", "--recipe=rtn,nvidia"])
     train_gpt.main(["sample", "a", "--recipe=four_six"])
     assert kinds == {torch.nn.Linear}
@@ -826,3 +853,43 @@ def test_packages_of_the_same_names_elsewhere_are_not_imported(beside_other_pack
     assert "no row 'nosuch'" in drawn.stderr
     assert helped.returncode == 0, helped.stderr
     assert found.stdout == "None\n"
+
+
+# ---- Tokens ------------------------------------------------------------------------------------------------
+
+def test_a_run_keeps_what_its_tokens_are_whatever_its_vocabulary(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)      # to import it is an error
+    train(tokenizer="gpt2", name="a")
+    assert "without a sample: GPT-2's tokens need tiktoken" in capsys.readouterr().out
+    assert Path("runs/a/sample.txt").read_text().startswith("(GPT-2's tokens need tiktoken")
+    train(vocab_size=512, tokenizer="bytes", name="b")
+    assert Path("runs/b/sample.txt").read_text().startswith("def ")
+    train(name="c")
+    assert checkpoint("c")["config"]["tokenizer"] == "bytes"
+
+    # Neither goes on with other tokens.
+    with pytest.raises(train_gpt.UserError, match="--tokenizer=gpt2 .saved: bytes"):
+        train_gpt.main(["eval", "c", "--tokenizer=gpt2"])
+    message = "the weights of c have another shape: --tokenizer=gpt2 .saved: bytes"
+    with pytest.raises(train_gpt.UserError, match=message):
+        train(init_from="c", tokenizer="gpt2", name="d")
+
+
+# ---- What a run says at its start --------------------------------------------------------------------------
+
+def test_the_header_lists_which_layers_are_quantized_how_and_when(capsys):
+    train(layers=3, bf16_first=1, steps=4, bf16_end=0.25, bf16_forward_end=0.5, sample_tokens=1)
+    header = records()[0]
+    assert header["recipe"] == "quartet2; from step 3 on quartet2+bf16_forward; from step 4 on bf16"
+    assert header["operands"] == str(RECIPES["quartet2"])
+    assert header["layers"] == (
+        "8 quantized, 229,376 parameters: blocks.1-2.qkv, blocks.1-2.out, blocks.1-2.up, blocks.1-2.down; "
+        "not: embedding, blocks.0.qkv, blocks.0.out, blocks.0.up, blocks.0.down, head")
+    printed = capsys.readouterr().out
+    assert all(f"{what:>10}  {header[what]}\n" in printed for what in ("recipe", "operands", "layers"))
+
+
+def test_names_of_layers_in_blocks_that_follow_each_other_are_one():
+    names = ["a.9.b", "a.10.b", "a.12.b", "a.12.c.3", "d"]
+    assert train_gpt.in_short(names) == "a.9-10.b, a.12.b, a.12.c.3, d"
+    assert train_gpt.in_short([]) == ""
