@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shlex
@@ -32,6 +33,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -40,6 +42,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -608,7 +611,7 @@ def train(c, data, directory, stop, checkpoint=None):
         if evaluating:
             log.validation(step, evaluate(model, val_data, c))
         if saving and (last or stopping or not log.bad_in_a_row):
-            save(directory, c, step, log=log.state(), **identity(data), **snapshot(model, optimizers))
+            save(directory, c, step, log=log.state(), **identity(data), **snapshot(model, optimizers, c))
         if stopping:
             leave(directory, step, stop)
 
@@ -780,11 +783,14 @@ def eval_recipes(model, c):
 # A process may be killed at any moment, and a disk may be full. So a file is written under another name,
 # NAME.part, and renamed when all of it is on the disk: it is whole or not there. The last two checkpoints are
 # kept. A log is appended to, and a crash may tear it: so a checkpoint holds the log up to its step, and a run
-# that goes on starts the file from there. A run belongs to one config, one corpus, one code and one number of
-# processes: with these it goes on to the same bits, and with others not at all.
+# that goes on starts the file from there. A run belongs to one config, one corpus and one code: with others
+# it does not go on. On as many processes as before it goes on to the same bits; on more or fewer it takes the
+# same data, and other noise.
 
 CHECKPOINTS = ("checkpoint.pt", "previous.pt")     # the last one, and the one before
 STABLE = "stable.pt"                               # that of the step before the decay of wsd
+HEAD = "head.pt"      # of a checkpoint that is a directory: what it holds but for weights and moments
+BROKEN = "is not a whole checkpoint: remove it, and previous.pt beside it, if it is there, is taken instead"
 
 # What files of a run hold, {name: type}, or kinds of what is in there. Files come from other machines and
 # other versions, too: `fits` looks at all of it before any is used.
@@ -795,7 +801,7 @@ LOG = dict(text=str, skipped=int, val_loss=NUMBER)
 SHARD = dict(file=str, tokens=int, sha256=str)
 MANIFEST = dict(train=list, val=list, tokenizer=str, bytes=dict(train=OR_NULL, val=OR_NULL))
 COMPARISON = dict(config=KNOBS, corpus=str, code=str, processes=int)
-CHECKPOINT = COMPARISON | dict(step=int, log=LOG, model=dict, optimizer=dict, generators=list)
+CHECKPOINT = COMPARISON | dict(step=int, log=LOG, model=dict, optimizer=dict, generators=list, files=dict)
 RESULT = dict(recipe=str, val_loss=OR_NULL, skipped=OR_NULL, tokens_per_s=OR_NULL, peak_gib=OR_NULL)
 
 SOURCES = [Path(__file__).with_name(name) for name in ("quartet.py", "kernels.py", "train_gpt.py")]
@@ -808,9 +814,11 @@ def identity(data):
 
 
 def refuse_another(saved, data, directory):
-    """UserError if what a run in a directory has saved is of another corpus, code or number of processes."""
+    """UserError if what a run in a directory has saved is of another corpus or code."""
     for what, now in identity(data).items():
-        if saved.get(what) != now:
+        if what == "processes" and saved[what] != now:
+            print(f"{saved[what]} processes before, {now} now: the same data, other noise")
+        elif saved[what] != now:
             raise UserError(f"{directory} began with {what} {saved.get(what)}, and here is {now}: put it "
                             "back, or start a new run, which may take weights from one, --init_from=RUN")
 
@@ -827,13 +835,15 @@ def writing(path):
 
 def need_room(directory, c):
     """UserError if the disk has no room for the checkpoints of a run, or of all runs of a comparison."""
+    if RANK:
+        return
     with torch.device("meta"):
         model = GPT(c)
     # Of each run the last two, perhaps that before a decay, and one that is written; in each, of every
     # parameter, weight and two moments in float32. What is there already will be replaced.
     checkpoints = (2 + bool(before_decay(c))) * len(c.recipe.split(",")) + 1
     needed = checkpoints * 12 * sum(p.numel() for p in model.parameters())
-    there = sum(path.stat().st_size for path in directory.rglob("*.pt") if path.is_file())
+    there = sum(path.stat().st_size for path in directory.rglob("*.*") if path.is_file())
     room = shutil.disk_usage(directory).free + there
     if room < needed:
         raise UserError(f"{directory} needs {needed / 1e6:,.0f} MB for checkpoints, and the disk has room "
@@ -902,20 +912,46 @@ def fits(record, kinds):
 
 
 def save(directory, c, step, **state):
-    """Write a checkpoint, if this is rank 0; keep the one before, and for good that before a decay."""
-    if RANK:
-        return
-    # Other processes have given rank 0 their part of the state.
+    """Write a checkpoint; keep the one before, and for good that before a decay."""
     path, previous = [directory / name for name in CHECKPOINTS]
+    record = dict(config=vars(c), step=step, files={}, **state)
+    if c.shard == "true":
+        save_parts(path, previous, record)
+    elif not RANK:
+        save_record(path, record, previous)
+    if step == before_decay(c) and not RANK:
+        copy(path, directory / STABLE)
+
+
+def save_record(path, record, previous=None):
+    """Write a dict as a file, which replaces what is there; that is kept as previous."""
     with replacing(path, previous) as f:
         try:
-            torch.save(dict(config=vars(c), step=step, **state), f)
+            torch.save(record, f)
         except RuntimeError as e:
             # torch.save hides an error of the disk behind one of its own.
             raise e.__context__ or e
-    if step == before_decay(c):
-        with replacing(directory / STABLE) as f, open(path, "rb") as written:
-            shutil.copyfileobj(written, f)
+
+
+def copy(path, target):
+    """Copy a checkpoint, a file or a directory; target is whole or not there."""
+    part = target.with_name(f"{target.name}.part")
+    with writing(part):
+        remove(part)
+        if path.is_dir():
+            shutil.copytree(path, part)
+        else:
+            shutil.copyfile(path, part)
+        remove(target)
+        os.replace(part, target)
+
+
+def remove(path):
+    """Remove a file, a link or a directory, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def begun(directory):
@@ -929,7 +965,7 @@ def find(word, names):
     for directory in (Path("runs") / word, Path(word)):
         for name in names:
             path = directory / name
-            if os.path.isfile(path):
+            if os.path.isfile(path) or os.path.isfile(path / HEAD):
                 return path
             # Not to take an older one in its place, without a word
             if name != "." and os.path.lexists(path):
@@ -937,44 +973,52 @@ def find(word, names):
     return None
 
 
-def load_checkpoint(word, names=CHECKPOINTS):
+def load_checkpoint(word, names=CHECKPOINTS, whole=True):
     """The first of names that a run has -> its path, and what `save` was given, a dict.
 
+    Of one that processes have written in parts, `model` is whole if so asked, else empty: see `restore`.
     UserError if there is none, and if any bit of it is wrong.
     """
     path = find(word, names)
     if not path:
         runs = {str(path.parent.relative_to("runs")) for path in Path("runs").rglob(CHECKPOINTS[0])
-                if path.is_file()}
+                if path.is_file() or (path / HEAD).is_file()}
         known(word, sorted(runs), f"no checkpoint of {word}: in runs/")
+    file = path / HEAD if path.is_dir() else path
 
     # The file is a zip archive, and torch.load does not look at its checksums: do it here. They do not cover
     # the archive's directory, where torch.save marks nothing as compressed, or as a directory.
     try:
-        with zipfile.ZipFile(path) as z:
+        with zipfile.ZipFile(file) as z:
             strange = [entry for entry in z.infolist() if entry.compress_type or entry.external_attr]
             good = not strange and not z.testzip()
     except Exception:       # whatever a damaged file leads to
         good = False
     if not good:
-        raise UserError(f"{path} is not a whole checkpoint: remove it, and previous.pt beside it, if it is "
-                        "there, is taken instead")
+        raise UserError(f"{path} {BROKEN}")
 
     # weights_only: nothing in the file is executed. What it holds must be what `save` writes: a missing part
     # would be left at some default, and an odd one end in a traceback.
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:
         if "allocate" in str(e):      # too little memory: the file is not to blame
             raise
         checkpoint = None
     c = config_in(path, checkpoint, CHECKPOINT)
+    if not 0 <= checkpoint["step"] <= c.steps:
+        raise UserError(f"{path} holds another step than its config says")
+    if path.is_dir():
+        checkpoint["path"] = path
+        if not whole:
+            return path, checkpoint
+        checkpoint["model"] = load_whole(path, checkpoint, c)
 
     # The model is not built unless the file holds it: a config alone could ask for any memory.
     with torch.device("meta"):
         model = GPT(c).state_dict()
-    if shapes(checkpoint["model"]) != shapes(model) or not 0 <= checkpoint["step"] <= c.steps:
-        raise UserError(f"{path} holds other weights, or another step, than its config says")
+    if shapes(checkpoint["model"]) != shapes(model):
+        raise UserError(f"{path} holds other weights than its config says")
     if not plain(checkpoint):
         raise UserError(f"{path} holds tensors that are not plain numbers in memory, one after another")
     return path, checkpoint
@@ -1179,7 +1223,10 @@ class Log:
 def leave(directory, step, stop):
     """End the process where a signal has stopped a run."""
     command = "python train_gpt.py"
-    if WORLD > 1:
+    local = in_environment("LOCAL_WORLD_SIZE", WORLD)      # processes of this machine
+    if WORLD > local:
+        command = f"torchrun --nnodes={WORLD // local} --nproc_per_node={local} ... train_gpt.py"
+    elif WORLD > 1:
         command = f"torchrun --nproc_per_node={WORLD} train_gpt.py"
     # A run of a comparison goes on with all of it.
     if (directory.parent / "compare.json").exists():
@@ -1241,7 +1288,11 @@ def start_processes(device, shard):
     # NCCL between GPUs; gloo for what is on the CPU, such as a signal's flag.
     backend = "gloo"
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UserError(f"this machine has {torch.cuda.device_count()} GPUs, and no GPU {local}: take a "
+                            "smaller --nproc_per_node")
+        torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     try:
         dist.init_process_group(backend)
@@ -1280,50 +1331,181 @@ def distribute(model, c):
     return fully_shard(model, mesh=mesh)
 
 
-def snapshot(model, optimizers):
-    """-> what a checkpoint holds: whole weights and moments, and the generators of all processes, by rank."""
+def snapshot(model, optimizers, c):
+    """-> what a checkpoint holds: weights and moments, and the generators of all processes, by rank.
+
+    Weights and moments are whole, on a CPU, or, if they are sharded, each process has its part.
+    """
     # Every process draws its own noise.
     generators = dict(cpu=torch.get_rng_state(), cuda=None)
     if torch.cuda.is_available():
         generators["cuda"] = torch.cuda.get_rng_state()
-
-    # Rank 0 gets all weights, also those that are sharded, and the others nothing.
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = c.shard == "false"
+    options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
     weights, moments = get_state_dict(model, optimizers, options=options)
     return dict(model=weights, optimizer=moments, generators=gather(generators))
 
 
 def restore(model, optimizers, saved, directory):
     """Undo `snapshot`. saved loses weights and moments, so that no process keeps a copy of them."""
-    # If weights are sharded, each process takes its part of the whole.
-    options = StateDictOptions(full_state_dict=saved["config"]["shard"] == "true")
     try:
-        # The optimizers' state must have the form that it has here. What is missing would stay as it is,
-        # without a word.
-        _, moments = get_state_dict(model, optimizers)
+        weights, moments = get_state_dict(model, optimizers)
         settings = [dict(group) for optimizer in optimizers for group in optimizer.param_groups]
-        if form_of(saved["optimizer"]) != form_of(moments):
-            raise ValueError("its optimizers hold another state")
-        set_state_dict(model, optimizers, model_state_dict=saved.pop("model"),
-                       optim_state_dict=saved.pop("optimizer"), options=options)
+        if "path" in saved:
+            # Each process reads its part, however many have written it.
+            load_parts(saved["path"], saved, dict(model=weights, optimizer=moments["state"]), together=True)
+        else:
+            # The optimizers' state must have the form that it has here. What is missing would stay as it is,
+            # without a word.
+            if form_of(saved["optimizer"]) != form_of(moments):
+                raise ValueError("its optimizers hold another state")
+            weights = saved.pop("model")
+            moments = saved.pop("optimizer")
+        set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=moments)
         # Settings are those of the code, whatever the file says.
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group.update({name: value for name, value in settings.pop(0).items() if name != "params"})
-
-        # The noise goes on where it was.
-        generators = saved["generators"][RANK]
-        torch.set_rng_state(generators["cpu"])
-        if model.rope.is_cuda and generators["cuda"] is not None:
-            torch.cuda.set_rng_state(generators["cuda"])
+        restore_noise(model, saved)
+    except UserError:
+        raise
     except Exception as e:
         raise UserError(f"the checkpoint of {directory} cannot be restored: {type(e).__name__}, "
                         f"{str(e).partition(chr(10))[0]}")
+
+
+def restore_noise(model, saved):
+    """Let the noise of this process go on where it was; or, among more or fewer processes, begin anew."""
+    if saved["processes"] != WORLD:
+        # No process may draw again what one of them has drawn.
+        seeds = np.random.SeedSequence((saved["config"]["seed"], saved["step"], WORLD, RANK))
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        return
+    generators = saved["generators"][RANK]
+    torch.set_rng_state(generators["cpu"])
+    if model.rope.is_cuda and generators["cuda"] is not None:
+        torch.cuda.set_rng_state(generators["cuda"])
 
 
 def form_of(moments):
     """What optimizers' state is of: parameters and settings of groups, and the shapes that it keeps."""
     groups = [(group["params"], group.keys()) for group in moments["param_groups"]]
     return groups, {name: shapes(state) for name, state in moments["state"].items()}
+
+
+# With --shard=true a checkpoint is a directory that PyTorch's distributed checkpointing writes: each process
+# its part of weights and moments, in files that any number of processes can read. HEAD holds all else, and
+# the sha256 of these files.
+
+def save_parts(path, previous, record):
+    """Write a checkpoint of all processes, as `save_record` does that of one."""
+    # Like a file it is written under another name. All processes must see that directory.
+    part = path.with_name(f"{path.name}.part")
+    if not RANK:
+        with writing(part):
+            remove(part)
+            part.mkdir()
+    gather(None)
+    tensors = dict(model=record["model"], optimizer=record["optimizer"]["state"])
+    try:
+        dcp.save(tensors, checkpoint_id=part)
+    except dcp.api.CheckpointException as e:
+        fault, _ = next(iter(e.failures.values()))
+        raise UserError(f"cannot write {part} ({fault}): make room there, all processes must see it; then "
+                        "resume the run")
+
+    # Rank 0 collects the hashes, and gives the directory its name.
+    mine = list(part.glob(f"__{RANK}_*.distcp"))
+    if not RANK:
+        mine.append(part / ".metadata")
+    files = {}
+    for hashes in gather({file.name: sha256_of(file) for file in mine}):
+        files |= hashes
+    if not RANK:
+        save_record(part / HEAD, record | dict(model={}, optimizer={}, files=files))
+        with writing(path):
+            # Killed between these, a run goes on from the previous checkpoint.
+            old = path.with_name("old.part")
+            remove(old)
+            for name, new_name in (previous, old), (path, previous), (part, path):
+                if os.path.lexists(name):
+                    os.replace(name, new_name)
+            remove(old)
+    gather(None)
+
+
+def sha256_of(file):
+    """That of a file, in hexadecimal."""
+    return hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()
+
+
+def load_parts(path, saved, tensors, together):
+    """Fill tensors, {"model": {name: tensor}, "optimizer": ...}, from a checkpoint that is a directory.
+
+    together: all processes call this at once, and each fills its part. UserError if the files are damaged.
+    """
+    # Processes that load together share the work of checking.
+    names = sorted(saved["files"])
+    if together:
+        names = names[RANK::WORLD]
+    good = all((path / name).is_file() and sha256_of(path / name) == saved["files"][name] for name in names)
+    if not all(gather(good) if together else [good]):
+        raise UserError(f"{path} {BROKEN}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # that one process loads alone
+            dcp.load(tensors, storage_reader=Parts(path, saved["files"]), no_dist=not together)
+    except dcp.api.CheckpointException as e:
+        fault, _ = next(iter(e.failures.values()))
+        raise UserError(f"{path} {BROKEN}. ({type(fault).__name__}: {fault})")
+
+
+def load_whole(path, saved, c):
+    """The weights in a checkpoint that is a directory, {name: tensor}, on the CPU."""
+    with torch.device("meta"):
+        model = GPT(c)
+    weights = {name: torch.empty_like(t, device="cpu") for name, t in model.state_dict().items()}
+    load_parts(path, saved, dict(model=weights), together=False)
+    return weights
+
+
+class Parts(dcp.FileSystemReader):
+    """Reads what dcp.save has written. Its metadata is a pickle, which could name any function."""
+
+    def __init__(self, path, files):
+        super().__init__(path)
+        self.files = files
+
+    def read_metadata(self, *args, **kwargs):
+        """What is in the files. UnpicklingError if it is not the metadata of tensors in these."""
+        with open(self.path / ".metadata", "rb") as f:
+            metadata = Metadata(f).load()
+        # Other values than tensors would be unpickled, too.
+        if not all(isinstance(value, dcp.metadata.TensorStorageMetadata)
+                   for value in metadata.state_dict_metadata.values()):
+            raise pickle.UnpicklingError("values that are no tensors")
+        if not all(place.relative_path in self.files for place in metadata.storage_data.values()):
+            raise pickle.UnpicklingError("values in other files")
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class Metadata(pickle.Unpickler):
+    """Reads metadata of checkpoints, and nothing else."""
+    names = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
+            "StorageMeta", "_MEM_FORMAT_ENCODING"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch": {"Size", "float32"},
+        "torch.serialization": {"_get_layout"},
+        "pathlib": {"PosixPath", "WindowsPath"},
+        "pathlib._local": {"PosixPath", "WindowsPath"},
+    }
+
+    def find_class(self, module, name):
+        if name not in self.names.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
 
 
 def as_graph(f, *args):
@@ -1408,7 +1590,7 @@ def compare(c, data, directory, stop, saved):
             checkpoint = None
             if find(run, CHECKPOINTS):
                 # What it has saved must be of the same knobs, text and code as all the others.
-                _, checkpoint = load_checkpoint(run)
+                _, checkpoint = load_checkpoint(run, whole=False)
                 unchanged(vars(own), checkpoint["config"], FIXED, f"{run} is no run of this comparison")
                 refuse_another(checkpoint, data, run)
             try:
@@ -1594,7 +1776,7 @@ def load(mode, word, knobs):
                           f"can, resume {word}/RECIPE")
         config_in(path, saved, COMPARISON)
     else:
-        path, saved = load_checkpoint(word, names)
+        path, saved = load_checkpoint(word, names, whole=mode != "resume")
     unchanged(knobs, saved["config"], fixed, "a run keeps what it began with (a new one may start from its "
               "weights, --init_from)")
     return Config(**saved["config"] | knobs), path.parent, saved
@@ -1698,6 +1880,11 @@ def run_training(c, preset, directory, saved):
         codec(c)
     except UserError as e:
         print(f"without a sample: {e}")
+
+    # Machines may have files of their own.
+    if len(set(map(str, gather(identity(data))))) > 1:
+        raise UserError(f"not all processes have the same corpus {c.corpus}, or the same code: give all "
+                        "machines the same")
 
     # Take the run's directory, or make one.
     if saved:

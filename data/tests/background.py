@@ -58,6 +58,13 @@ def python(*arguments, cwd, **variables):
                           text=True, capture_output=True)
 
 
+def start(*arguments, cwd, output):
+    """Start Python with these arguments in a directory -> subprocess.Popen. What it says goes to a file."""
+    with open(output, "w") as f:
+        return subprocess.Popen([*NICE, sys.executable, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT,
+                                stdout=f, stderr=subprocess.STDOUT)
+
+
 def scripts(commands, directory):
     """Run scripts, [[path, word, ...], ...], in a directory -> what each prints. All must succeed."""
     words = json.dumps([[str(word) for word in command] for command in commands])

@@ -90,14 +90,31 @@ def result(run="a"):
 
 
 def checkpoint(run="a", name="checkpoint.pt"):
-    return torch.load(f"runs/{run}/{name}", weights_only=True)
+    """What is in a checkpoint; weights and moments are whole, also of one that is a directory."""
+    path = Path(f"runs/{run}/{name}")
+    if not path.is_dir():
+        return torch.load(path, weights_only=True)
+    saved = torch.load(path / train_gpt.HEAD, weights_only=True)
+    metadata = train_gpt.Parts(path, saved["files"]).read_metadata()
+    tensors = {name: torch.empty(t.size) for name, t in metadata.state_dict_metadata.items()}
+    train_gpt.load_parts(path, saved, tensors, together=False)
+
+    # Names are model.WEIGHT and optimizer.WEIGHT.MOMENT.
+    state = {}
+    for name, t in tensors.items():
+        if name.startswith("optimizer."):
+            weight, _, moment = name.removeprefix("optimizer.").rpartition(".")
+            state.setdefault(weight, {})[moment] = t
+    saved["model"] = {name.removeprefix("model."): t for name, t in tensors.items()
+                      if name.startswith("model.")}
+    return saved | dict(optimizer=dict(state=state))
 
 
 def write_checkpoint(path, c, step=1):
     """Write a checkpoint of a new model of Config c, which can be read, and cannot go on."""
     log = dict(text="", skipped=0, val_loss=math.nan)
     torch.save(dict(config=vars(c), step=step, log=log, model=train_gpt.GPT(c).state_dict(), optimizer={},
-                    generators=[], corpus="", code="", processes=1), path)
+                    generators=[], corpus="", code="", processes=1, files={}), path)
 
 
 def go_back(run="a"):

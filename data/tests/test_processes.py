@@ -1,18 +1,23 @@
 """Tests of train_gpt.py with two processes on a CPU: the same training as with one, and the same again."""
+import contextlib
+import dataclasses
 import gc
 import json
 import os
+import pickle
 import shutil
 import signal
 import socket
+import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
-from background import in_background, python
+from background import in_background, python, start
 from small_runs import ROOT, checkpoint, records, same, words, write_corpus
 import quartet
 import train_gpt
@@ -66,7 +71,7 @@ def run(name, processes, command=None, random=None, **knobs):
 def resume_from_step_3(name, other, processes):
     """Go on, in a run of its own, from the checkpoint before the last of another -> exit statuses."""
     Path("runs", name).mkdir()
-    shutil.copy(f"runs/{other}/previous.pt", f"runs/{name}/checkpoint.pt")
+    train_gpt.copy(Path(f"runs/{other}/previous.pt"), Path(f"runs/{name}/checkpoint.pt"))
     return run(name, processes, ["resume", name])
 
 
@@ -124,13 +129,16 @@ def main():
         for recipe in ("bf16", "quintet"):
             assert not any(run(f"{name}-{recipe}", processes, recipe=recipe, shard=shard))
 
-    # What goes on from them: the same, also without dampening; with fewer processes, which is refused; a new
-    # run from the weights.
+    # What goes on from them: the same, also without dampening; with fewer processes, and with more; a new run
+    # from the weights.
     for name in ("two", "shared"):
         assert not any(resume_from_step_3(f"{name}-resumed", f"{name}-quintet", 2))
     train_gpt.DAMPEN_EVERY = 7
     assert not any(resume_from_step_3("undampened", "shared-quintet", 2))
-    assert all(resume_from_step_3("fewer", "shared-bf16", 1))
+    assert not any(resume_from_step_3("fewer", "two-bf16", 1))
+    assert not any(resume_from_step_3("more", "shared-bf16", 4))
+    assert not any(resume_from_step_3("more-noise", "shared-quintet", 4))
+    assert all(resume_from_step_3("alone", "shared-bf16", 1))
     assert not any(run("started", 1, recipe="bf16", init_from="shared-bf16", lr=1e-9))
 
     # Muon
@@ -207,6 +215,19 @@ def test_a_resumed_run_is_the_same_to_the_bit_with_noise_of_its_own_in_each_proc
     assert torch.equal(second, second_again)
 
 
+def test_a_run_goes_on_with_fewer_or_more_processes_on_the_same_data_with_other_noise(trained):
+    for name, before, processes in [("fewer", "two-bf16", 1), ("more", "shared-bf16", 4)]:
+        assert (losses(name) - losses(before)).abs().max() < 1e-5
+        assert f"2 processes before, {processes} now" in Path(f"{name}-0.out").read_text()
+    assert len(list(Path("runs/more/checkpoint.pt").glob("*.distcp"))) == 4
+
+    # No process draws what another, or one of those before, has drawn.
+    assert 0 < (losses("more-noise") - losses("shared-quintet")).abs().max() < 0.02
+    saved = [checkpoint("more-noise")["generators"], checkpoint("shared-quintet")["generators"]]
+    states = [generator["cpu"] for generators in saved for generator in generators]
+    assert len({bytes(state.numpy()) for state in states}) == 4 + 2
+
+
 def test_muon_in_two_processes_moves_as_in_one_and_goes_on_to_the_same_bits(trained):
     # Newton and Schulz iterate in bf16.
     for name in ("two", "shared"):
@@ -267,6 +288,109 @@ def test_one_process_reads_what_two_have_written(trained, monkeypatch, capsys):
     assert abs(float(row[1]) - losses("one-bf16")[-1]) < 1e-4
 
 
+# ---- Checkpoints that are directories ----------------------------------------------------------------------
+
+@pytest.fixture
+def parts(trained, tmp_path, monkeypatch):
+    """A copy of the run shared-bf16 in the working directory, which can be evaluated -> its checkpoint."""
+    shutil.copytree("runs/shared-bf16", tmp_path / "runs/shared-bf16")
+    monkeypatch.setattr(train_gpt, "DATA", Path.cwd())
+    monkeypatch.chdir(tmp_path)
+    train_gpt.main(["eval", "shared-bf16", "--recipe=bf16"])
+    return tmp_path / "runs/shared-bf16/checkpoint.pt"
+
+
+def assert_broken(fault=""):
+    with pytest.raises(train_gpt.UserError, match=f"is not a whole checkpoint: remove it, .*{fault}"):
+        train_gpt.main(["eval", "shared-bf16", "--recipe=bf16"])
+
+
+def test_a_bit_that_has_changed_in_any_file_or_a_file_that_is_missing_is_found(parts):
+    names = [path.name for path in parts.iterdir()]
+    assert sorted(names) == [".metadata", "__0_0.distcp", "__1_0.distcp", "head.pt"]
+    for name in names:
+        content = (parts / name).read_bytes()
+        (parts / name).write_bytes(content[:99] + bytes([content[99] ^ 1]) + content[100:])
+        assert_broken()
+        (parts / name).write_bytes(content)
+    os.rename(parts / "__1_0.distcp", parts / "x")
+    assert_broken()
+
+
+def rewrite(parts, content):
+    """Replace the metadata of a checkpoint, and its hash."""
+    (parts / ".metadata").write_bytes(content)
+    saved = torch.load(parts / train_gpt.HEAD)
+    saved["files"][".metadata"] = train_gpt.sha256_of(parts / ".metadata")
+    torch.save(saved, parts / train_gpt.HEAD)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("pwned",)
+
+
+def test_a_crafted_directory_executes_nothing(parts, capsys):
+    genuine = (parts / ".metadata").read_bytes()
+    rewrite(parts, pickle.dumps(Evil()))
+    assert_broken("it names builtins.print")
+
+    # Neither by values that are no tensors, which PyTorch would unpickle, nor by files elsewhere.
+    metadata = pickle.loads(genuine)
+    name = "model.norm.weight"
+    tensor = metadata.state_dict_metadata[name]
+    metadata.state_dict_metadata[name] = dcp.metadata.BytesStorageMetadata()
+    rewrite(parts, pickle.dumps(metadata))
+    assert_broken("BytesStorageMetadata")
+    metadata.state_dict_metadata[name] = tensor
+    index = next(iter(metadata.storage_data))
+    place = metadata.storage_data[index]
+    metadata.storage_data[index] = dataclasses.replace(place, relative_path="../elsewhere.distcp")
+    rewrite(parts, pickle.dumps(metadata))
+    assert_broken("values in other files")
+
+    # Or that lacks a weight
+    metadata.storage_data[index] = place
+    del metadata.state_dict_metadata[name]
+    rewrite(parts, pickle.dumps(metadata))
+    assert_broken(name)
+    rewrite(parts, genuine)
+    train_gpt.main(["eval", "shared-bf16", "--recipe=bf16"])
+    assert "pwned" not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_killed_at_any_moment_a_whole_checkpoint_is_there(parts, monkeypatch):
+    saved = checkpoint("shared-bf16")
+    c = train_gpt.Config(**saved["config"])
+    replace = os.replace
+    steps = []
+    for calls in range(1, 6):
+        left = calls
+
+        def deadly(*arguments):
+            nonlocal left
+            left -= 1
+            if not left:
+                raise KeyboardInterrupt
+            replace(*arguments)
+
+        others = {key: saved[key] for key in ("log", "model", "generators", "corpus", "code", "processes")}
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(os, "replace", deadly)
+            train_gpt.save(parts.parent, c, 1, optimizer=dict(state={}), **others)
+        _, found = train_gpt.load_checkpoint("shared-bf16")
+        assert same(found["model"], saved["model"])
+        steps.append(found["step"])
+
+        # What it has left does no harm.
+        train_gpt.save(parts.parent, c, 2, optimizer=dict(state={}), **others)
+    assert steps == [6, 2, 2, 2, 1]
+    assert sorted(path.name for path in parts.parent.glob("*.p*")) == ["checkpoint.pt", "previous.pt"]
+
+
+# ---- torchrun ----------------------------------------------------------------------------------------------
+
 @in_background
 def torchrun(directory):
     command = words(**KNOBS | dict(steps=1, corpus="python"))
@@ -277,6 +401,63 @@ def torchrun(directory):
 def test_the_documented_command_works(torchrun):
     assert torchrun.returncode == 0, torchrun.stderr
     assert torchrun.stdout.count("step 1/1") == 1
+
+
+def family(process):
+    """A process, by its number, and all that descend from it: a list of numbers."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [process, *(member for child in children for member in family(int(child)))]
+
+
+def on_two_machines(directory, *arguments, kill=None):
+    """Start train_gpt.py by two torchruns, which find each other -> their exit statuses; files 0.out, 1.out.
+
+    kill: when it returns true, the second machine ends, with all of its processes.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+               f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", ROOT / "train_gpt.py", *arguments]
+    machines = [start(*command, cwd=directory, output=directory / f"{i}.out") for i in range(2)]
+    deadline = time.monotonic() + 240
+    while kill and machines[0].poll() is None and time.monotonic() < deadline:
+        if kill():
+            for process in family(machines[1].pid):
+                os.kill(process, signal.SIGKILL)
+            break
+        time.sleep(0.1)
+    return [machine.wait(deadline - time.monotonic()) for machine in machines]
+
+
+@in_background
+def two_machines(directory):
+    """A run, the same from its step 3 on, and one whose second machine is lost -> directory, exit statuses."""
+    write_corpus(directory)
+    knobs = KNOBS | dict(recipe="bf16", shard="true", corpus=directory / "tiny")
+    statuses = [on_two_machines(directory, *words(**knobs | dict(name="straight")))]
+    train_gpt.copy(directory / "runs/straight/previous.pt", directory / "runs/resumed/checkpoint.pt")
+    statuses.append(on_two_machines(directory, "resume", "resumed"))
+
+    log = directory / "runs/lost/log.jsonl"
+    knobs |= dict(name="lost", steps=10**6, eval_every=10**6, save_every=1)
+    statuses.append(on_two_machines(directory, *words(**knobs),
+                                    kill=lambda: log.exists() and '"step": 3' in log.read_text()))
+    return directory, statuses
+
+
+def test_two_machines_train_as_one_does_and_a_lost_one_ends_the_job(trained, two_machines, monkeypatch):
+    one_machine = checkpoint("shared-bf16")["model"]
+    directory, statuses = two_machines
+    monkeypatch.chdir(directory)
+    assert statuses[:2] == [[0, 0], [0, 0]]
+    assert same(checkpoint("straight")["model"], one_machine)
+    assert same(checkpoint("resumed")["model"], one_machine)
+
+    # The machine that is left says so, and its run can go on.
+    assert statuses[2][0] == 1
+    assert "train_gpt.py: another process of this run has ended" in Path("0.out").read_text()
+    assert checkpoint("lost")["step"] >= 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")

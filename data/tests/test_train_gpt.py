@@ -893,3 +893,16 @@ def test_names_of_layers_in_blocks_that_follow_each_other_are_one():
     names = ["a.9.b", "a.10.b", "a.12.b", "a.12.c.3", "d"]
     assert train_gpt.in_short(names) == "a.9-10.b, a.12.b, a.12.c.3, d"
     assert train_gpt.in_short([]) == ""
+
+
+def test_processes_with_another_corpus_or_without_a_gpu_of_their_own_are_told(monkeypatch):
+    gather = train_gpt.gather
+    monkeypatch.setattr(train_gpt, "gather", lambda value: [value, "of another machine"])
+    with pytest.raises(train_gpt.UserError, match="not all processes have the same corpus tiny, or"):
+        train()
+    monkeypatch.setattr(train_gpt, "gather", gather)
+    monkeypatch.setattr(train_gpt, "WORLD", 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(train_gpt.UserError, match="this machine has 2 GPUs, and no GPU 3: take a smaller"):
+        train_gpt.start_processes("cuda", False)
