@@ -1824,10 +1824,22 @@ def load_model(run, **knobs):
     return model.eval(), c
 
 
+def fitting(model, backend):
+    """The recipes that suit all layers of a model, by commas."""
+    found = []
+    for recipe in quartet.RECIPES:
+        with contextlib.suppress(ValueError):
+            model.use_recipe(recipe, backend)
+            found.append(recipe)
+    return ",".join(found)
+
+
 def read_out(mode, run, knobs):
-    """Evaluate a run, by all recipes, or sample, by the recipe of its last step, unless knobs name others."""
+    """Evaluate a run by all recipes that fit, or sample it by that of its last step, unless knobs name some."""
     if mode == "eval":
-        model, c = load_model(run, **dict(recipe=",".join(quartet.RECIPES)) | knobs)
+        model, c = load_model(run, **dict(recipe="bf16") | knobs)
+        if "recipe" not in knobs:
+            c = dataclasses.replace(c, recipe=fitting(model, c.backend))
         eval_recipes(model, c)
         return
 

@@ -424,6 +424,13 @@ def test_compare_trains_on_equal_terms_and_eval_prints_each_forward(capsys):
     train_gpt.main(["eval", "a/bf16"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["forward", *RECIPES]
 
+    # Or by those that its layers fit: groups of 128 do not divide the outputs of this one.
+    train(recipe="bf16", width=64, hidden=64, name="narrow")
+    capsys.readouterr()
+    train_gpt.main(["eval", "narrow"])
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert rows == ["forward", "bf16", "rtn", "nvidia", "four_six"]
+
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------
 
