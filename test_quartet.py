@@ -9,11 +9,13 @@ import copy
 import functools
 import itertools
 import math
+import operator
 import os
 import re
 import shlex
 import shutil
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -963,6 +965,97 @@ def test_noise_and_signs_are_shared_by_no_operands_layers_or_steps(signs, monkey
     assert (d.abs() == 1).all()
     assert_independent(u)
     assert_independent(d)
+
+
+def rounded(x, toward_zero):
+    """A Fraction as float32 rounds it, in Python's integers: to nearest with ties to even, or toward zero."""
+    if not x:
+        return Fraction(0)
+    # The last of 24 bits is 2^e. (No number here is sub-normal.)
+    e = math.floor(math.log2(abs(x))) - 23
+    units, rest = divmod(abs(x), Fraction(2) ** e)
+    while units >= 2**24:
+        e += 1
+        units, rest = divmod(abs(x), Fraction(2) ** e)
+    half = Fraction(2) ** (e - 1)
+    if not toward_zero and (rest > half or rest == half and units % 2):
+        units += 1
+    return units * Fraction(2) ** e * (1 if x > 0 else -1)
+
+
+def fractions(t):
+    return [Fraction(v) for v in t.double().flatten().tolist()]
+
+
+def test_a_sum_toward_zero_is_the_exact_one_without_what_float32_cannot_hold():
+    generator = torch.Generator().manual_seed(0)
+    # Of all sizes; near each other, where sums cancel; halves of a last bit, on both sides of it
+    exponents = torch.randint(-40, 40, (2, 3000), generator=generator)
+    a, b = torch.randn(2, 3000, generator=generator) * 2.0**exponents
+    b[:1000] = -a[:1000] * (1 + torch.randint(-9, 9, (1000,), generator=generator) * 2.0**-23)
+    last_bit = a[1000:1500].frexp().exponent.float().exp2() * 2.0**-24
+    b[1000:1500] = last_bit * tensor([0.5, -0.5, 1.5, -1.5, 0.25]).repeat(100)
+    found = quartet.add_toward_zero(a, b)
+    exact = [x + y for x, y in zip(fractions(a), fractions(b))]
+    assert fractions(found) == [rounded(x, toward_zero=True) for x in exact]
+    assert (found != a + b).float().mean() > 0.1
+
+
+def varied(M, K, spread, seed):
+    """NVFP4 (M, K) of all codes, with scales from 2^-9 to 448, and values like these."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (M, K // 2), generator=generator).to(uint8)
+    scale = 2.0 ** (torch.rand(M, K // 16, generator=generator) * spread - spread / 2)
+    return NVFP4(codes, scale.clamp(2.0**-9, 448).to(float8_e4m3fn), tensor(2.0**-30))
+
+
+@parametrize("K", [16, 64, 80, 320])
+def test_fp4_matmul_is_the_published_probe_in_whole_numbers(K):
+    """Also the float64 product of 64 values is exact."""
+    a = varied(5, K, 18, seed=1)
+    b = varied(4, K, 18, seed=2)
+    found = quartet.fp4_matmul(a, b, n=128)
+    # q * block scale is a whole number of 2^-10.
+    a_units, b_units = ([[int(v * 2**40) for v in fractions(row)] for row in decode(t)] for t in (a, b))
+    differs = 0
+    for i, row in enumerate(a_units):
+        for j, column in enumerate(b_units):
+            total = Fraction(0)
+            for k in range(0, K, 64):
+                group = sum(map(operator.mul, row[k:k + 64], column[k:k + 64]))
+                assert abs(group) < 2**49
+                total = rounded(total + rounded(Fraction(group), toward_zero=False), toward_zero=True)
+            expected = tensor(float(total / 2**80 / 128), dtype=torch.float64).bfloat16()
+            assert equal(found[i, j], expected)
+            differs += total != sum(map(operator.mul, row, column))
+    assert differs or K < 320      # in float32
+
+
+@parametrize("M, K", [(0, 64), (3, 0), (2, 16)])
+def test_fp4_matmul_takes_any_shape_and_what_is_not_finite_makes_nan(M, K):
+    a = rtn(normal(M, K))
+    b = rtn(normal(2, K, seed=1))
+    assert equal(quartet.fp4_matmul(a, b), quartet.matmul(a, b))
+    bad = b._replace(tensor_scale=tensor(math.nan))
+    assert quartet.fp4_matmul(a, bad).isnan().all() or not K
+
+
+@parametrize("backend", ["torch", "triton"])
+@every_4bit_recipe
+def test_a_linear_adds_as_fp4_tensor_cores_do_if_asked(recipe, backend, monkeypatch):
+    heard = []
+    fp4_gemm = quartet.fp4_gemm
+    monkeypatch.setattr(quartet, "fp4_gemm", lambda *args: heard.append(args) or fp4_gemm(*args))
+    linear, x, dy = layer(recipe, 128, 128, device=DEVICE)
+    quartet.check(recipe, backend)      # which imports the kernels
+    linear.backend = backend
+    plain = step(linear, x, dy)
+    assert not heard
+    monkeypatch.setattr(quartet, "GEMM", "blackwell")
+    found = step(linear, x, dy)
+    assert len(heard) == 3
+    for y, expected in zip(found, plain):
+        assert (y - expected).abs().max() <= 2.0**-8 * expected.abs().max()
 
 
 # ---- 11. The linear layer ----------------------------------------------------------------------------------

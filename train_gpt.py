@@ -90,6 +90,7 @@ class Config:
     # how to multiply
     recipe: str = "quartet2"        # rows of quartet.RECIPES, by commas: how hidden linear layers multiply
     backend: str = "auto"           # auto | torch | triton: who quantizes; auto is triton with a GPU
+    gemm: str = "plain"             # plain | blackwell: sums in float32, or as FP4 tensor cores add: slow
     # the model
     layers: int = 6                 # Transformer blocks
     width: int = 640                # of the residual stream
@@ -548,6 +549,7 @@ def ramp(t):
 
 def train(c, data, directory, stop, checkpoint=None):
     """Train as c says on data, Shards (train, val), or on from a checkpoint. A signal fills the list stop."""
+    quartet.GEMM = c.gemm
     train_data, val_data = data
     device = pick_device(c)
     compiled = pick_compile(c, device)
@@ -1633,7 +1635,7 @@ def compare(c, data, directory, stop, saved):
 CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
                device=("auto", "cpu", "cuda"), shard=("true", "false"), qk_norm=("true", "false"),
                mlp=("swiglu", "relu2"), schedule=("cosine", "wsd"), optimizer=("adamw", "muon"),
-               tokenizer=("auto", "bytes", "gpt2"))
+               tokenizer=("auto", "bytes", "gpt2"), gemm=("plain", "blackwell"))
 NUMBERS = {int: (1, 10**12), float: (0, 1e38)}                    # bounds, if a knob has no others
 LIMITS = dict(layers=(1, 1000), seed=(0, 10**12))
 LIMITS |= dict.fromkeys(["width", "hidden", "vocab_size", "sequence"], (1, 2**20))
@@ -1817,6 +1819,7 @@ def load_model(run, **knobs):
         c = dataclasses.replace(c, recipe=recipe_of(c, saved["step"]))
     check(c)
     # Make it, and fill it.
+    quartet.GEMM = c.gemm
     model = GPT(c).to(pick_device(c))
     model.load_state_dict(saved["model"])
     # Of several recipes the first, until the caller names another.
@@ -1835,7 +1838,7 @@ def fitting(model, backend):
 
 
 def read_out(mode, run, knobs):
-    """Evaluate a run by all recipes that fit, or sample it by that of its last step, unless knobs name some."""
+    """Evaluate a run by all recipes that fit, or sample by that of its last step, unless knobs name some."""
     if mode == "eval":
         model, c = load_model(run, **dict(recipe="bf16") | knobs)
         if "recipe" not in knobs:

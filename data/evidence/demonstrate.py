@@ -221,6 +221,16 @@ def gemms():
         found = y, *torch.autograd.grad(y, (x, layer.weight), dy)
         print(f"{recipe:22}" + "".join(f"{1e3 * nmse(a, e):9.2f}" for a, e in zip(found, exact)))
 
+    # Values that differ in size along the axis of the sum are the hardest to add.
+    a = normal(512, 2048, seed=4)
+    b = four_six(normal(512, 2048, seed=5))
+    differ = []
+    for size in torch.ones(2048), (4 * normal(2048, seed=6)).exp():
+        a_q = four_six(a * size)
+        differ.append((quartet.matmul(a_q, b) != quartet.fp4_matmul(a_q, b)).sum())
+    print("262144 sums of 2048 products by 4/6, added as FP4 tensor cores add instead of in float32:")
+    print(f"in bf16 {differ[0]} are others; {differ[1]} if columns of x are multiplied by exp(4 N(0, 1))")
+
 
 def layer():
     x = normal(512, 512).bfloat16().requires_grad_()
