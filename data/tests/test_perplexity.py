@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -53,10 +54,13 @@ def test_the_loss_is_the_mean_over_all_tokens_but_a_windows_first_and_the_head_i
     log_p = F.log_softmax(model(windows, False).logits.double(), -1)
     places = [(i, t) for i in range(5) for t in range(1, 16)]
     expected = -sum(log_p[i, t - 1, windows[i, t]] for i, t in places) / len(places)
-    assert abs(perplexity.evaluate(model, windows, 2) - expected) < 1e-6
+    losses = perplexity.evaluate(model, windows, 2)
+    assert losses.shape == (5,) and abs(losses.mean() - expected) < 1e-6
+    first = -sum(log_p[0, t - 1, windows[0, t]] for t in range(1, 16)) / 15
+    assert abs(losses[0] - first) < 1e-6
 
     # The table of all rows
-    perplexity.show(perplexity.losses(model, windows, 2))
+    perplexity.show(perplexity.measure(model, windows, 2, perplexity.rows()[1:]))
     lines = capsys.readouterr().out.splitlines()[1:]
     loss = {line[:30].strip(): float(line[30:39]) for line in lines}
     assert len(loss) == 14
@@ -67,8 +71,8 @@ def test_the_loss_is_the_mean_over_all_tokens_but_a_windows_first_and_the_head_i
     with torch.no_grad():
         logits = model.head(F.linear(model.embedding(windows), w, model.linear.bias))
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
-    effect = abs(loss["rtn, weights"] - loss["as it is"])
-    assert abs(loss["rtn, weights"] - expected) < 3e-4 < effect
+    effect = abs(loss["rtn_weights"] - loss["as it is"])
+    assert abs(loss["rtn_weights"] - expected) < 3e-4 < effect
 
 
 def test_a_layer_that_16_does_not_divide_is_left_alone():
@@ -89,6 +93,9 @@ def test_a_layer_that_16_does_not_divide_is_left_alone():
     ("--tokens=0", "at least"),
     ("--device=cuda:99", "leave the knob out"),
     ("--device=gpu", "leave the knob out"),
+    ("--rows=rtn", "'rtn' is none of rtn_weights, .*, scale_search_16x16_both$"),
+    ("--rows=rtn_weights,rtn_bth", "'rtn_bth' is none of"),
+    ("--rows=", "'' is none of"),
 ])
 def test_a_knob_that_cannot_be_is_an_error_before_a_model_is_loaded(knob, way_out):
     with pytest.raises(ValueError, match=f"{knob}: .*{way_out}"):
@@ -96,9 +103,44 @@ def test_a_knob_that_cannot_be_is_an_error_before_a_model_is_loaded(knob, way_ou
 
 
 def test_a_large_loss_is_shown_too(capsys):
-    perplexity.show([("good", 1.0), ("bad", 20.0), ("diverged", 71293.0), ("lost", math.nan)])
+    losses = dict(good=1.0, bad=20.0, diverged=71293.0, lost=math.nan)
+    perplexity.show([(name, torch.full((3,), loss).double()) for name, loss in losses.items()])
     lines = capsys.readouterr().out.splitlines()[1:]
-    assert [line.split()[3] for line in lines] == ["2.718", "4.852e+08", "inf", "nan"]
+    assert [line.split()[-1] for line in lines] == ["2.718", "4.852e+08", "inf", "nan"]
+
+
+def test_each_row_is_compared_with_the_first_and_the_one_above_by_windows(capsys):
+    # c - b is -0.2, -0.1 and 0: its mean is -0.1, its standard deviation 0.1. c - "as it is" is 0.7 to 0.9.
+    measured = [
+        ("as it is", torch.tensor([1.0, 2.0, 3.0]).double()),
+        ("b", torch.tensor([1.9, 2.9, 3.9]).double()),
+        ("c", torch.tensor([1.7, 2.8, 3.9]).double()),
+    ]
+    perplexity.show(measured)
+    titles, *lines = capsys.readouterr().out.splitlines()
+    assert titles.split("  ")[-1].strip() == "perplexity"
+    _, b, c = [[float(number) for number in line[30:].split()] for line in lines]
+    assert b == [2.9, 0.9, 0.0, 0.9, 0.0, round(math.exp(2.9), 3)]
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert c[1] == 0.8 and c[2] == pytest.approx(half, rel=0.01)
+    assert c[3] == -0.1 and c[4] == pytest.approx(half, rel=0.01)
+
+
+@pytest.mark.parametrize("windows, quantile, tolerance", [
+    (3, 4.303, 1e-2),
+    (4, 3.182, 2e-3),
+    (9, 2.306, 4e-4),
+    (31, 2.042, 4e-4),
+    (152, 1.976, 4e-4),
+])
+def test_the_interval_is_students(windows, quantile, tolerance):
+    torch.manual_seed(0)
+    differences = torch.randn(windows).double()
+    mean = sum(differences.tolist()) / windows
+    variance = sum((d - mean)**2 for d in differences.tolist()) / (windows - 1)
+    expected = quantile * math.sqrt(variance / windows)
+    assert perplexity.half_interval(differences) == pytest.approx(expected, rel=tolerance)
+    assert math.isnan(perplexity.half_interval(differences[:2]))
 
 
 @needs_transformers
@@ -153,12 +195,20 @@ def test_the_command_measures_a_model_on_a_text(command, tmp_path):
     config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=False)
     transformers.LlamaForCausalLM(config).save_pretrained(directory)
     lines = command("--window=64", "--tokens=150")
-    assert "7 linear layers, 53% of the parameters; 2 windows of 64 tokens" in lines[0] and len(lines) == 16
+    assert "7 linear layers, 53% of the parameters; 2 windows of 64 tokens" in lines[0] and len(lines) == 17
+    assert re.fullmatch("[0-9]+ seconds", lines[-1])
+
+    # Chosen rows give the same numbers, in the order chosen; both first rows stay.
+    chosen = command("--window=64", "--tokens=150", "--rows=rtn_both,rtn_weights")
+    assert chosen[:4] == lines[:4] and len(chosen) == 7
+    for name, line in zip(["rtn_both", "rtn_weights"], chosen[4:]):
+        same, = [other for other in lines if other.split()[0] == name]
+        assert line.split()[:3] == same.split()[:3]
 
     # Most models are kept in bf16, and quantizing to bf16 changes them not at all.
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
-    lines = command("--window=64")
-    assert len(lines) == 16 and lines[3].split()[4] == "0.0000"
+    lines = command("--window=32")
+    assert len(lines) == 17 and lines[3].split()[4:6] == ["0.0000", "0.0000"]
 
     def refused(message, *knobs):
         with pytest.raises(ValueError, match=message):
