@@ -368,3 +368,12 @@ def test_the_section_about_smollm2_has_the_numbers_of_the_kept_file():
     large = f"{error['scale_search_16x16']} of their squares where four_six and rtn have {error['rtn_16x16']}"
     small = f"{error['scale_search']}, {error['four_six']} and {error['rtn']}"
     assert large in sentences and small in sentences
+
+    # And of searches over fewer scales, against rtn
+    cost = {}
+    for steps, numbers in re.findall(r"^16x16: search of ([-0-9 ]+?)  +([-0-9. ]+)$", kept, re.M):
+        _, difference, half, *_ = [float(number) for number in numbers.split()]
+        word = "more" if difference > 0 else "less"
+        cost[steps] = f"{1e3 * abs(difference):.1f} +- {1e3 * half:.1f} {word} than rtn"
+    assert f"amax / 6 costs {cost['0 -1']}" in sentences
+    assert f"other four costs {cost['0 1 4 5']}" in sentences
