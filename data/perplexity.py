@@ -1,16 +1,23 @@
 """Post-training quantization of any causal language model that transformers loads: perplexity on a text.
 
-    python data/perplexity.py MODEL TEXT [--window=2048] [--batch=1] [--tokens=N] [--device=cpu]
+    python data/perplexity.py MODEL TEXT [--rows=rtn_weights,rtn_both] [--window=2048] [--batch=1]
+                              [--tokens=N] [--device=cpu]
 
 As usual for WikiText-2, the text is one sequence of tokens, cut into windows without overlap; each token but
 a window's first is predicted from those before it in the window. Every nn.Linear but the head is quantized,
 by quartet.quantize_model: experts that a model keeps in one 3-D tensor are not, nor layers that blocks of 16
 do not divide, such as a gate of one column; these, and how much is quantized, are printed. Needs the package
-transformers.
+transformers, and for a GGUF file gguf and accelerate.
+
+A row of the table is a forward pass: rtn_16x16_weights quantizes weights by rtn in blocks of 16x16, rtn_both
+also inputs, always in 1x16. Each row is compared with the first and with the one above it, window by window.
++- is half of the 95% interval of that difference (Student's t). It takes windows as independent; neighbours
+often share an article.
 """
 import argparse
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -22,16 +29,20 @@ import quartet
 
 # ---- 1. Losses ---------------------------------------------------------------------------------------------
 
+BASE = "all in bf16"
+
+
 def rows():
     """Make recipes of all post-training quantizations -> their names; only their forward pass is defined.
 
-    weights, in blocks of 1x16 or 16x16; or inputs, too, always 1x16. The first, bf16 of all, is the base.
+    weights, in blocks of 1x16 or 16x16; or both, weights and inputs, these always in 1x16. BASE is the first.
     """
-    operands = {"all in bf16": ("bf16", "bf16")}      # quantizers of x and w
-    for q in ("rtn", "four_six", "scale_search"):
-        for block in ("", "_16x16"):
-            operands[f"{q}{block}, weights"] = ("bf16", q + block)
-            operands[f"{q}{block}, and inputs"] = (q, q + block)
+    operands = {BASE: ("bf16", "bf16")}      # quantizers of x and w
+    for block in ("", "_16x16"):
+        for q in ("rtn", "four_six", "scale_search"):
+            operands[f"{q}{block}_weights"] = ("bf16", q + block)
+        for q in ("rtn", "four_six", "scale_search"):
+            operands[f"{q}{block}_both"] = (q, q + block)
     exact = quartet.Gemm(None, "bf16", "bf16")
     for name, (x, w) in operands.items():
         quartet.RECIPES[name] = quartet.Recipe(x, w, exact, exact)
@@ -65,36 +76,59 @@ def progress(text):
 
 @torch.no_grad()
 def evaluate(model, windows, batch, name=""):
-    """windows (n, T) int64 -> mean cross-entropy of tokens 2 to T of each, in nats. name: for progress."""
-    total = torch.zeros((), dtype=torch.float64)
+    """windows (n, T) int64 -> (n,) float64, mean cross-entropy of tokens 2 to T of each, in nats.
+
+    name: for progress.
+    """
+    found = []
     with quartet.quantized_weights(model):
         for i in range(0, len(windows), batch):
             tokens = windows[i:i + batch].to(model.device)
             logits = model(tokens, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-            total += F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").double().cpu()
+            losses = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+            found.append(losses.view(len(tokens), -1).double().mean(1).cpu())
             progress(f"{name}: {min(i + batch, len(windows))} of {len(windows)} windows")
     progress("")
-    return total.item() / (len(windows) * (windows.shape[1] - 1))
+    return torch.cat(found)
 
 
-def losses(model, windows, batch):
-    """Yield name, loss: the model as it is, then quantized by each of `rows`. Progress goes to stderr."""
+def measure(model, windows, batch, names):
+    """Yield name, losses of windows: the model as it is, then by BASE, then by each of names."""
     yield "as it is", evaluate(model, windows, batch, "as it is")
-    for name in rows():
+    for name in [BASE, *names]:
         quartet.quantize_model(model, name, skip=left_alone(model))
         yield name, evaluate(model, windows, batch, name)
 
 
-def show(losses):
-    """Print losses, (name, nats a token) one after another, as a table; differences are to the first."""
-    print(f"{'forward pass':30}{'loss':>9}{'difference':>12}{'perplexity':>12}", flush=True)
-    base = None
-    for name, loss in losses:
-        if base is None:
-            base = loss
+def half_interval(differences):
+    """differences (n,) -> half of the 95% interval of their mean, by Student's t: NaN of fewer than 3."""
+    n = len(differences)
+    if n < 3:
+        return math.nan
+    # The quantile's expansion in 1 / degrees of freedom (Abramowitz and Stegun 26.7.5): 0.8% too small for
+    # n = 3, and exact to four digits from n = 8 on.
+    d = n - 1
+    t = 1.95996 + 2.37227 / d + 2.82250 / d**2 + 2.55585 / d**3 + 1.58953 / d**4
+    return t * differences.std().item() / math.sqrt(n)
+
+
+def show(measured):
+    """Print (name, losses of windows (n,), in nats a token), one after another, as a table."""
+    print(f"{'forward pass':30}{'loss':>9}{'minus first':>13}{'+-':>9}{'minus above':>13}{'+-':>9}"
+          f"{'perplexity':>12}", flush=True)
+    first = above = None
+    for name, losses in measured:
+        if first is None:
+            first = above = losses
+        loss = losses.mean().item()
+        columns = f"{name:30}{loss:9.4f}"
+        for other in (first, above):
+            differences = losses - other
+            columns += f"{differences.mean():13.4f}{half_interval(differences):9.4f}"
         perplexity = math.inf if loss > 700 else math.exp(loss)      # beyond, exp would overflow
         digits = ".3e" if loss > 16 else ".3f"
-        print(f"{name:30}{loss:9.4f}{loss - base:12.4f}{perplexity:12{digits}}", flush=True)
+        print(f"{columns}{perplexity:12{digits}}", flush=True)
+        above = losses
 
 
 # ---- 2. The command line -----------------------------------------------------------------------------------
@@ -107,6 +141,10 @@ def check(a):
         value = getattr(a, knob)
         if value is not None and value < least:
             raise ValueError(f"--{knob}={value}: too small, it must be at least {least}")
+    _, *names = rows()
+    for name in a.rows.split(","):
+        if name not in names:
+            raise ValueError(f"--rows={a.rows}: {name!r} is none of {', '.join(names)}")
     try:
         torch.empty(1, device=a.device)
     except (RuntimeError, AssertionError):      # the latter of a PyTorch without CUDA
@@ -114,14 +152,18 @@ def check(a):
 
 
 def load(name, device):
-    """The name of a model, or its directory -> its tokenizer, and the model; one in 4 bits is decoded."""
+    """A model's name, directory or .gguf -> its tokenizer, and the model; one in few bits is decoded."""
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
     except ImportError as e:
         raise ValueError(f"{e}: pip install transformers") from None
+    place = dict(pretrained_model_name_or_path=name)
+    if name.endswith(".gguf"):
+        path = Path(name)
+        place = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        config = AutoConfig.from_pretrained(**place)
         quantization = getattr(config, "quantization_config", None) or {}
         method = quantization.get("quant_method")
         if method not in (None, "compressed-tensors"):
@@ -129,7 +171,7 @@ def load(name, device):
         knobs = dict(dtype="auto")
         if method:
             knobs["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(name, **knobs)
+        model = AutoModelForCausalLM.from_pretrained(**place, **knobs)
         return tokenizer, model.to(device).eval()
     except Exception as e:      # of transformers, and of what it reads files by
         if "allocate" in str(e):
@@ -158,8 +200,12 @@ def main(argv):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a name on the Hugging Face hub, or a directory")
+    parser.add_argument("model", metavar="MODEL", help="a name on the Hugging Face hub, or a directory; or "
+                        "a GGUF file in one of these, MODEL/FILE.gguf")
     parser.add_argument("text", metavar="TEXT", type=Path, help="a file in UTF-8")
+    names = rows()[1:]
+    parser.add_argument("--rows", metavar="NAMES", default=",".join(names), help="rows of the table, by "
+                        f"commas, in the order wanted; default: all, which are {', '.join(names)}")
     parser.add_argument("--window", type=int, default=2048, help="tokens of context; default: 2048")
     parser.add_argument("--batch", type=int, default=1, help="windows at a time; default: 1")
     parser.add_argument("--tokens", type=int, help="of the text, at most; default: all")
@@ -187,7 +233,9 @@ def main(argv):
     size = sum(model.get_submodule(name).weight.numel() for name in swapped)
     print(f"{a.model}: {len(swapped)} linear layers, {size / model.num_parameters():.0%} of the parameters; "
           f"{len(windows)} windows of {a.window} tokens, {a.device}")
-    show(losses(model, windows, a.batch))
+    start = time.perf_counter()
+    show(measure(model, windows, a.batch, a.rows.split(",")))
+    print(f"{time.perf_counter() - start:.0f} seconds")
 
 
 if __name__ == "__main__":

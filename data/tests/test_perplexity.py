@@ -2,6 +2,8 @@
 import importlib.util
 import json
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,10 @@ import quartet
 
 lacks_transformers = importlib.util.find_spec("transformers") is None
 needs_transformers = pytest.mark.skipif(lacks_transformers, reason="needs transformers")
+lacks_gguf = any(importlib.util.find_spec(name) is None for name in ("gguf", "accelerate"))
+needs_gguf = pytest.mark.skipif(lacks_gguf, reason="needs gguf and accelerate")
+
+EVIDENCE = Path(__file__).resolve().parents[1] / "evidence"
 
 # What makes a model of transformers a small one.
 SMALL = dict(
@@ -53,10 +59,13 @@ def test_the_loss_is_the_mean_over_all_tokens_but_a_windows_first_and_the_head_i
     log_p = F.log_softmax(model(windows, False).logits.double(), -1)
     places = [(i, t) for i in range(5) for t in range(1, 16)]
     expected = -sum(log_p[i, t - 1, windows[i, t]] for i, t in places) / len(places)
-    assert abs(perplexity.evaluate(model, windows, 2) - expected) < 1e-6
+    losses = perplexity.evaluate(model, windows, 2)
+    assert losses.shape == (5,) and abs(losses.mean() - expected) < 1e-6
+    first = -sum(log_p[0, t - 1, windows[0, t]] for t in range(1, 16)) / 15
+    assert abs(losses[0] - first) < 1e-6
 
     # The table of all rows
-    perplexity.show(perplexity.losses(model, windows, 2))
+    perplexity.show(perplexity.measure(model, windows, 2, perplexity.rows()[1:]))
     lines = capsys.readouterr().out.splitlines()[1:]
     loss = {line[:30].strip(): float(line[30:39]) for line in lines}
     assert len(loss) == 14
@@ -67,8 +76,8 @@ def test_the_loss_is_the_mean_over_all_tokens_but_a_windows_first_and_the_head_i
     with torch.no_grad():
         logits = model.head(F.linear(model.embedding(windows), w, model.linear.bias))
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
-    effect = abs(loss["rtn, weights"] - loss["as it is"])
-    assert abs(loss["rtn, weights"] - expected) < 3e-4 < effect
+    effect = abs(loss["rtn_weights"] - loss["as it is"])
+    assert abs(loss["rtn_weights"] - expected) < 3e-4 < effect
 
 
 def test_a_layer_that_16_does_not_divide_is_left_alone():
@@ -89,6 +98,9 @@ def test_a_layer_that_16_does_not_divide_is_left_alone():
     ("--tokens=0", "at least"),
     ("--device=cuda:99", "leave the knob out"),
     ("--device=gpu", "leave the knob out"),
+    ("--rows=rtn", "'rtn' is none of rtn_weights, .*, scale_search_16x16_both$"),
+    ("--rows=rtn_weights,rtn_bth", "'rtn_bth' is none of"),
+    ("--rows=", "'' is none of"),
 ])
 def test_a_knob_that_cannot_be_is_an_error_before_a_model_is_loaded(knob, way_out):
     with pytest.raises(ValueError, match=f"{knob}: .*{way_out}"):
@@ -96,9 +108,44 @@ def test_a_knob_that_cannot_be_is_an_error_before_a_model_is_loaded(knob, way_ou
 
 
 def test_a_large_loss_is_shown_too(capsys):
-    perplexity.show([("good", 1.0), ("bad", 20.0), ("diverged", 71293.0), ("lost", math.nan)])
+    losses = dict(good=1.0, bad=20.0, diverged=71293.0, lost=math.nan)
+    perplexity.show([(name, torch.full((3,), loss).double()) for name, loss in losses.items()])
     lines = capsys.readouterr().out.splitlines()[1:]
-    assert [line.split()[3] for line in lines] == ["2.718", "4.852e+08", "inf", "nan"]
+    assert [line.split()[-1] for line in lines] == ["2.718", "4.852e+08", "inf", "nan"]
+
+
+def test_each_row_is_compared_with_the_first_and_the_one_above_by_windows(capsys):
+    # c - b is -0.2, -0.1 and 0: its mean is -0.1, its standard deviation 0.1. c - "as it is" is 0.7 to 0.9.
+    measured = [
+        ("as it is", torch.tensor([1.0, 2.0, 3.0]).double()),
+        ("b", torch.tensor([1.9, 2.9, 3.9]).double()),
+        ("c", torch.tensor([1.7, 2.8, 3.9]).double()),
+    ]
+    perplexity.show(measured)
+    titles, *lines = capsys.readouterr().out.splitlines()
+    assert titles.split("  ")[-1].strip() == "perplexity"
+    _, b, c = [[float(number) for number in line[30:].split()] for line in lines]
+    assert b == [2.9, 0.9, 0.0, 0.9, 0.0, round(math.exp(2.9), 3)]
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert c[1] == 0.8 and c[2] == pytest.approx(half, rel=0.01)
+    assert c[3] == -0.1 and c[4] == pytest.approx(half, rel=0.01)
+
+
+@pytest.mark.parametrize("windows, quantile, tolerance", [
+    (3, 4.303, 1e-2),
+    (4, 3.182, 2e-3),
+    (9, 2.306, 4e-4),
+    (31, 2.042, 4e-4),
+    (152, 1.976, 4e-4),
+])
+def test_the_interval_is_students(windows, quantile, tolerance):
+    torch.manual_seed(0)
+    differences = torch.randn(windows).double()
+    mean = sum(differences.tolist()) / windows
+    variance = sum((d - mean)**2 for d in differences.tolist()) / (windows - 1)
+    expected = quantile * math.sqrt(variance / windows)
+    assert perplexity.half_interval(differences) == pytest.approx(expected, rel=tolerance)
+    assert math.isnan(perplexity.half_interval(differences[:2]))
 
 
 @needs_transformers
@@ -129,7 +176,10 @@ def test_all_layers_but_the_head_are_swapped_and_bf16_changes_nothing(family, ti
 
 @pytest.fixture
 def command(tmp_path, capsys):
-    """A function that runs the command on model/, with a tokenizer of bytes, and on text -> printed lines."""
+    """A function that runs the command on text and model/, with a tokenizer of bytes -> printed lines.
+
+    file: of the model, if it is in one.
+    """
     directory = tmp_path / "model"
     directory.mkdir()
     for name, content in zip(("tokenizer.json", "tokenizer_config.json"), export.byte_tokenizer()):
@@ -137,8 +187,8 @@ def command(tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text("abcd" * 40)
 
-    def run(*knobs):
-        perplexity.main([str(directory), str(text), *knobs])
+    def run(*knobs, file=""):
+        perplexity.main([str(directory / file), str(text), *knobs])
         return capsys.readouterr().out.splitlines()
 
     return run
@@ -153,12 +203,20 @@ def test_the_command_measures_a_model_on_a_text(command, tmp_path):
     config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=False)
     transformers.LlamaForCausalLM(config).save_pretrained(directory)
     lines = command("--window=64", "--tokens=150")
-    assert "7 linear layers, 53% of the parameters; 2 windows of 64 tokens" in lines[0] and len(lines) == 16
+    assert "7 linear layers, 53% of the parameters; 2 windows of 64 tokens" in lines[0] and len(lines) == 17
+    assert re.fullmatch("[0-9]+ seconds", lines[-1])
+
+    # Chosen rows give the same numbers, in the order chosen; both first rows stay.
+    chosen = command("--window=64", "--tokens=150", "--rows=rtn_both,rtn_weights")
+    assert chosen[:4] == lines[:4] and len(chosen) == 7
+    for name, line in zip(["rtn_both", "rtn_weights"], chosen[4:]):
+        same, = [other for other in lines if other.split()[0] == name]
+        assert line.split()[:3] == same.split()[:3]
 
     # Most models are kept in bf16, and quantizing to bf16 changes them not at all.
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
-    lines = command("--window=64")
-    assert len(lines) == 16 and lines[3].split()[4] == "0.0000"
+    lines = command("--window=32")
+    assert len(lines) == 17 and lines[3].split()[4:6] == ["0.0000", "0.0000"]
 
     def refused(message, *knobs):
         with pytest.raises(ValueError, match=message):
@@ -199,3 +257,123 @@ def test_experts_that_are_no_linear_layers_are_told_by_the_share_of_what_is_quan
     linears = [m for name, m in model.named_modules() if type(m) is torch.nn.Linear and name != "lm_head"]
     share = sum(m.weight.numel() for m in linears) / sum(p.numel() for p in model.parameters())
     assert f"{len(linears)} linear layers, {share:.0%} of the parameters" in lines[0]
+
+
+@needs_transformers
+def test_a_gate_of_one_column_is_listed_and_stays_as_it_is(command, tmp_path):
+    import transformers
+    config = transformers.Qwen2MoeConfig(**SMALL, num_experts=2, num_experts_per_tok=1)
+    transformers.Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    for knobs in [], ["--rows=scale_search_16x16_both"]:
+        lines = command("--window=64", "--tokens=64", *knobs)
+        assert lines[0].endswith("16 does not divide them: model.layers.0.mlp.shared_expert_gate")
+        assert len(lines) == (6 if knobs else 17) + 1
+
+
+@needs_transformers
+@needs_gguf
+def test_a_gguf_file_measures_as_the_model_that_it_holds(command, tmp_path):
+    import gguf
+    import transformers
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=False)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    expected = command("--window=32", "--rows=rtn_both")
+
+    writer = gguf.GGUFWriter(tmp_path / "model/small.gguf", "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(1e4)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokenizer, _ = export.byte_tokenizer()
+    # transformers wants a merge: of letters that no text here has, to a token in the place of another such.
+    tokens = list(tokenizer["model"]["vocab"])
+    tokens[255] = "XY"
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["X Y"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        layer = name.split(".")[-2]
+        if layer in ("q_proj", "k_proj"):
+            # RoPE turns neighbouring rows in GGUF, the halves of a head in transformers.
+            tensor = tensor.unflatten(0, (heads[layer[0]], 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    # Without the directory's own files, so that all is read from this one
+    for path in (tmp_path / "model").iterdir():
+        if path.name != "small.gguf":
+            path.unlink()
+    lines = command("--window=32", "--rows=rtn_both", file="small.gguf")
+    assert lines[1:-1] == expected[1:-1]
+
+
+def test_the_section_about_smollm2_has_the_numbers_of_the_kept_file():
+    kept = (EVIDENCE / "results/perplexity-smollm2.txt").read_text()
+    readme = (EVIDENCE / "README.md").read_text()
+    section = readme[readme.index("## 9. "):]
+    sentences = " ".join(section.split())
+
+    # Its table
+    measured = {}
+    row = r"^(as it is|all in bf16|\w+_(?:weights|both))((?: +[-.0-9]+){6})$"
+    for name, numbers in re.findall(row, kept, re.M):
+        measured[name] = [float(number) for number in numbers.split()]
+    assert list(measured) == ["as it is", *perplexity.rows()]
+    operands = ("weights", "both", "16x16_weights", "16x16_both")
+
+    def line(title, quantizer, column):
+        cells = []
+        for operand in operands:
+            row = measured[f"{quantizer}_{operand}"]
+            cells.append(f"{1e3 * row[column]:.1f} +- {1e3 * row[column + 1]:.1f}")
+        return f"| {title} | {' | '.join(cells)} |"
+
+    found = [text for text in section.splitlines() if re.match(r"\| .* \+- [0-9.]+ \|$", text)]
+    assert found == [
+        line("rtn", "rtn", 1),
+        line("four_six", "four_six", 1),
+        line("scale_search", "scale_search", 1),
+        line("four_six minus rtn", "four_six", 3),
+        line("scale_search minus four_six", "scale_search", 3),
+    ]
+
+    # What its text says of the run; the command stands in both.
+    windows, length = re.search(r"; (\d+) windows of (\d+) tokens, \w+$", kept, re.M).groups()
+    seconds, = re.findall(r"^(\d+) seconds$", kept, re.M)
+    assert f", {seconds} seconds:" in kept and f"It took {seconds} seconds" in sentences
+    assert f"in {windows} windows of {length} tokens" in sentences
+    assert f"first {int(windows) * int(length):,} tokens" in sentences
+    first = measured["as it is"]
+    assert f"the loss is {first[0]:.4f} nats a token, perplexity {first[-1]:.3f}" in sentences
+    command, = re.findall(r"^python data/perplexity.py .*$", section, re.M)
+    assert f"\n{command}\n" in kept and command.endswith(f"--tokens={int(windows) * int(length)}")
+
+    # And of the squared errors of the weights
+    error = {}
+    for name, value in re.findall(r"^(\w+) +(0\.\d{6})$", kept, re.M):
+        error[name] = f"{1e3 * float(value):.1f}e-3"
+    assert error["four_six_16x16"] == error["rtn_16x16"]
+    large = f"{error['scale_search_16x16']} of their squares where four_six and rtn have {error['rtn_16x16']}"
+    small = f"{error['scale_search']}, {error['four_six']} and {error['rtn']}"
+    assert large in sentences and small in sentences
+
+    # And of searches over fewer scales, against rtn
+    cost = {}
+    for steps, numbers in re.findall(r"^16x16: search of ([-0-9 ]+?)  +([-0-9. ]+)$", kept, re.M):
+        _, difference, half, *_ = [float(number) for number in numbers.split()]
+        word = "more" if difference > 0 else "less"
+        cost[steps] = f"{1e3 * abs(difference):.1f} +- {1e3 * half:.1f} {word} than rtn"
+    assert f"amax / 6 costs {cost['0 -1']}" in sentences
+    assert f"other four costs {cost['0 1 4 5']}" in sentences
