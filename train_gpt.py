@@ -328,20 +328,12 @@ def find_corpus(c):
 def look_for(c):
     """The Corpus that CORPUS.json lists, prepare.py's manifest, which is empty while shards are replaced.
 
-    Without it other tools may have written shards: any of such a name are taken. UserError if it is damaged.
+    UserError if it is damaged.
     """
     corpus = DATA / c.corpus
     manifest = corpus.with_name(f"{corpus.name}.json")
     if not os.path.exists(manifest):
-        shards = []
-        for split in ("train", "val"):
-            pattern = f"{glob.escape(corpus.name)}_{split}_{'[0-9]' * 6}.bin"
-            shards.append([(path, None) for path in sorted(corpus.parent.glob(pattern))])
-        # What the tokens are, nothing tells but c.
-        tokenizer = c.tokenizer
-        if tokenizer == "auto":
-            tokenizer = "bytes" if c.vocab_size == 256 else "gpt2"
-        return Corpus(*shards, tokenizer, 1.0 if tokenizer == "bytes" else math.nan)
+        return shards_without_manifest(c, corpus)
     if manifest.is_file() and not manifest.stat().st_size:
         return Corpus([], [], c.tokenizer, math.nan)
 
@@ -349,13 +341,28 @@ def look_for(c):
     way_out = "is damaged, or no list of shards: move it away, and run data/prepare.py again"
     made = read_json(manifest, MANIFEST, way_out)
     known(made["tokenizer"], CHOICES["tokenizer"][1:], f"{manifest}: tokenizer {made['tokenizer']!r}")
-    shards = made["train"] + made["val"]
-    if not (made["train"] and made["val"] and all(fits(shard, SHARD) for shard in shards)):
-        raise UserError(f"{manifest} {way_out}")
-    splits = [[(corpus.with_name(Path(shard["file"]).name), shard["sha256"]) for shard in made[split]]
-              for split in ("train", "val")]
+    splits = []
+    for split in (made["train"], made["val"]):
+        if not split or not all(fits(shard, SHARD) for shard in split):
+            raise UserError(f"{manifest} {way_out}")
+        splits.append([(corpus.with_name(Path(shard["file"]).name), shard["sha256"]) for shard in split])
+
+    # prepare.py may not know how many bytes are behind GPT-2's tokens.
     tokens = sum(shard["tokens"] for shard in made["val"])
-    return Corpus(*splits, made["tokenizer"], (made["bytes"]["val"] or math.nan) / max(tokens, 1))
+    size = made["bytes"]["val"] or math.nan
+    return Corpus(*splits, made["tokenizer"], size / max(tokens, 1))
+
+
+def shards_without_manifest(c, corpus):
+    """The Corpus of shards that other tools have written: any whose name begins like the path `corpus`."""
+    splits = []
+    for split in ("train", "val"):
+        pattern = f"{glob.escape(corpus.name)}_{split}_{'[0-9]' * 6}.bin"
+        splits.append([(path, None) for path in sorted(corpus.parent.glob(pattern))])
+    # What their tokens are, nothing tells but c.
+    if c.tokenizer == "bytes" or c.tokenizer == "auto" and c.vocab_size == 256:
+        return Corpus(*splits, "bytes", 1.0)
+    return Corpus(*splits, "gpt2", math.nan)
 
 
 class Shards:
@@ -986,7 +993,9 @@ def load_checkpoint(word, names=CHECKPOINTS, whole=True):
         runs = {str(path.parent.relative_to("runs")) for path in Path("runs").rglob(CHECKPOINTS[0])
                 if path.is_file() or (path / HEAD).is_file()}
         known(word, sorted(runs), f"no checkpoint of {word}: in runs/")
-    file = path / HEAD if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        file = path / HEAD
 
     # The file is a zip archive, and torch.load does not look at its checksums: do it here. They do not cover
     # the archive's directory, where torch.save marks nothing as compressed, or as a directory.
@@ -1445,12 +1454,17 @@ def load_parts(path, saved, tensors, together):
 
     together: all processes call this at once, and each fills its part. UserError if the files are damaged.
     """
+    def whole(names):
+        return all((path / name).is_file() and sha256_of(path / name) == saved["files"][name]
+                   for name in names)
+
     # Processes that load together share the work of checking.
     names = sorted(saved["files"])
     if together:
-        names = names[RANK::WORLD]
-    good = all((path / name).is_file() and sha256_of(path / name) == saved["files"][name] for name in names)
-    if not all(gather(good) if together else [good]):
+        good = all(gather(whole(names[RANK::WORLD])))
+    else:
+        good = whole(names)
+    if not good:
         raise UserError(f"{path} {BROKEN}")
     try:
         with warnings.catch_warnings():

@@ -120,7 +120,7 @@ def main():
     # To make an optimizer imports this, which takes seconds. Imported here, it is there in each fork.
     import torch._dynamo
     write_corpus(Path.cwd())
-    train_gpt.DATA = Path.cwd()
+    KNOBS["corpus"] = Path.cwd() / "tiny"
 
     # One process; two, each with all weights; two that share them. Each by a recipe without noise and by one
     # with noise, which dampens after the last step.
@@ -160,13 +160,18 @@ def main():
 
 @in_background
 def runs_of_processes(directory):
-    return directory, python(__file__, cwd=directory)
+    """Directory, what the script has said, exit statuses of two machines: see on_two_machines."""
+    done = python(__file__, cwd=directory)
+    statuses = []
+    if done.returncode == 0:
+        statuses = two_machines(directory)
+    return directory, done, statuses
 
 
 @pytest.fixture
 def trained(runs_of_processes, monkeypatch):
     """The working directory is where the runs are -> what they have said on stderr."""
-    directory, done = runs_of_processes
+    directory, done, _ = runs_of_processes
     assert done.returncode == 0, done.stderr
     monkeypatch.chdir(directory)
     return done.stderr
@@ -280,9 +285,8 @@ def test_a_process_that_fails_ends_the_others_and_one_that_gets_a_signal_stops_t
     assert f"go on: {command}" in Path("stop-0.out").read_text()
 
 
-def test_one_process_reads_what_two_have_written(trained, monkeypatch, capsys):
+def test_one_process_reads_what_two_have_written(trained, capsys):
     assert "--shard=true needs several processes" in trained      # to train on, unlike to evaluate
-    monkeypatch.setattr(train_gpt, "DATA", Path.cwd())
     train_gpt.main(["eval", "shared-bf16", "--recipe=bf16"])
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert abs(float(row[1]) - losses("one-bf16")[-1]) < 1e-4
@@ -294,7 +298,6 @@ def test_one_process_reads_what_two_have_written(trained, monkeypatch, capsys):
 def parts(trained, tmp_path, monkeypatch):
     """A copy of the run shared-bf16 in the working directory, which can be evaluated -> its checkpoint."""
     shutil.copytree("runs/shared-bf16", tmp_path / "runs/shared-bf16")
-    monkeypatch.setattr(train_gpt, "DATA", Path.cwd())
     monkeypatch.chdir(tmp_path)
     train_gpt.main(["eval", "shared-bf16", "--recipe=bf16"])
     return tmp_path / "runs/shared-bf16/checkpoint.pt"
@@ -430,32 +433,26 @@ def on_two_machines(directory, *arguments, kill=None):
     return [machine.wait(deadline - time.monotonic()) for machine in machines]
 
 
-@in_background
 def two_machines(directory):
-    """A run, the same from its step 3 on, and one whose second machine is lost -> directory, exit statuses."""
-    write_corpus(directory)
-    knobs = KNOBS | dict(recipe="bf16", shard="true", corpus=directory / "tiny")
-    statuses = [on_two_machines(directory, *words(**knobs | dict(name="straight")))]
-    train_gpt.copy(directory / "runs/straight/previous.pt", directory / "runs/resumed/checkpoint.pt")
-    statuses.append(on_two_machines(directory, "resume", "resumed"))
+    """A run that goes on from step 3 of shared-bf16, and one whose second machine is lost -> exit statuses."""
+    train_gpt.copy(directory / "runs/shared-bf16/previous.pt", directory / "runs/machines/checkpoint.pt")
+    went_on = on_two_machines(directory, "resume", "machines")
 
     log = directory / "runs/lost/log.jsonl"
-    knobs |= dict(name="lost", steps=10**6, eval_every=10**6, save_every=1)
-    statuses.append(on_two_machines(directory, *words(**knobs),
-                                    kill=lambda: log.exists() and '"step": 3' in log.read_text()))
-    return directory, statuses
+    knobs = KNOBS | dict(recipe="bf16", shard="true", corpus=directory / "tiny", name="lost", steps=10**6,
+                         eval_every=10**6, save_every=1)
+    lost = on_two_machines(directory, *words(**knobs),
+                           kill=lambda: log.exists() and '"step": 3' in log.read_text())
+    return went_on, lost
 
 
-def test_two_machines_train_as_one_does_and_a_lost_one_ends_the_job(trained, two_machines, monkeypatch):
-    one_machine = checkpoint("shared-bf16")["model"]
-    directory, statuses = two_machines
-    monkeypatch.chdir(directory)
-    assert statuses[:2] == [[0, 0], [0, 0]]
-    assert same(checkpoint("straight")["model"], one_machine)
-    assert same(checkpoint("resumed")["model"], one_machine)
+def test_two_machines_train_as_one_does_and_a_lost_one_ends_the_job(trained, runs_of_processes):
+    *_, (went_on, lost) = runs_of_processes
+    assert went_on == [0, 0]
+    assert same(checkpoint("machines")["model"], checkpoint("shared-bf16")["model"])
 
     # The machine that is left says so, and its run can go on.
-    assert statuses[2][0] == 1
+    assert lost[0] == 1
     assert "train_gpt.py: another process of this run has ended" in Path("0.out").read_text()
     assert checkpoint("lost")["step"] >= 2
 
