@@ -483,8 +483,8 @@ def training_in_words(recipe):
         return "In training nothing was quantized."
     return ("In training, the layers that the table calls quantized multiplied NVFP4 by NVFP4, forward and "
             "backward: 4-bit values (E2M1) with a scale for every 16 of them (E4M3) and one for the tensor. "
-            "`operands` names the quantizers of what their three products, y = x wᵀ, dx = dy w and dw = dyᵀ x, "
-            "multiply; quartet.py defines them. The validation loss is by the forward pass of the last step; "
+            "`operands` names the quantizers of what their three products multiply, y = x wᵀ, dx = dy w and "
+            "dw = dyᵀ x; quartet.py defines them. The validation loss is by the forward pass of the last step; "
             "where inputs are rounded otherwise, or not at all, it differs a little.")
 
 

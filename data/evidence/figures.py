@@ -703,9 +703,9 @@ def read_own(log):
     if not train_gpt.fits({name: config.get(name) for name in NEEDED}, NEEDED):
         sys.exit(f"figures.py: {log} has a config that train_gpt.py does not write")
     values = []
+    lines = [r for r in lines if train_gpt.fits(r.get("step"), int)]
     for name in ("loss", "val_loss", "ms"):
-        values.append({r["step"]: r[name] for r in lines
-                       if train_gpt.fits(r.get(name), train_gpt.NUMBER) and train_gpt.fits(r.get("step"), int)})
+        values.append({r["step"]: r[name] for r in lines if train_gpt.fits(r.get(name), train_gpt.NUMBER)})
     return Own(config, *values)
 
 

@@ -10,8 +10,8 @@ from small_runs import ROOT
 pytest_plugins = ["background"]
 README = (ROOT / "README.md").read_text()
 DIFFS = re.findall(r"```diff\n(.*?)```", README, re.S)
-SHORT = shlex.split("--layers=1 --width=128 --heads=1 --hidden=128 --sequence=64 --batch=2 --tokens_per_step=128"
-                    " --eval_tokens=128 --sample_tokens=1 --compile=off")
+SHORT = shlex.split("--layers=1 --width=128 --heads=1 --hidden=128 --sequence=64 --batch=2"
+                    " --tokens_per_step=128 --eval_tokens=128 --sample_tokens=1 --compile=off")
 
 
 def apply(diff, root):
@@ -80,7 +80,7 @@ init, log, finish = map(note, ("init", "log", "finish"))
 
 @in_background
 def calls_of_wandb(directory):
-    """What a comparison, one of whose runs is resumed, gives to W&B in a copy of the repo: [[name, ...], ...]."""
+    """What a comparison, one of whose runs is resumed, gives to W&B: [[name, ...], ...]."""
     copy_to(directory)
     apply(DIFFS[1], directory)
     (directory / "wandb.py").write_text(WANDB)

@@ -421,7 +421,8 @@ def on_two_machines(directory, *arguments, kill=None):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-               f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", ROOT / "train_gpt.py", *arguments]
+               f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
+    command += [ROOT / "train_gpt.py", *arguments]
     machines = [start(*command, cwd=directory, output=directory / f"{i}.out") for i in range(2)]
     deadline = time.monotonic() + 240
     while kill and machines[0].poll() is None and time.monotonic() < deadline:
@@ -434,7 +435,7 @@ def on_two_machines(directory, *arguments, kill=None):
 
 
 def two_machines(directory):
-    """A run that goes on from step 3 of shared-bf16, and one whose second machine is lost -> exit statuses."""
+    """A run that goes on from step 3 of shared-bf16; one whose second machine is lost -> exit statuses."""
     train_gpt.copy(directory / "runs/shared-bf16/previous.pt", directory / "runs/machines/checkpoint.pt")
     went_on = on_two_machines(directory, "resume", "machines")
 
