@@ -113,7 +113,7 @@ class Config:
     tokens_per_step: int = 2**18    # tokens of one optimizer step: several forward passes accumulate
     steps: int = 2861               # optimizer steps; the paper's 30m, 25 tokens a parameter
     optimizer: str = "adamw"        # adamw | muon: Muon for the matrices of blocks, AdamW for the rest
-    lr: float = 1.2e-3              # peak learning rate; by muon that of matrices in blocks
+    lr: float = 1.2e-3              # peak learning rate; by muon that of matrices in blocks: try 0.02
     embedding_lr: float = 0.0       # of the embedding; 0: lr
     head_lr: float = 0.0            # of head and norms; 0: lr
     schedule: str = "cosine"        # cosine | wsd: after the warm-up a cosine down; or stay, then a line
@@ -123,7 +123,8 @@ class Config:
     weight_decay: float = 0.1       # on the weights of linear layers
     clip: float = 1.0               # largest gradient norm; 0: any
     seed: int = 1                   # of initialisation, data order and rounding noise
-    init_from: str = ""             # a run, whose weights this one starts from
+    init_from: str = ""             # a run, whose weights this one starts from: take another --seed, too,
+                                    # or it reads the batches of that run again
     # reports
     eval_every: int = 250           # steps between validations
     eval_tokens: int = 2**20        # tokens of a validation, at most
@@ -165,7 +166,8 @@ def nanochat(depth, tokens_per_step, steps, weight_decay):
     """A preset of karpathy/nanochat by its one dial, as its scripts/base_train.py (92d63d4) computes it.
 
     Left out: value embeddings, windows of attention, mixing of the residual stream, the cap of logits, zeros
-    in output layers; of its Muon, equal rows, variance reduction, and schedules of momentum and decay.
+    in output layers; of its Muon, matrices of their own for q, k and v, equal rows, variance reduction, and
+    schedules of momentum and decay.
     """
     width = 64 * depth
     # Learning rates grow with the root of the batch; those of AdamW shrink with the root of the width.
@@ -321,7 +323,8 @@ def find_corpus(c):
         subprocess.run([sys.executable, DATA / "prepare.py", "python"])
         found = look_for(c)
     if c.tokenizer not in ("auto", found.tokenizer):
-        raise UserError(f"--tokenizer={c.tokenizer}: the tokens of {c.corpus} are {found.tokenizer}")
+        raise UserError(f"--tokenizer={c.tokenizer}: the tokens of {c.corpus} are {found.tokenizer}; "
+                        f"data/prepare.py --tokenizer={c.tokenizer} makes others")
     return found
 
 
@@ -468,15 +471,16 @@ def make_optimizers(model, c):
     Weight decay is on the weights of linear layers; by Muon not on the head. Each group has a learning rate
     of its own, which the schedule scales. Source of Muon: kellerjordan.github.io/posts/muon.
     """
-    # The matrices of the blocks, and vectors, which are gains of norms.
+    # The matrices of the blocks; and all that has no group of its own: gains of norms, and what forks add.
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    norms = [p for p in model.parameters() if p.dim() == 1]
+    named = {*matrices, model.head.weight, model.embedding.weight}
+    others = [p for p in model.parameters() if p not in named]
     muon = c.optimizer == "muon"
     groups = [
         dict(params=matrices, weight_decay=c.weight_decay),
         dict(params=[model.head.weight], lr=c.head_lr or c.lr, weight_decay=0.0 if muon else c.weight_decay),
         dict(params=[model.embedding.weight], lr=c.embedding_lr or c.lr, weight_decay=0.0),
-        dict(params=norms, lr=c.head_lr or c.lr, weight_decay=0.0),
+        dict(params=others, lr=c.head_lr or c.lr, weight_decay=0.0),
     ]
     if muon:
         # AdamW's settings beside Muon are nanochat's.
@@ -989,6 +993,10 @@ def load_checkpoint(word, names=CHECKPOINTS, whole=True):
     UserError if there is none, and if any bit of it is wrong.
     """
     path = find(word, names)
+    if not path and find(word, ["compare.json"]):
+        raise UserError(f"{word} is a comparison: name one of its runs, {word}/RECIPE")
+    if not path and find(word, ["."]):
+        raise UserError(f"{word} is a file of a run: name the run, or start a new one, --init_from={word}")
     if not path:
         runs = {str(path.parent.relative_to("runs")) for path in Path("runs").rglob(CHECKPOINTS[0])
                 if path.is_file() or (path / HEAD).is_file()}
@@ -1029,7 +1037,8 @@ def load_checkpoint(word, names=CHECKPOINTS, whole=True):
     with torch.device("meta"):
         model = GPT(c).state_dict()
     if shapes(checkpoint["model"]) != shapes(model):
-        raise UserError(f"{path} holds other weights than its config says")
+        raise UserError(f"{path} holds other weights than its config says, or than the model has now "
+                        f"(code {checkpoint['code']} then, {CODE} now)")
     if not plain(checkpoint):
         raise UserError(f"{path} holds tensors that are not plain numbers in memory, one after another")
     return path, checkpoint
@@ -1069,9 +1078,17 @@ def shapes(tensors):
 
 def weights_of(run, c):
     """The weights of a run, {name: tensor}, to start one of Config c from."""
-    _, checkpoint = load_checkpoint(run, (*CHECKPOINTS, "."))
+    path, checkpoint = load_checkpoint(run, (*CHECKPOINTS, "."))
+    tell_other_code(path, checkpoint)
     unchanged(vars(c), checkpoint["config"], SHAPE, f"the weights of {run} have another shape")
     return checkpoint["model"]
+
+
+def tell_other_code(path, saved):
+    """Say so where weights are used by other code than has trained them."""
+    if saved["code"] != CODE:
+        print(f"{path} was trained by code {saved['code']}, and here is {CODE}: if the model or the rounding "
+              "has changed since, its losses are not those of its training", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -1632,7 +1649,8 @@ def compare(c, data, directory, stop, saved):
         r["gap"] = r["val_loss"] - base
         table += "{recipe:12}{val_loss:10.4f}{gap:13.4f}{tokens_per_s:12,.0f}{peak_gib:10.2f}\n".format(**r)
     write(directory / "compare.txt", table)
-    print(f"\n{table}written to {directory / 'compare.txt'}")
+    print(f"\n{table}(one seed: what differs by little may be chance; data/evidence/experiments.py pairs "
+          f"seeds)\nwritten to {directory / 'compare.txt'}")
 
     # A table of nothing is no success.
     diverged = [r["recipe"] for r in results if math.isnan(r["val_loss"])]
@@ -1684,8 +1702,10 @@ def parse(argv):
         if not arg.startswith("--"):
             words.append(arg)
             continue
-        name, _, value = arg[2:].partition("=")
+        name, equals, value = arg[2:].partition("=")
         known(name, types, f"unknown knob --{name}")
+        if not equals:
+            raise UserError(f"--{name}: write --{name}=VALUE, without a space")
         try:
             knobs[name] = types[name](value)
         except ValueError:
@@ -1753,7 +1773,10 @@ def check(c):
                         f"{weights / 1e9:,.0f} GB, and this machine has {memory() / 1e9:,.0f}")
 
     # Each layer must suit each recipe.
-    for recipe in c.recipe.split(","):
+    recipes = c.recipe.split(",")
+    if len({*recipes}) < len(recipes):
+        raise UserError(f"--recipe={c.recipe}: each recipe once")
+    for recipe in recipes:
         known(recipe, quartet.RECIPES, f"unknown recipe {recipe!r}")
         try:
             model.use_recipe(recipe, c.backend)
@@ -1793,6 +1816,8 @@ def load(mode, word, knobs):
         config_in(path, saved, COMPARISON)
     else:
         path, saved = load_checkpoint(word, names, whole=mode != "resume")
+        if mode != "resume":
+            tell_other_code(path, saved)
     unchanged(knobs, saved["config"], fixed, "a run keeps what it began with (a new one may start from its "
               "weights, --init_from)")
     return Config(**saved["config"] | knobs), path.parent, saved
@@ -1863,6 +1888,7 @@ def read_out(mode, run, knobs):
     # A sample is by one recipe, and is printed as it comes.
     model, c = load_model(run, **knobs)
     known(c.recipe, quartet.RECIPES, f"--recipe={c.recipe}: one recipe samples")
+    codec(c)      # an error here, where there is no tokenizer
     for piece in sample_text(model, c):
         print(piece, end="", flush=True)
     print()

@@ -525,6 +525,8 @@ def prepare(corpus, directory=Path(__file__).parent, shards=1, tokenizer="bytes"
     paths = [directory / shard["file"] for shard in listed]
     for path, shard in zip(paths, listed):
         print(f"{path}: {shard['tokens']} tokens, sha256 {shard['sha256'][:8]}")
+    if listed[-1]["tokens"] < 1000:
+        print("so few tokens in validation tell little: give more text")
     knobs = [f"--corpus={name}"]
     if tokenizer == "gpt2":
         knobs.append("--vocab_size=50304")

@@ -127,7 +127,7 @@ def test_a_run_goes_on_with_its_own_knobs_and_those_that_change_no_number(finish
     for knob in ("--recipe=bf16,rtn", "--name=b", "--steps=5", "--shard=true", "--batch=1", "--eval_every=1",
                  "--compile=on"):
         refused(f"a run keeps .*--init_from\\): {knob} \\(saved: ", "resume", "a", knob)
-    refused("no checkpoint of runs/a/checkpoint.pt: in runs/: there are a", "resume", "runs/a/checkpoint.pt")
+    refused("runs/a/checkpoint.pt is a file of a run: name the run", "resume", "runs/a/checkpoint.pt")
     resume("a", "--steps=4", "--log_every=1", "--save_every=1", "--device=auto", "--prompt=x",
            "--sample_tokens=1", "--temperature=0", "--top_k=1")
     assert checkpoint()["step"] == 4

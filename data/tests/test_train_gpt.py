@@ -515,11 +515,13 @@ def test_bad_checkpoints_are_named_and_never_executed():
     ("eval", "or else a run"),
     ("resume none", "no checkpoint"),
     # a knob alone
-    ("--steps", "--steps=: it takes a value of type int"),
+    ("--steps", "--steps: write --steps=VALUE, without a space"),
+    ("--steps=", "--steps=: it takes a value of type int"),
     ("--steps=many", "steps=many.*int"),
     ("--steps=0", "be from 1"),
     ("--backend=cuda", "auto, torch"),
     ("--recipes=bf16", "unknown knob --recipes: there are recipe, "),
+    ("--recipe=rtn,bf16,rtn", "each recipe once"),
     ("--recipe=quartet", "unknown recipe 'quartet'.*there are .*quartet2"),
     ("--init_from=none", "no checkpoint of none"),
     ("--prompt=\udce9", "--prompt.*UTF-8"),
@@ -691,6 +693,27 @@ def test_a_layer_that_a_fork_made_plain_stays_plain_when_recipes_switch(monkeypa
     train_gpt.main(["sample", "a", "--recipe=four_six"])
     assert kinds == {torch.nn.Linear}
     assert {*recipes} == {"rtn", "bf16", "nvidia", "four_six"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_parameters_that_a_fork_adds_are_trained(monkeypatch, optimizer):
+    make = train_gpt.GPT.__init__
+    predict = train_gpt.GPT.predict
+
+    def fork(model, c):
+        make(model, c)
+        model.places = torch.nn.Embedding(c.sequence, c.width)
+        model.size = torch.nn.Parameter(torch.ones(()))
+
+    def use(model, x, targets):
+        return predict(model, (x + model.places.weight) * model.size, targets)
+
+    monkeypatch.setattr(train_gpt.GPT, "__init__", fork)
+    monkeypatch.setattr(train_gpt.GPT, "predict", use)
+    train(steps=2, save_every=1, batch=2, sequence=32, sample_tokens=1, optimizer=optimizer, prompt="x" * 32)
+    first = checkpoint(name="previous.pt")["model"]
+    last = checkpoint()["model"]
+    assert all((first[name] != last[name]).any() for name in last)
 
 
 @pytest.mark.parametrize("kind", ["SGD", "RMSprop", "AdamW"])
@@ -913,3 +936,28 @@ def test_processes_with_another_corpus_or_without_a_gpu_of_their_own_are_told(mo
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(train_gpt.UserError, match="this machine has 2 GPUs, and no GPU 3: take a smaller"):
         train_gpt.start_processes("cuda", False)
+
+
+def test_weights_that_other_code_has_trained_are_told(monkeypatch, capsys):
+    train(name="a")
+    monkeypatch.setattr(train_gpt, "CODE", "12345678")
+    capsys.readouterr()
+    for command in ["eval", "a", "--recipe=bf16"], ["sample", "a"], words(name="b", init_from="a"):
+        train_gpt.main(command)
+        assert "was trained by code" in capsys.readouterr().err
+
+
+def test_a_comparison_and_a_file_of_a_run_are_told_apart_from_runs(capsys):
+    train(recipe="bf16,rtn", steps=1)
+    assert "(one seed: what differs by little may be chance;" in capsys.readouterr().out
+    with pytest.raises(train_gpt.UserError, match="^a is a comparison: name one of its runs, a/RECIPE"):
+        train_gpt.main(["eval", "a"])
+    with pytest.raises(train_gpt.UserError, match="^a/rtn/checkpoint.pt is a file of a run: name the run, or"):
+        train_gpt.main(["resume", "a/rtn/checkpoint.pt"])
+
+
+def test_without_a_tokenizer_nothing_is_sampled(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)      # to import it is an error
+    train(tokenizer="gpt2", name="a")
+    with pytest.raises(train_gpt.UserError, match="GPT-2's tokens need tiktoken"):
+        train_gpt.main(["sample", "a"])
