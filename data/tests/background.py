@@ -18,9 +18,11 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRI
 ENVIRONMENT["OMP_NUM_THREADS"] = "1"
 
 DATA = Path(__file__).resolve().parents[1]
-NICE = []      # on the command line: a core that is wanted here is left to this process
+# How a command begins. Tests lower the largest size of a file for a moment: what is started then is not to
+# inherit that. And a core that is wanted by this process is left to it.
+START = ["sh", "-c", 'ulimit -S -f unlimited; exec "$@"', "sh"]
 if shutil.which("nice"):
-    NICE = ["nice"]
+    START.append("nice")
 
 WORK = {}      # functions of a directory, by name
 
@@ -54,14 +56,14 @@ def in_background(work):
 
 def python(*arguments, cwd, **variables):
     """Run Python with these arguments in a directory -> subprocess.CompletedProcess, with texts."""
-    return subprocess.run([*NICE, sys.executable, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT | variables,
+    return subprocess.run([*START, sys.executable, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT | variables,
                           text=True, capture_output=True)
 
 
 def start(*arguments, cwd, output):
     """Start Python with these arguments in a directory -> subprocess.Popen. What it says goes to a file."""
     with open(output, "w") as f:
-        return subprocess.Popen([*NICE, sys.executable, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT,
+        return subprocess.Popen([*START, sys.executable, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT,
                                 stdout=f, stderr=subprocess.STDOUT)
 
 
