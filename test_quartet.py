@@ -1040,8 +1040,7 @@ def test_fp4_matmul_takes_any_shape_and_what_is_not_finite_makes_nan(M, K):
     assert quartet.fp4_matmul(a, bad).isnan().all() or not K
 
 
-@parametrize("backend", ["torch", "triton"])
-@every_4bit_recipe
+@parametrize("recipe, backend", [*((recipe, "torch") for recipe in FORWARD), ("quartet2", "triton")])
 def test_a_linear_adds_as_fp4_tensor_cores_do_if_asked(recipe, backend, monkeypatch):
     heard = []
     fp4_gemm = quartet.fp4_gemm

@@ -319,7 +319,7 @@ def test_what_is_unknown_is_an_error(results, capsys):
         ("tiny bf16 --corpus=a-b", "--corpus=a-b: a name without -"),
         ("tiny bf16 --stops=9", "--stops: there are .*steps"),
         ("tiny bf16 --steps=", "--steps=: it takes .* type int"),
-        ("tiny bf16 --steps", "--steps=: it takes .* type int"),
+        ("tiny bf16 --steps", "--steps: write --steps=VALUE"),
     ):
         with pytest.raises(UserError, match=message):
             experiments.main(words.split())
