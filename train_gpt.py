@@ -123,8 +123,7 @@ class Config:
     weight_decay: float = 0.1       # on the weights of linear layers
     clip: float = 1.0               # largest gradient norm; 0: any
     seed: int = 1                   # of initialisation, data order and rounding noise
-    init_from: str = ""             # a run, whose weights this one starts from: take another --seed, too,
-                                    # or it reads the batches of that run again
+    init_from: str = ""             # a run to take weights from; by its --seed, its batches come again
     # reports
     eval_every: int = 250           # steps between validations
     eval_tokens: int = 2**20        # tokens of a validation, at most
@@ -560,7 +559,6 @@ def ramp(t):
 
 def train(c, data, directory, stop, checkpoint=None):
     """Train as c says on data, Shards (train, val), or on from a checkpoint. A signal fills the list stop."""
-    quartet.GEMM = c.gemm
     train_data, val_data = data
     device = pick_device(c)
     compiled = pick_compile(c, device)
@@ -643,6 +641,7 @@ def build(c, directory, checkpoint, device, compiled):
         torch.cuda.reset_peak_memory_stats()
 
     # One seed: all recipes and processes start from the same weights.
+    quartet.GEMM = c.gemm
     torch.manual_seed(c.seed)
     model = GPT(c).to(device)
     if c.init_from and not checkpoint:
@@ -1086,7 +1085,7 @@ def weights_of(run, c):
 
 def tell_other_code(path, saved):
     """Say so where weights are used by other code than has trained them."""
-    if saved["code"] != CODE:
+    if saved["code"] != CODE and not RANK:
         print(f"{path} was trained by code {saved['code']}, and here is {CODE}: if the model or the rounding "
               "has changed since, its losses are not those of its training", file=sys.stderr)
 

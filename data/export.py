@@ -367,24 +367,14 @@ def byte_tokenizer():
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
     model = dict(
         type="BPE",
-        dropout=None,
         unk_token=END_NAME,
-        continuing_subword_prefix=None,
-        end_of_word_suffix=None,
-        fuse_unk=False,
-        byte_fallback=False,
-        ignore_merges=False,
         vocab={letter[byte]: byte for byte in range(256)},
         merges=[],
     )
     tokenizer = dict(
         version="1.0",
-        truncation=None,
-        padding=None,
         added_tokens=[special],
-        normalizer=None,
         pre_tokenizer=level,
-        post_processor=None,
         decoder=level,
         model=model,
     )

@@ -119,7 +119,9 @@ def uniform(seed, count):
 
 def rounded_by_least_error(v, scales):
     """Blocks v, each by the one of scales whose squared error is the least -> q, s. Ties: the earlier."""
-    best_q, best_s, least = 0, 0, np.inf
+    best_q = 0
+    best_s = 0
+    least = np.inf
     for s in scales:
         q = to_e2m1(quotient(v, s))
         difference = float32(q * s - v)
@@ -306,7 +308,9 @@ def spoiled(rng, v):
     if v.size and rng.random() < 1 / 6:
         v = v.copy()
         for _ in range(pick(rng, 1, 1, 3)):
-            v[rng.integers(v.shape[0]), rng.integers(v.shape[1])] = pick(rng, np.nan, np.inf, -np.inf)
+            row = rng.integers(v.shape[0])
+            column = rng.integers(v.shape[1])
+            v[row, column] = pick(rng, np.nan, np.inf, -np.inf)
     return v
 
 
