@@ -971,16 +971,19 @@ def rounded(x, toward_zero):
     """A Fraction as float32 rounds it, in Python's integers: to nearest with ties to even, or toward zero."""
     if not x:
         return Fraction(0)
-    # The last of 24 bits is 2^e. (No number here is sub-normal.)
-    e = math.floor(math.log2(abs(x))) - 23
-    units, rest = divmod(abs(x), Fraction(2) ** e)
-    while units >= 2**24:
-        e += 1
-        units, rest = divmod(abs(x), Fraction(2) ** e)
-    half = Fraction(2) ** (e - 1)
-    if not toward_zero and (rest > half or rest == half and units % 2):
+    # The last of 24 bits. (No number here is sub-normal.)
+    last = Fraction(2) ** (math.floor(math.log2(abs(x))) - 23)
+    if abs(x) >= 2**24 * last:      # log2 has rounded
+        last *= 2
+    units, rest = divmod(abs(x), last)
+    up = rest > last / 2
+    if rest == last / 2:
+        up = units % 2
+    if up and not toward_zero:
         units += 1
-    return units * Fraction(2) ** e * (1 if x > 0 else -1)
+    if x < 0:
+        units = -units
+    return units * last
 
 
 def fractions(t):
