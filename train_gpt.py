@@ -225,8 +225,8 @@ class Block(nn.Module):
         q = rotary(q, rope)
         k = rotary(k, rope)
         if self.qk_norm:
-            q = F.rms_norm(q, q.shape[-1:])
-            k = F.rms_norm(k, k.shape[-1:])
+            q = F.rms_norm(q, q.shape[-1:], eps=1e-5)
+            k = F.rms_norm(k, k.shape[-1:], eps=1e-5)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads < self.heads)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
 
