@@ -1,4 +1,4 @@
-"""Write a trained model in the layout of Hugging Face's Llama, for transformers, vLLM and what else reads it.
+"""Write a trained model as a Llama, or with QK norm a Qwen3, for transformers, vLLM and what else reads those.
 
     python data/export.py RUN DIR [--format=hf|compressed-tensors] [--inputs=16|4] [--other_code]
 
@@ -43,11 +43,16 @@ from train_gpt import UserError
 
 # ---- 1. Tensors --------------------------------------------------------------------------------------------
 
-# Names in train_gpt.GPT -> names in Llama: of the model, and of each block but its linear layers
+# Names in train_gpt.GPT -> names in Llama and Qwen3: of the model, and of each block but its linear layers
 MODEL_NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 NORM_NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 # The linear layers of a block, which `split` renames
 LINEARS = ("qkv", "out", "up", "down")
+
+
+def architecture(c):
+    """The name of the architecture that the model of a Config is: a Qwen3 is a Llama with QK norm."""
+    return "Qwen3" if c.qk_norm == "true" else "Llama"
 
 
 def half_split(w, heads):
@@ -112,6 +117,10 @@ def layout(c, state, quantized, packed=False, scales=None):
         at = f"model.layers.{i}"
         for ours, theirs in NORM_NAMES.items():
             out[f"{at}.{theirs}.weight"] = state[f"{block}.{ours}.weight"]
+        if c.qk_norm == "true":
+            # Ours have no gains.
+            for name in "qk":
+                out[f"{at}.self_attn.{name}_norm.weight"] = torch.ones(c.width // c.heads)
 
         for layer in LINEARS:
             w = state[f"{block}.{layer}.weight"]
@@ -129,11 +138,11 @@ def layout(c, state, quantized, packed=False, scales=None):
     return out, ignore
 
 
-# ---- 2. What is no Llama -----------------------------------------------------------------------------------
+# ---- 2. What is neither a Llama nor a Qwen3 ----------------------------------------------------------------
 
 @torch.no_grad()
 def llama(c, tokens, weight, linear):
-    """tokens (B, T) -> the logits of a Llama (B, T, vocab_size), as transformers computes them.
+    """tokens (B, T) -> the logits of a Llama or Qwen3 (B, T, vocab_size), as transformers computes them.
 
     weight(name) is the weight of a norm or of the embedding, linear(x, name) multiplies by that of a layer.
     """
@@ -156,6 +165,10 @@ def llama(c, tokens, weight, linear):
         at = f"model.layers.{i}"
         h = norm(x, f"{at}.input_layernorm")
         q, k, v = [heads(linear(h, f"{at}.self_attn.{name}_proj")) for name in "qkv"]
+        if c.qk_norm == "true":
+            # Before they turn, ours after it: that changes no length.
+            q = norm(q, f"{at}.self_attn.q_norm")
+            k = norm(k, f"{at}.self_attn.k_norm")
         y = F.scaled_dot_product_attention(rope(q), rope(k), v, is_causal=True, enable_gqa=True)
         x = x + linear(y.transpose(1, 2).flatten(2), f"{at}.self_attn.o_proj")
         h = norm(x, f"{at}.post_attention_layernorm")
@@ -165,13 +178,13 @@ def llama(c, tokens, weight, linear):
 
 
 def refuse_other_models(c, state):
-    """UserError, which names what is odd, unless the model of a run is a Llama."""
+    """UserError, which names what is odd, unless the model of a run is a Llama or a Qwen3."""
     # NanoChatForCausalLM of transformers has the block with qk_norm and relu2. But it also normalises the
     # embedding, which ours does not, and its norms have no gains, which ours would have to hand over to the
     # quantized layers after them. So it is no way out.
-    for name, value in dict(qk_norm="false", mlp="swiglu").items():
-        if getattr(c, name) != value:
-            raise UserError(f"--{name}={getattr(c, name)}: Llama has no such block, only --{name}={value}")
+    kind = architecture(c)
+    if c.mlp != "swiglu":
+        raise UserError(f"--mlp={c.mlp}: {kind} has no such block, only --mlp=swiglu")
 
     # A fork may have another model. These are the shapes of all weights of ours.
     keys = (c.kv_heads or c.heads) * c.width // c.heads
@@ -182,11 +195,11 @@ def refuse_other_models(c, state):
         shapes |= {f"blocks.{i}.{layer}.weight": shape for layer, shape in block.items()}
     shapes |= {"norm.weight": [c.width], "head.weight": [c.vocab_size, c.width]}
 
-    other = "the model is not the Llama of train_gpt.py, so data/export.py must be changed, too: "
+    other = f"the model is not the {kind} of train_gpt.py, so data/export.py must be changed, too: "
     found = {name: [*t.shape] for name, t in state.items()}
     for name in shapes | found:
         if found.get(name) != shapes.get(name):
-            raise UserError(f"{other}{name} is {found.get(name, 'missing')}, and in a Llama "
+            raise UserError(f"{other}{name} is {found.get(name, 'missing')}, and in a {kind} "
                             f"{shapes.get(name, 'missing')}")
     for name in quantized_layers(c):
         if name.rpartition(".")[2] not in LINEARS:
@@ -245,7 +258,7 @@ def input_scales(c, state):
 
 
 def tensors(c, state, packed, inputs=16):
-    """Config and state dict of a run -> {name: tensor} in Llama's layout, and names of layers not in 4 bits.
+    """Config and state dict of a run -> {name: tensor} in that layout, and names of layers not in 4 bits.
 
     packed: of a quantized layer its weight_packed (N, K/2) uint8, weight_scale (N, K/16) E4M3 and
     weight_global_scale (1,), which divides: the inverse of the tensor scale, a power of two; with inputs of 4
@@ -283,8 +296,8 @@ def config(c, tokenizer, ignore=None, inputs=16):
     """config.json. ignore: the layers that are not NVFP4, or None if none is. inputs: their bits, 4 or 16."""
     dtype = "float32" if ignore is None else "bfloat16"
     made = dict(
-        architectures=["LlamaForCausalLM"],
-        model_type="llama",
+        architectures=[f"{architecture(c)}ForCausalLM"],
+        model_type=architecture(c).lower(),
         dtype=dtype,
         torch_dtype=dtype,
         vocab_size=c.vocab_size,
@@ -507,7 +520,7 @@ tags:
 
 # {name}
 
-A language model of {size:,} parameters in the layout of Llama, trained by the recipe `{recipe}`. It goes on
+A language model of {size:,} parameters in the layout of {kind}, trained by the recipe `{recipe}`. It goes on
 with text, and was not trained to follow instructions. {tokens}
 
 | | |
@@ -563,11 +576,13 @@ def card(directory, checkpoint, c, packed, inputs):
         rows["exported by"] = f"code {train_gpt.CODE}, and trained by {checkpoint['code']}"
     table = [f"| {what} | {value} |" for what, value in rows.items() if value]
 
-    tags = ["llama"] + ["nvfp4"] * bool(quartet.RECIPES[recipe]) + ["compressed-tensors"] * packed
+    kind = architecture(c)
+    tags = [kind.lower()] + ["nvfp4"] * bool(quartet.RECIPES[recipe]) + ["compressed-tensors"] * packed
     use = [f'python -c "{generate("NAME", c)}"', SERVE.format(there="NAME"), EVALUATE.format(there="NAME")]
     return CARD.format(
         tags="\n".join(f"- {tag}" for tag in tags),
         name=directory.name,
+        kind=kind,
         size=sum(t.numel() for t in state.values()),
         recipe=recipe,
         tokens=tokens[tokenizer],

@@ -1,4 +1,4 @@
-"""Tests of export.py: Llama's layout computes what the trained model does, and other software reads it."""
+"""Tests of export.py: the layout of Llama or Qwen3 computes the trained model, and other software reads it."""
 import dataclasses
 import importlib.util
 import json
@@ -34,15 +34,15 @@ needs_safetensors = pytest.mark.skipif("safetensors" in lacking, reason="needs s
 needs_all = pytest.mark.skipif(bool(lacking), reason=f"needs {', '.join(PACKAGES)}")
 
 
-@pytest.fixture(scope="module", params=[("quartet2", 1), ("nvidia", 0)])
+@pytest.fixture(scope="module", params=[("quartet2", 1, "false"), ("nvidia", 0, "true")])
 def trained(request, tmp_path_factory):
-    """A directory where runs/a is a run of two steps, by a recipe, with so many heads of keys."""
+    """A directory where runs/a is a run of two steps: a recipe, so many heads of keys, QK norm or not."""
     place = tmp_path_factory.mktemp("trained")
     tokens = np.frombuffer(b"the quick brown fox jumps over the lazy dog\n" * 40, np.uint8)
     for split in ("train", "val"):
         prepare.write_shard(place / f"tiny_{split}_000000.bin", tokens)
-    recipe, kv_heads = request.param
-    knobs = KNOBS | dict(recipe=recipe, kv_heads=kv_heads, name="a", corpus=place / "tiny")
+    recipe, kv_heads, qk_norm = request.param
+    knobs = KNOBS | dict(recipe=recipe, kv_heads=kv_heads, qk_norm=qk_norm, name="a", corpus=place / "tiny")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(place)
         monkeypatch.setattr(train_gpt, "listen", lambda stop: None)      # signals are left to pytest
@@ -101,7 +101,7 @@ def llama(c, tensors, tokens, rounded=lambda x, divisor: x):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_llamas_layout_computes_the_trained_model(run, packed):
+def test_the_layout_computes_the_trained_model(run, packed):
     c, state = run
     tensors, ignore = export.tensors(c, state, packed)
     if packed:
@@ -147,10 +147,10 @@ def test_a_recipe_of_a_fork_is_an_error_that_names_it():
         export.tensors(train_gpt.Config(recipe="mine"), {}, False)
 
 
-@pytest.mark.parametrize("knob, value", [("qk_norm", "true"), ("mlp", "relu2")])
-def test_a_block_that_llama_has_not_is_refused_by_name(knob, value):
-    c = train_gpt.Config(**KNOBS | {knob: value})
-    with pytest.raises(train_gpt.UserError, match=f"--{knob}={value}: Llama has no such block"):
+@pytest.mark.parametrize("qk_norm, kind", [("false", "Llama"), ("true", "Qwen3")])
+def test_a_block_that_neither_has_is_refused_by_name(qk_norm, kind):
+    c = train_gpt.Config(**KNOBS | dict(qk_norm=qk_norm, mlp="relu2"))
+    with pytest.raises(train_gpt.UserError, match=f"--mlp=relu2: {kind} has no such block"):
         export.tensors(c, train_gpt.GPT(c).state_dict(), False)
 
 
@@ -529,7 +529,7 @@ def test_transformers_loads_it_with_every_weight_bit_for_bit(run, tmp_path):
 
 
 @needs_all
-@pytest.mark.parametrize("trained", [("quartet2", 1)], indirect=True)
+@pytest.mark.parametrize("trained", [("quartet2", 1, "false")], indirect=True)
 def test_the_line_that_it_prints_generates_text_also_where_our_kernels_are(run, tmp_path, capsys):
     export.main(["a", str(tmp_path / "out"), *FORMATS["w4a4"]])
     lines = capsys.readouterr().out.splitlines()
