@@ -614,14 +614,15 @@ def train(c, data, directory, stop, checkpoint=None):
         last = step == c.steps
         stopping = any(gather(bool(stop))) and not last
         evaluating = last or step % c.eval_every == 0
-        saving = last or stopping or step % c.save_every == 0 or step == before_decay(c)
+        needed = last or stopping or step == before_decay(c)
+        saving = needed or step % c.save_every == 0
         log.step(step, begin, mean(total), norm, lr, flush=evaluating or saving)
         if log.bad_in_a_row >= 10:
             raise Diverged(f"step {step}: 10 steps in a row had no finite gradient. Start a new run with a "
                            f"lower --lr than {c.lr}")
         if evaluating:
             log.validation(step, evaluate(model, val_data, c))
-        if saving and (last or stopping or not log.bad_in_a_row):
+        if needed or saving and not log.bad_in_a_row:
             save(directory, c, step, log=log.state(), **identity(data), **snapshot(model, optimizers, c))
         if stopping:
             leave(directory, step, stop)

@@ -48,3 +48,9 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(place, 
     (place / "runs/spoiled/result.json").unlink()
     train_gpt.main(["resume", "spoiled"])
     assert result("spoiled")["skipped"] == 1
+
+
+def test_the_checkpoint_before_a_decay_is_kept_also_after_such_a_step(place, monkeypatch):
+    spoil_losses(monkeypatch, [3])
+    small_runs.train(name="spoiled", schedule="wsd", decay=0.5, steps=4)
+    assert checkpoint("spoiled", "stable.pt")["step"] == 3
