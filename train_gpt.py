@@ -1124,6 +1124,22 @@ def recipes_by_step(c):
     return "; ".join(words)
 
 
+def model_in_words(c):
+    """Example: 6 blocks of width 640, 5 heads (5 of keys), swiglu of 1792; 256 tokens, context 512"""
+    norm = ", normalised" if c.qk_norm == "true" else ""
+    return (f"{c.layers} blocks of width {c.width}, {c.heads} heads ({c.kv_heads or c.heads} of keys){norm}, "
+            f"{c.mlp} of {c.hidden}; {c.vocab_size} tokens, context {c.sequence}")
+
+
+def optimizer_in_words(c):
+    """Example: adamw, lr 0.0012: 10% warm-up, cosine to 10%; weight decay 0.1, clip 1"""
+    fall = f"{c.decay:.0%} decay" if c.schedule == "wsd" else "cosine"
+    others = "".join(f", {name} {getattr(c, name):g}" for name in ("embedding_lr", "head_lr")
+                     if getattr(c, name))
+    return (f"{c.optimizer}, lr {c.lr:g}{others}: {c.warmup:.0%} warm-up, {fall} to {c.final_lr:.0%}; weight "
+            f"decay {c.weight_decay:g}, clip {c.clip:g}")
+
+
 def layers_by_kind(model):
     """Which layers recipes are about, and which not. Example: 4 quantized, 106,496 parameters: blocks.0.qkv,
     blocks.0.out, blocks.0.up, blocks.0.down; not: embedding, head
@@ -1185,6 +1201,8 @@ class Log:
             recipe=recipes_by_step(c),
             operands=str(quartet.RECIPES[c.recipe]),
             layers=layers_by_kind(model),
+            model=model_in_words(c),
+            optimizer=optimizer_in_words(c),
             parameters=f"{size:,}, {size - ends:,} without embedding and head",
             steps=f"{c.steps:,} of {c.tokens_per_step:,} tokens, {c.batch} x {c.sequence} in a process at a "
                   f"time; in all {c.steps * c.tokens_per_step / (size - ends):.1f} tokens a parameter",
