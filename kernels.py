@@ -110,11 +110,10 @@ def inverse(p):
 @jit
 def e2m1(v):
     """quartet.e2m1 to nearest, of v (...) with |v| < 7. Beyond, the result may exceed 6."""
-    # The spacing is half the power of two below v, but at least 0.5. magic = 1.5 * 2^23 * spacing is put
-    # together as an integer: the bits of the power, plus 22 in the exponent (23, less 1 for the half), plus
-    # the mantissa of 1.5. The least spacing, 0.5, gives the least magic.
-    magic = from_bits(tl.maximum((bits(v) & EXPONENT) + 0x0B400000, 0x4AC00000))
-    return v + magic - magic
+    # The spacing is half of p, a power of two. Adding 1.5 * 2^23 spacings rounds v to whole spacings, and
+    # taking them away leaves those; MAGIC / 2 * p is exact.
+    p = power_of_two_below(tl.maximum(tl.abs(v), 1.0))
+    return tl.fma(p, -MAGIC / 2, tl.fma(p, MAGIC / 2, v))
 
 
 @jit
@@ -252,20 +251,31 @@ def ratio_interpreted(b, s):
 
 @jit
 def reciprocal(s):
-    """1 / s, correctly rounded, of s (B, 1) of 4 significant bits; 0 where s is 0 or NaN."""
-    # rsqrt is one fast instruction. Its square is off by a few units in the last place, and for such s one
-    # step of Newton's mends that.
-    root = tl.rsqrt(s)
-    r = root * root
-    return tl.where(s > 0, tl.fma(tl.fma(-s, r, 1.0), r, r), 0.0)
+    """1 / s, correctly rounded, of s (B, 1) in [2^-120, 2^120]; NaN or infinity of others."""
+    if INTERPRET:
+        r = tl.div_rn(1.0, s)
+    else:
+        # One fast instruction, off by a unit in the last place at most, and a step of Newton's.
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [s], tl.float32, True, 1)
+        r = tl.fma(tl.fma(-s, r, 1.0), r, r)
+    return r
+
+
+@jit
+def divide(a, s, r):
+    """a / s, correctly rounded, by the `reciprocal` r of s: Markstein's correction, as in divide_by."""
+    if INTERPRET:
+        v = tl.div_rn(a, s)
+    else:
+        v = a * r
+        v = tl.fma(tl.fma(-v, s, a), r, v)
+    return v
 
 
 @jit
 def ratio_exact(b, s):
-    """quartet.ratio of any float32 b (B, 16): Markstein's correction, as in divide_by."""
-    r = reciprocal(s)
-    v = b * r
-    return tl.fma(tl.fma(-v, s, b), r, v)
+    """quartet.ratio of any float32 b (B, 16)."""
+    return divide(b, s, tl.where(s > 0, reciprocal(s), 0.0))
 
 
 @jit
@@ -275,9 +285,7 @@ def ratio_of_bf16(b, s):
     Such a b / s is a tie of E2M1, or at least 2^-8 of itself away from one. So all that must be exact are the
     ties, and b + b ((1 - s) / s) is a tie where b / s is. (b (1 / s) is not, at s = 1.875.)
     """
-    r = reciprocal(s)
-    t = (1.0 - s) * r
-    t = tl.fma(tl.fma(-t, s, 1.0 - s), r, t)           # (1 - s) / s, correctly rounded, for each block
+    t = divide(1.0 - s, s, reciprocal(s))              # for each block
     # One operation for each value. A t of -1 makes the result 0, where s is 0 or NaN.
     return tl.fma(b, tl.where(s > 0, t, -1.0), b)
 
@@ -395,15 +403,14 @@ def ms_eden_blocks(b, amax, unit, first, i, seed, FOUR_SIX):
     """quartet.ms_eden of rotated b (B, 16); amax (B, 1) in units -> q, s in units."""
     # Values in units of the first scale, which is not rounded: one division for a block's 16.
     s = divide_by(amax, EDEN_MAX)
-    r = tl.div_rn(1.0, s)
-    v = b * (tl.where(s > 0, r, 0.0) * inverse(unit))
+    v = b * (tl.where(s > 0, reciprocal(s), 0.0) * inverse(unit))
     q = e2m1(v)
 
     # The EDEN factor <v, v> / <v, q>, quartet.eden_factor.
     vq = tree(v * q, False)
     if FOUR_SIX:
         q, vq = larger_cosine(v, q, vq)
-    eden_factor = tl.div_rn(tree(v * v, False), vq)
+    eden_factor = divide(tree(v * v, False), vq, reciprocal(vq))
     s = s * tl.where(vq > 0, eden_factor, 1.0)
 
     # The EDEN factor goes into the scale, and the scale is rounded stochastically. That works on integers,
@@ -653,8 +660,8 @@ def quantize_tile(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     R = tl.load(R_ptr + r[:, None] * 128 + r[None, :])
-    # Blocks in a row of the result: that of a transpose is padded to whole tiles.
-    columns = N // 16
+    # Blocks in a row of the result: whole tiles. (A transpose is padded.)
+    columns = N // 128 * 8
     if TRANSPOSE:
         columns = tl.num_programs(0) * 8
     # On Hopper half a tile at a time: see tile_options.
@@ -943,6 +950,8 @@ def tile_options(major):
     # On capability 10 (tcgen05), half as many rows and warps take 5% fewer instructions; but Triton 3.8
     # spills there.
     options = {"FP4": major > 9, "H": 128, "num_warps": 8, "num_stages": 1}
+    if major == 10:
+        options |= {"H": 64, "num_warps": 4}
     if major == 9:
         # wgmma. Within 128 registers two programs fit on a multiprocessor. With 168, sr and ms_eden_46 spill
         # nothing under Triton 3.6, 3.8 and 3.9, and on an H200 take 30% longer.
