@@ -197,6 +197,34 @@ def pack(q, FP4):
     return word
 
 
+# PTX: words of two bf16 each, $0 = $1 * 2^126 * $2. The products are fma that add -0.0: Ampere has no others.
+SCALE_PAIRS = tl.constexpr(
+    "{ .reg .b32 power, zero, q; "
+    "mov.b32 power, 0x7E807E80; "
+    "mov.b32 zero, 0x80008000; "
+    "fma.rn.bf16x2 q, $1, power, zero; "
+    "fma.rn.bf16x2 $0, q, $2, zero; }")
+
+
+@jit
+def decode_pairs(code, scale):
+    """Bytes code (...) int32, two codes each, scale (...) float32 of 8 significant bits, but not below 2^-126
+    -> words (...) int32 of their two values times scale, as bf16: quartet.decode, exact.
+    """
+    # The bits of E2M1, put where bf16 has sign, exponent and mantissa, are its value times 2^-126. The first
+    # code of a byte, in its low half, goes to the low half of the word. A product makes the two copies.
+    copies = code * 0x00040040
+    pair = copies & 0x01C001C0 | (copies & 0x02000200) << 6
+    if INTERPRET:
+        first = from_bits(pair << 16) * 2.0**126 * scale
+        second = from_bits(pair & -0x10000) * 2.0**126 * scale
+        pair = bits(first) >> 16 & 0xFFFF | bits(second)
+    else:
+        both = bits(scale) | bits(scale) >> 16         # as bf16, twice
+        pair = tl.inline_asm_elementwise(SCALE_PAIRS, "=r,r,r", [pair, both], tl.int32, True, 1)
+    return pair
+
+
 # ---- 3. Blocks and scales ----------------------------------------------------------------------------------
 #
 # A thread holds the 16 values of a block in registers, and sums them by halves as quartet.block_sum does.
@@ -572,27 +600,24 @@ def load_tile(
     M,
     N,
     # known when it is compiled
-    H,
-    WIDTH,
     WHOLE,
     SWIZZLED
 ):
-    """H rows from m0, WIDTH columns from n0 of x (M, N) -> (H, WIDTH) bf16, 0 outside; WHOLE: N % 128 = 0."""
+    """The tile of x (M, N) at row m0, column n0 -> (128, 128) bf16, 0 outside. WHOLE: N % 128 == 0."""
     # WHOLE spares the loads a mask for columns.
-    m = down(H)
+    m = down(128)
     inside = m < M - m0
     if x_scale_ptr is None:
-        n = across(WIDTH)
+        n = across(128)
         x = tl.load(x_ptr + (m0.to(tl.int64) * N + n0) + (m * N + n), inside & ((n < N - n0) | WHOLE), 0.0)
     else:
         # Codes: two a byte.
-        k = across(WIDTH // 2)
+        k = across(64)
         x_ptr += m0.to(tl.int64) * (N // 2) + n0 // 2
-        byte = tl.load(x_ptr + (m * (N // 2) + k), inside & (k < (N - n0) // 2), 0).to(tl.int32)
-        code = tl.join(byte & 15, byte >> 4).reshape(H, WIDTH // 16, 16)
+        code = tl.load(x_ptr + (m * (N // 2) + k), inside & (k < (N - n0) // 2), 0).to(tl.int32)
 
         # Block scales, as bytes of E4M3, in rows or `swizzled`.
-        b = across(WIDTH // 16)
+        b = across(8)
         if SWIZZLED:
             r = m0 % 128 + m
             c = n0 // 16 + b
@@ -602,17 +627,19 @@ def load_tile(
             at = m0.to(tl.int64) * (N // 16) + n0 // 16 + (m * (N // 16) + b)
         byte = tl.load(x_scale_ptr + at, inside & (b < (N - n0) // 16), 0).to(tl.int32)
 
-        # Decode: the bits of a small float, put where float32 has exponent and mantissa, are its value times
-        # a power of two, sub-normals included: 2^-120 for E4M3, 2^-126 for E2M1.
+        # Decode. Eight bytes share a scale. The bits of E4M3, put where float32 has exponent and mantissa,
+        # are its value times 2^-120.
         scale = from_bits(byte << 20) * 2.0**120 * tl.load(x_tensor_scale_ptr)
-        q = from_bits((code & 7) << 22 | (code & 8) << 28) * 2.0**126
-        x = (q * scale[:, :, None]).reshape(H, WIDTH).to(tl.bfloat16)          # exact
+        scale = tl.broadcast_to(scale[:, :, None], (128, 8, 8)).reshape(128, 64)
+        pair = decode_pairs(code, scale)
+        x = tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16)).reshape(128, 128)
+        x = x.to(tl.bfloat16, bitcast=True)
     return x
 
 
 @jit
 def rotate_tile(x, R):
-    """x (H, 128) bf16 -> the blocks of x R, (8 H, 16) float32. R (128, 128) bf16, `permuted`."""
+    """x (128, 128) bf16, R (128, W) bf16: W columns of a `permuted` R -> blocks of x R, (8 W, 16) float32."""
     # The products are exact. These float32 sums have the order of the tensor cores: here, and only here,
     # codes and scales may differ from quartet.py's.
     if INTERPRET:                                      # Triton's interpreter multiplies bf16 as integers
@@ -620,8 +647,8 @@ def rotate_tile(x, R):
         R = R.to(tl.float32)
     y = tl.dot(x, R)
     # Column 64 g + 8 i + 2 t + j of y is column 64 g + 16 t + 2 i + j of x R: see the drawing above.
-    y = y.reshape(x.shape[0], 2, 8, 4, 2).permute(0, 1, 3, 2, 4)
-    return y.reshape(x.shape[0] * 8, 16)
+    y = y.reshape(128, R.shape[1] // 64, 8, 4, 2).permute(0, 1, 3, 2, 4)
+    return y.reshape(8 * R.shape[1], 16)
 
 
 @jit
@@ -649,37 +676,37 @@ def quantize_tile(
     WHOLE,
     SWIZZLED,
     FP4,
-    H
+    W
 ):
-    """Rotate and quantize a tile along N, or, TRANSPOSE, along M, H rows of the result at a time."""
-    r = tl.arange(0, 128)
-    # Eight blocks a row of 128: the row and the place in it of each of 8 H blocks.
-    row = down(8 * H) >> 3
-    k = down(8 * H) & 7
+    """Rotate and quantize a tile along N, or, TRANSPOSE, along M, W columns of the result at a time."""
     seed = 0
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    R = tl.load(R_ptr + r[:, None] * 128 + r[None, :])
     # Blocks in a row of the result: whole tiles. (A transpose is padded.)
     columns = N // 128 * 8
     if TRANSPOSE:
         columns = tl.num_programs(0) * 8
-    # On Hopper half a tile at a time: see tile_options.
-    for h in tl.static_range(0, 128, H):
-        # Load: rows of x, or columns as rows.
-        if TRANSPOSE:
-            x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0 + h, M, N, 128, H, WHOLE, SWIZZLED).T
-            first = (n0 + h).to(tl.int64) * columns + m0 // 16
-            mask = row < N - n0 - h
-        else:
-            x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0 + h, n0, M, N, H, 128, WHOLE, SWIZZLED)
-            first = (m0 + h).to(tl.int64) * columns + n0 // 16
-            mask = row < M - m0 - h
-        # Rotate, quantize, store.
-        i = row * columns + k
-        q, s = quantize_blocks(rotate_tile(x, R), first, i, seed, QUANTIZER, 1, False)
-        store_blocks(q, s, first, i, mask, codes_ptr, scale_ptr, decoded_ptr, FP4)
-        if h == 0:
+    # W columns are W / 16 blocks of each row: here are their rows, and their numbers, counted from `first`.
+    row = down(8 * W) // (W // 16)
+    i = row * columns + down(8 * W) % (W // 16)
+
+    # Load: rows of x, or columns as rows.
+    x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N, WHOLE, SWIZZLED)
+    if TRANSPOSE:
+        x = x.T
+        first = n0.to(tl.int64) * columns + m0 // 16
+        mask = row < N - n0
+    else:
+        first = m0.to(tl.int64) * columns + n0 // 16
+        mask = row < M - m0
+
+    # Rotate, quantize, store.
+    for w in tl.static_range(0, 128, W):
+        R = tl.load(R_ptr + w + (down(128) * 128 + across(W)))
+        at = first + w // 16
+        q, s = quantize_blocks(rotate_tile(x, R), at, i, seed, QUANTIZER, 1, False)
+        store_blocks(q, s, at, i, mask, codes_ptr, scale_ptr, decoded_ptr, FP4)
+        if w == 0:
             largest = magnitude_bits(s)
         else:
             largest = tl.maximum(largest, magnitude_bits(s))
@@ -713,7 +740,7 @@ def tile_kernel(
     COL: tl.constexpr,
     SWIZZLED: tl.constexpr,
     FP4: tl.constexpr,
-    H: tl.constexpr
+    W: tl.constexpr
 ):
     """Rotate and quantize a 128 x 128 tile of x (M, N) along N by ROW and along M by COL.
 
@@ -729,14 +756,14 @@ def tile_kernel(
             x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N,
             row_R, row_seed,
             row_codes, row_scale, row_largest, row_decoded,
-            ROW, False, True, SWIZZLED, FP4, H)
+            ROW, False, True, SWIZZLED, FP4, W)
     # Columns: blocks lie along M. N % 128 == 0 is known only if rows were rotated, too.
     if COL != "":
         quantize_tile(
             x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N,
             col_R, col_seed,
             col_codes, col_scale, col_largest, col_decoded,
-            COL, True, ROW != "", SWIZZLED, FP4, H)
+            COL, True, ROW != "", SWIZZLED, FP4, W)
 
 
 @jit
@@ -945,17 +972,19 @@ def major(device):
     return 9
 
 
-def tile_options(major):
-    """FP4, H and launch options of tile_kernel for `major`."""
-    # On capability 10 (tcgen05), half as many rows and warps take 5% fewer instructions; but Triton 3.8
-    # spills there.
-    options = {"FP4": major > 9, "H": 128, "num_warps": 8, "num_stages": 1}
-    if major == 10:
-        options |= {"H": 64, "num_warps": 4}
+def tile_options(major, *modes):
+    """FP4, W and launch options of tile_kernel for `major`, where it runs these modes."""
+    options = {"FP4": major > 9, "W": 64, "num_warps": 8, "num_stages": 1}
     if major == 9:
         # wgmma. Within 128 registers two programs fit on a multiprocessor. With 168, sr and ms_eden_46 spill
         # nothing under Triton 3.6, 3.8 and 3.9, and on an H200 take 30% longer.
-        options |= {"H": 64, "maxnreg": 128}
+        options["maxnreg"] = 128
+    if major == 10:
+        # tcgen05. A thread has whole rows, and four blocks of one share a draw of Philox. sr draws four times
+        # for each block, and would spill.
+        options["num_warps"] = 4
+        if "sr" in modes:
+            options |= {"W": 128, "num_warps": 8}
     return options
 
 
@@ -1108,7 +1137,7 @@ def rotate_quantize(
                 row_R, row_seed, *first[:4],
                 col_R, col_seed, *second[:4],
                 row, col, packed and x[1].dim() == 1,
-                **tile_options(major(x[0].device)), **LAUNCH)
+                **tile_options(major(x[0].device), row, col), **LAUNCH)
         if row:
             found += encode(first, row, row_seed)
         if col:

@@ -181,8 +181,8 @@ def tile_configurations(major):
     from_bf16 = {"x_scale_ptr": None, "x_tensor_scale_ptr": None}
     no_rows = dict.fromkeys(("row_R", "row_seed", "row_codes", "row_scale", "row_largest", "row_decoded"))
     for mode in tile_quantizers():
-        options = kernels.tile_options(major)
-        constants |= {"FP4": options.pop("FP4"), "H": options.pop("H")}
+        options = kernels.tile_options(major, mode)
+        constants |= {"FP4": options.pop("FP4"), "W": options.pop("W")}
         main = mode in main_quantizers()
         yield Configuration(
             f"both {mode}", kernels.tile_kernel,

@@ -14,6 +14,11 @@ import torch
 from background import in_background, python
 
 pytest_plugins = ["background"]
+# numpy divides where a kernel does, and then drops the result.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+]
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
