@@ -1,7 +1,7 @@
 """quartet.py in Triton: the same quantizers, to the bit, with one look at each value. (The sums of a rotation
 come from tensor cores, and their last bits may differ.)
 
-    python kernels.py                                   check against quartet.py, and time, on this GPU
+    python kernels.py [--json=FILE]                     check against quartet.py, and time, on this GPU
     python kernels.py --target=sm_100a [--dump=DIR]     compile for a GPU that need not be here; count
 
 Read quartet.py first: what a function computes is explained there. Functions that a comment here calls

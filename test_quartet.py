@@ -1510,9 +1510,14 @@ MIXED = {
 }
 
 
+FP4 = GPU and torch.cuda.get_device_capability() >= (10, 0)    # whether this GPU has FP4 tensor cores
+
+
 @pytest.fixture
-def imitated_fp4_tensor_cores(monkeypatch):
-    """F.scaled_mm by quartet.matmul, after PyTorch has checked the call, on meta tensors."""
+def fp4_tensor_cores(monkeypatch):
+    """F.scaled_mm. Where it cannot run, by quartet.matmul, after PyTorch has checked it, on meta tensors."""
+    if FP4:
+        return
     real = F.scaled_mm
 
     def meta(t):
@@ -1534,7 +1539,7 @@ def imitated_fp4_tensor_cores(monkeypatch):
     *((recipe, (20, 32, 128)) for recipe in [*RECIPES_4BIT, *MIXED]),
     *((recipe, shape) for recipe in ("nvidia", "quartet2") for shape in ((140, 144, 128), (20, 160, 256)))])
 def test_linear_gives_the_same_bits_with_kernels_and_on_fp4_tensor_cores(
-        recipe, shape, monkeypatch, imitated_fp4_tensor_cores):
+        recipe, shape, monkeypatch, fp4_tensor_cores):
     for name, row in MIXED.items():
         monkeypatch.setitem(RECIPES, name, row)
     M, K, N = shape
@@ -1566,7 +1571,7 @@ def test_linear_gives_the_same_bits_with_kernels_and_on_fp4_tensor_cores(
 def interpreted_dot_scaled(monkeypatch):
     """tl.dot_scaled for the interpreter, which knows no scales of E4M3. (Skips where Triton is too old.)"""
     if GPU:
-        if kernels.major(torch.device("cuda")) < 10:
+        if not FP4:
             pytest.skip("no FP4 tensor cores here")
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -1656,11 +1661,45 @@ def test_offsets_beyond_2_31_and_long_rows():
     assert same([values[-128:], values_t[:, -128:]], expected[3::4])
 
 
+def checked(*shapes):
+    """The bench.Report of its check of these shapes."""
+    report = bench.Report()
+    bench.check(report, DEVICE, shapes)
+    return report
+
+
 def test_the_check_of_kernels_passes_and_sees_a_wrong_bit(monkeypatch, capsys):
-    assert bench.check(DEVICE, [(20, 128)])
+    assert checked((20, 128), (16, 144)).good
     monkeypatch.setitem(quartet.QUANTIZERS, "rtn", quartet.QUANTIZERS["four_six"])
-    assert not bench.check(DEVICE, [(16, 128)])
-    assert "16 x 128, rtn: codes" in capsys.readouterr().out
+    assert not checked((16, 128)).good
+    assert "WRONG: 16 x 128, quantize rtn: codes" in capsys.readouterr().out
+
+
+def test_the_check_of_gemms_tells_another_order_from_a_wrong_sum(fp4_tensor_cores, monkeypatch, capsys):
+    def nvfp4(codes, scale, tensor_scale):
+        return NVFP4(codes, scale.view(float8_e4m3fn), tensor_scale)
+
+    def as_probed(a, b):
+        return quartet.fp4_matmul(nvfp4(*a), nvfp4(*b))
+
+    def wrong_once(a, b):
+        y = as_probed(a, b)
+        y[0, 0] = -y[0, 0]
+        return y
+
+    def lines_by(gemm):
+        monkeypatch.setattr(kernels, "gemm", gemm)
+        bench.check_gemms(report, DEVICE, True, [(128, 128, 2048)])
+        return [line for line in capsys.readouterr().out.splitlines() if "in Triton" in line]
+
+    # One adds as the probe says, two in float32: no fault.
+    report = bench.Report()
+    lines = lines_by(as_probed)
+    assert len(lines) == 3 and all(" 100.0000% " in line for line in lines) and report.good
+    lines = lines_by(wrong_once)
+    assert len(lines) == 6 and " 99.9939% " in lines[0] and not report.good
+    assert lines[1] == "WRONG: 128 x 128 x 2048, 4/6 of N(0, 1), in Triton: some outputs are far from " \
+                       "quartet.fp4_matmul's"
 
 
 # For other GPUs: data/tests/test_bench.py
@@ -1669,7 +1708,11 @@ def test_kernels_compile_for_fp4_tensor_cores_without_spills(compiled_for_fp4):
     names = [c.name for c in bench.configurations(10)]
     rows = printed.splitlines()[2:2 + len(names)]
     assert [row[:28].rstrip() for row in rows] == names
-    assert not any(int(row[46:53]) for row, c in zip(rows, bench.configurations(10)) if c.main)
+    columns = {row[:28].rstrip(): row[28:].split() for row in rows}
+    # Registers, shared memory, spills, programs, warps, five kinds of instructions, all of them, ...
+    assert not any(int(columns[c.name][2]) for c in bench.configurations(10) if c.main)
+    assert float(columns["both ms_eden"][10]) <= 30
+    assert float(columns["requantize ms_eden"][10]) <= 22.5
     assert {name.split()[-1].removesuffix("_16x16") for name in names} == {*kernels.MODES, "gemm"}
     assert "PREDICTED" in printed
     assert ".target sm_100a" in (directory / "sm_100a-both-ms_eden.ptx").read_text()

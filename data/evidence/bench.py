@@ -1,16 +1,21 @@
 """What `python kernels.py` does: check the kernels against quartet.py and time them on the GPU that is here.
 
-    python kernels.py                                   check, bit for bit, and time
+    python kernels.py [--json=FILE]                     check, bit for bit, and time; FILE keeps all of it
     python kernels.py --target=sm_100a [--dump=DIR]     compile for a GPU that need not be here, and count
 
 Which quantizers it takes follows from the tables: kernels.MODES, quartet.QUANTIZERS, quartet.RECIPES. A new
 row there is checked, timed and compiled, and nothing is to be added here.
 """
 import argparse
+import functools
+import hashlib
+import json
+import platform
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -92,16 +97,19 @@ class Target(NamedTuple):
     capability: int
     instructions: float    # lane-instructions/s: multiprocessors x 128 x clock
     bandwidth: float       # bytes/s
+    shared: int            # bytes of shared memory a multiprocessor; a program takes 1 KiB more than it asks
+    warps: int             # a multiprocessor
     bf16: float = 0.0      # dense FLOP/s in bf16
     fp4: float = 0.0       # and in FP4
 
 
 TARGETS = {
-    "sm_90a": Target(90, 30e12, 3.35e12),                          # H100
-    "sm_100a": Target(100, 35e12, 8e12, 2.25e15, 9e15),            # B200
-    "sm_103a": Target(103, 35e12, 8e12, 2.25e15, 13.1e15),         # B300
-    "sm_120a": Target(120, 52e12, 1.79e12, 0.2095e15, 1.676e15)    # RTX 5090
+    "sm_90a": Target(90, 30e12, 3.35e12, 228 << 10, 64),                           # H100
+    "sm_100a": Target(100, 35e12, 8e12, 228 << 10, 64, 2.25e15, 9e15),             # B200
+    "sm_103a": Target(103, 35e12, 8e12, 228 << 10, 64, 2.25e15, 13.1e15),          # B300
+    "sm_120a": Target(120, 52e12, 1.79e12, 100 << 10, 48, 0.2095e15, 1.676e15),    # RTX 5090
 }
+REGISTERS = 2**16          # of a multiprocessor
 
 # Types of the kernels' arguments, by name or by its last word, without _ptr.
 TYPES = {
@@ -291,45 +299,74 @@ def count(sass):
     return Count(int(registers[1]), int(stack[1]), spills, counts)
 
 
+class Cost(NamedTuple):
+    """What a Configuration takes on a GPU. Instructions and times are for a value, times in 1e-15 seconds."""
+    found: Count
+    shared: int               # bytes of shared memory, a program
+    programs: int             # that a multiprocessor runs at once
+    warps: int                # of these
+    shares: list              # instructions of each of KINDS, of all lanes
+    by_bytes: float           # time that memory needs
+    by_instructions: float    # time that the multiprocessors need to issue them
+    ptx: str
+
+
+def cost_of(c, gpu, file):
+    """Compile Configuration c for a Target, leave FILE.cubin, FILE.ptx, FILE.sass -> Cost. Raises what Triton
+    does.
+    """
+    compiled = compile_kernel(c, gpu.capability)
+    found = count(disassemble(compiled, file))
+    warps = c.options.get("num_warps", 4)
+    shared = compiled.metadata.shared
+    # A warp gets registers 256 at a time.
+    registers = triton.cdiv(32 * found.registers, 256) * 256 * warps
+    programs = min(REGISTERS // registers, gpu.shared // (shared + 1024), gpu.warps // warps)
+    shares = [n * 32 * warps / c.values for n in found.instructions.values()]
+    return Cost(found, shared, programs, programs * warps, shares,
+                c.size / gpu.bandwidth * 1e15, sum(shares) / gpu.instructions * 1e15, compiled.asm["ptx"])
+
+
 def compile_for(target, dump):
     """Compile every kernel for a target, print what it costs there -> whether none fails, and none of `main`
     spills.
 
     Instructions are static: a thread's, of all paths (encode's include the rare ones), times threads by
-    values; loops are unrolled. The bound is bytes or instructions over what the GPU can do, the larger.
-    dump: a directory for cubins, PTX and SASS.
+    values; loops are unrolled. The bound is bytes or instructions over what the GPU can do, the larger; the
+    sum of both is what it would take if nothing overlapped. dump: a directory for cubins, PTX and SASS.
     """
     gpu = TARGETS[target]
-    print(f"{target}: per value, and ns per million values")
+    print(f"{target}: per value, and ns per million values. Programs and warps: on a multiprocessor at once")
     kinds = "".join(f"{kind:>9}" for kind in KINDS)
-    print(f"{'kernel':28}{'registers':>10}{'shared':>8}{'spills':>7}{kinds} {'bytes':>6}{'bound':>7}  by")
+    print(f"{'kernel':28}{'registers':>10}{'shared':>8}{'spills':>7}{'programs':>9}{'warps':>6}{kinds}"
+          f"{'all':>7}{'bytes':>7}{'bound':>7}{'sum':>6}  by")
     good = True
     bounds = {}
     for c in configurations(gpu.capability // 10):
         try:
-            compiled = compile_kernel(c, gpu.capability)
+            cost = cost_of(c, gpu, Path(dump, f"{target}-{c.name}".replace(" ", "-")))
         except Exception as e:                      # Triton has no common class for what a compiler may raise
             print(f"{c.name:28} does not compile: {type(e).__name__} {e}")
             good = False
             continue
-        found = count(disassemble(compiled, Path(dump, f"{target}-{c.name}".replace(" ", "-"))))
+        found = cost.found
         if c.main and (found.spills or found.stack):
             good = False
-        if c.kernel is kernels.gemm_kernel and "kind::mxf4nvf4" not in compiled.asm["ptx"]:
+        if not cost.programs:
+            print(f"{c.name:28} does not fit on a multiprocessor")
+            good = False
+        if c.kernel is kernels.gemm_kernel and "kind::mxf4nvf4" not in cost.ptx:
             print(f"{c.name:28} has no FP4 instruction")
             good = False
 
-        threads = c.options.get("num_warps", 4) * 32
-        shares = [n * threads / c.values for n in found.instructions.values()]
-        by_bytes = c.size / gpu.bandwidth * 1e15
-        by_instructions = sum(shares) / gpu.instructions * 1e15
-        bounds[c.name] = max(by_bytes, by_instructions)
+        bounds[c.name] = max(cost.by_bytes, cost.by_instructions)
         reason = "bytes"
-        if by_instructions >= by_bytes:
-            reason = f"instructions, {by_instructions / by_bytes:.1f} times bytes"
-        columns = "".join(f"{share:9.1f}" for share in shares)
-        print(f"{c.name:28}{found.registers:10}{compiled.metadata.shared:8}{found.spills:7}{columns}"
-              f"{c.size:7.2f}{bounds[c.name]:7.0f}  {reason}")
+        if cost.by_instructions >= cost.by_bytes:
+            reason = f"instructions, {cost.by_instructions / cost.by_bytes:.1f} times bytes"
+        columns = "".join(f"{share:9.1f}" for share in cost.shares)
+        print(f"{c.name:28}{found.registers:10}{cost.shared:8}{found.spills:7}{cost.programs:9}{cost.warps:6}"
+              f"{columns}{sum(cost.shares):7.1f}{c.size:7.2f}{bounds[c.name]:7.0f}"
+              f"{cost.by_bytes + cost.by_instructions:6.0f}  {reason}")
     if good and gpu.fp4:
         predict(bounds, gpu)
     return good
@@ -375,49 +412,141 @@ def predict(bounds, gpu):
         print(f"{model:>5}: quartet2 {speeds['quartet2']:.2f} ({paper}), quintet {speeds['quintet']:.2f}")
 
 
-# ---- 3. Check and time on the GPU that is here -------------------------------------------------------------
+# ---- 3. The first run on a GPU -----------------------------------------------------------------------------
+#
+# What an owner of a GPU sees: the machine, whether every op gives quartet.py's bits, how the GEMMs add, how
+# long all takes. A fault must not hide another, so what raises is told, and the rest goes on.
+
+class Report:
+    """Keeps what the first run finds in a file, if there is one: a line of JSON each. Tells what is wrong."""
+
+    def __init__(self, path=None):
+        self.path = path
+        self.good = True
+        if path:
+            Path(path).write_text("")
+
+    def keep(self, kind, **record):
+        """Keep a record at once: what comes later may fail."""
+        if self.path:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(dict(kind=kind, **record)) + "\n")
+
+    def fault(self, text):
+        """Print and keep what is wrong: the run will end with status 1."""
+        self.good = False
+        print(f"WRONG: {text}", flush=True)
+        self.keep("fault", text=text)
+
+    def attempt(self, name, f):
+        """f(), or None if it raises, which is a fault."""
+        try:
+            return f()
+        except Exception as e:                      # whatever a compiler, a driver or PyTorch raises
+            self.fault(f"{name}: {type(e).__name__}: {e}")
+
+
+def smi(device):
+    """What nvidia-smi says of a CUDA device, {field: text}; nothing if it is not there."""
+    fields = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.max.memory", "power.limit"]
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = done.stdout.strip().split(", ")
+    return dict(zip(fields, values)) if len(values) == len(fields) else {}
+
+
+def machine(device):
+    """What there is to know of a CUDA device and of the software, {what: value}."""
+    p = torch.cuda.get_device_properties(device)
+    return dict(
+        gpu=p.name,
+        capability=f"{p.major}.{p.minor}",
+        multiprocessors=p.multi_processor_count,
+        memory_gib=round(p.total_memory / 2**30, 1),
+        l2_mib=p.L2_cache_size / 2**20,
+        shared_kib=p.shared_memory_per_block_optin / 2**10,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=triton.__version__,
+        cuda=torch.version.cuda,
+        code=code(),
+        **smi(device),
+    )
+
+
+def code():
+    """The first 8 digits of the sha256 of quartet.py and kernels.py."""
+    sha = hashlib.sha256()
+    for module in quartet, kernels:
+        sha.update(Path(module.__file__).read_bytes())
+    return sha.hexdigest()[:8]
+
+
+# ---- 4. The check: every op, in every form, against quartet.py ---------------------------------------------
 
 class Case(NamedTuple):
     """An op of kernels.py on some inputs, and what quartet.py makes of them."""
-    name: str
+    name: str           # of its Configuration
     inputs: list
-    ours: Callable      # (decoded) -> all parts of its Operands. decoded: with decoded values
+    results: list       # (rows, columns) of each
+    ours: Callable      # (parts) -> all parts of its Operands. parts: as kernels.FP4_PARTS
     theirs: Callable    # () -> NVFP4 of each
 
 
 def flat_case(name, x, seed):
-    """x (M, K) by a name of `quantizers`: codes, and decoded values too if wanted."""
+    """x (M, K) by a name of `quantizers`: codes, and the other parts too if wanted."""
     mode, rows = mode_of(name)
     f = quartet.QUANTIZERS[name]
     return Case(
-        name,
+        f"quantize {name}",
         [x],
-        lambda decoded: kernels.quantize(x, mode, rows, seed, True, decoded),
+        [x.shape],
+        lambda parts: kernels.quantize(x, mode, rows, seed, True, *parts[1:]),
         lambda: [f(x, None, seed)])
 
 
 def both_case(mode, x, R, seed, seed_t):
-    """x R and x^T R by a mode: codes or, if wanted, decoded values, as a GEMM in bf16 takes them."""
+    """x R and x^T R by a mode; of an x (M, N) without whole groups of 128 along N only x^T R."""
     f = quartet.QUANTIZERS[mode]
     P = kernels.permuted(R)
+    M, N = x.shape
+    row = mode if N % GROUP == 0 else ""
+    results = [(M, N)] * bool(row) + [(N, triton.cdiv(M, GROUP) * GROUP)]
+
+    def theirs():
+        transposed = f(quartet.whole_groups(x).T, R, seed_t)
+        return [f(x, R, seed), transposed] if row else [transposed]
+
     return Case(
-        f"{mode}, both ways",
+        f"both {mode}",
         [x],
-        lambda decoded: kernels.rotate_quantize(
-            [x], mode, P, seed, mode, P, seed_t, not decoded, decoded),
-        lambda: [f(x, R, seed), f(quartet.whole_groups(x).T, R, seed_t)])
+        results,
+        lambda parts: kernels.rotate_quantize([x], row, P, seed, mode, P, seed_t, *parts),
+        theirs)
 
 
 def requantized_case(mode, t, R, seed):
-    """The transpose of t NVFP4 (M, K), times R, by a mode, as in both_case."""
+    """The transpose of t NVFP4 (M, K), times R, by a mode."""
     f = quartet.QUANTIZERS[mode]
     P = kernels.permuted(R)
-    packed = [t.codes, t.block_scale.view(torch.uint8), t.tensor_scale]
+    M, K = len(t.codes), 2 * t.codes.shape[1]
+    scale = t.block_scale.view(torch.uint8)
+
+    def ours(parts):
+        # Where results are swizzled, so is what they are made of.
+        stored = kernels.swizzle(scale) if parts == kernels.FP4_PARTS else scale
+        packed = [t.codes, stored, t.tensor_scale]
+        return kernels.rotate_quantize(packed, "", None, None, mode, P, seed, *parts)
+
     return Case(
-        f"{mode}, requantized",
-        packed,
-        lambda decoded: kernels.rotate_quantize(
-            packed, "", None, None, mode, P, seed, not decoded, decoded),
+        f"requantize {mode}",
+        [t.codes, scale],
+        [(K, triton.cdiv(M, GROUP) * GROUP)],
+        ours,
         lambda: [f(quartet.whole_groups(quartet.decode(t, torch.bfloat16)).T, R, seed)])
 
 
@@ -435,44 +564,136 @@ def cases(x, flat, tile):
         yield requantized_case(mode, stored, R, seed_t)
 
 
-def differing_parts(case, decoded):
+PARTS = (kernels.NVFP4_PARTS, kernels.BF16_PARTS, kernels.FP4_PARTS)
+
+
+def differing_parts(case, parts):
     """Names of the parts of a Case's result that are not quartet.py's, to the bit."""
     expected = []
     for t in case.theirs():
-        expected += [t.codes, t.block_scale.view(torch.uint8), t.tensor_scale]
+        scale = t.block_scale.view(torch.uint8)
+        expected += [t.codes, kernels.swizzle(scale) if parts[2] else scale, t.tensor_scale]
         expected.append(quartet.decode(t, torch.bfloat16))
-    found = case.ours(decoded)
-    names = (*NVFP4._fields, "decoded") * 2
+    found = case.ours(parts)
+    names = (*NVFP4._fields, "decoded") * len(case.results)
     # A part that was not wanted is empty.
     return [part for part, a, b in zip(names, found, expected) if a.numel() and not torch.equal(a, b)]
 
 
-def check(device, shapes):
-    """Compare the ops with quartet.py, bit for bit, on x (M, K) of shapes; print -> whether all agree.
+def check(report, device, shapes):
+    """Compare the ops with quartet.py, bit for bit, on x (M, K) of shapes, and print a line for each op.
 
     x is integers, every other 128 rows times 2^-16: sums of x R are exact, some scales sub-normal.
     """
-    good = True
+    todo = {}    # {op: [(shape, its Case), ...]}
     for M, K in shapes:
         x = torch.randint(-9, 10, (M, K), device=device).bfloat16()
         group = torch.arange(M, device=device)[:, None] // GROUP
         x *= 2.0 ** (-16 * (group % 2))
         for case in cases(x, quantizers(), tile_quantizers()):
-            for decoded in False, True:
-                wrong = differing_parts(case, decoded)
+            todo.setdefault(case.name, []).append((f"{M} x {K}", case))
+
+    for name, found in todo.items():
+        begin = time.perf_counter()
+        faults = 0
+        for shape, case in found:
+            for parts in PARTS:
+                wrong = report.attempt(f"{shape}, {name}", lambda: differing_parts(case, parts))
                 if wrong:
-                    print(f"{M} x {K}, {case.name}: {', '.join(wrong)} not as quartet.py's")
-                    good = False
-    print("every op gives quartet.py's bits:", good)
-    return good
+                    report.fault(f"{shape}, {name}: {', '.join(wrong)} not as quartet.py's")
+                faults += wrong != []
+        seconds = time.perf_counter() - begin
+        if not faults:
+            print(f"{name:28}{seconds:6.1f} s  quartet.py's bits, shapes: {len(found)}", flush=True)
+        report.keep("check", op=name, faults=faults, shapes=[shape for shape, _ in found], seconds=seconds)
 
 
-def seconds(f):
-    """Median time of f(), all its launches, as one CUDA graph."""
-    return triton.testing.do_bench_cudagraph(f, return_mode="median") * 1e-3
+# ---- 5. How the GEMMs add ----------------------------------------------------------------------------------
+
+def operands(device):
+    """Pairs of NVFP4 to multiply, {what: function of (rows of a, rows of b, K) -> a, b}."""
+    R, _ = quartet.rotation("rht128x2", torch.Generator(device))
+
+    def normal(rows, K):
+        return torch.randn(rows, K, device=device).bfloat16()
+
+    def by_four_six(M, N, K):
+        return quartet.four_six(normal(M, K)), quartet.four_six(normal(N, K))
+
+    def by_ms_eden(M, N, K):
+        return quartet.ms_eden(normal(M, K), R, 1), quartet.ms_eden(normal(N, K), R, 2)
+
+    def of_columns(M, N, K):
+        a = normal(M, K) * (4 * torch.randn(K, device=device)).exp()
+        return quartet.four_six(a), quartet.four_six(normal(N, K))
+
+    return {
+        "4/6 of N(0, 1)": by_four_six,
+        "MS-EDEN of N(0, 1)": by_ms_eden,
+        "4/6, columns of a times exp(4 N(0, 1))": of_columns,
+    }
 
 
-def copy_bandwidth(device):
+def gemms(native):
+    """The GEMMs that are here, {name: function of a, b NVFP4 -> a b^T}. native: FP4 tensor cores are."""
+    def parts(t):
+        return [t.codes, t.block_scale.view(torch.uint8), t.tensor_scale]
+
+    found = {"in float32": quartet.matmul}
+    if native:
+        found["scaled_mm"] = lambda a, b: kernels.scaled_mm(parts(a), parts(b))
+        found["in Triton"] = lambda a, b: kernels.gemm(parts(a), parts(b))
+    return found
+
+
+def check_gemms(report, device, native, shapes):
+    """Print how many outputs of each GEMM are those of quartet.fp4_matmul, and those of sums in float32.
+
+    Another order of summation than the published one is no fault. Outputs that no order explains are one.
+    """
+    print(f"{'of all outputs, these are equal to those of':70}{'fp4_matmul':>12}{'float32 sums':>14}")
+    for what, make in operands(device).items():
+        for M, N, K in shapes:
+            a, b = make(M, N, K)
+            expected = quartet.fp4_matmul(a, b)
+            plain = quartet.matmul(a, b)
+            # Sums of K terms err by K 2^-23 of their magnitudes, rounded toward zero or to nearest, and two
+            # roundings to bf16 by 2^-8 of the result each.
+            magnitude = quartet.decode(a).double().abs() @ quartet.decode(b).double().abs().T
+            allowed = K * 2.0**-23 * magnitude + 2.0**-7 * expected.abs()
+            for name, f in gemms(native).items():
+                title = f"{M} x {N} x {K}, {what}, {name}"
+                y = report.attempt(title, lambda: f(a, b))
+                if y is None:
+                    continue
+                as_probed = (y == expected).double().mean().item()
+                as_plain = (y == plain).double().mean().item()
+                print(f"{title:70}{as_probed:12.4%}{as_plain:14.4%}", flush=True)
+                report.keep("gemm", gemm=name, operands=what, shape=(M, N, K), outputs=y.numel(),
+                            as_fp4_matmul=as_probed, as_float32=as_plain)
+                if not ((y.double() - expected.double()).abs() <= allowed).all():
+                    report.fault(f"{title}: some outputs are far from quartet.fp4_matmul's")
+
+
+# ---- 6. Times ----------------------------------------------------------------------------------------------
+
+def cold_timer(device):
+    """-> a function of f: the median seconds of f(), its launches one CUDA graph, from a cold L2 cache."""
+    # To read twice as much as it holds leaves nothing else in it.
+    fill = torch.zeros(2 * torch.cuda.get_device_properties(device).L2_cache_size // 4, device=device)
+    median = functools.partial(triton.testing.do_bench_cudagraph, return_mode="median")
+
+    def seconds(f):
+        def after_filling():
+            fill.sum()
+            f()
+
+        return 1e-3 * (median(after_filling) - median(fill.sum))
+
+    return seconds
+
+
+def copy_bandwidth(device, seconds):
     """Bytes/s that a copy of 1 GiB reads and writes."""
     source, copy = torch.randn(2, 2**28, device=device)
     # Either may be faster.
@@ -480,73 +701,143 @@ def copy_bandwidth(device):
     return 2 * copy.nbytes / time
 
 
-def time_quantizers(x, native):
-    """Print the time of ops on x (M, K) beside that of quartet.py's functions under torch.compile."""
-    peak = copy_bandwidth(x.device)
-    title = f"{len(x)} x {x.shape[1]}; a copy: {peak / 1e12:.2f} TB/s"
-    print(f"\n{title:34}{'B/value':>8}{'us':>8}{'TB/s':>6}{'of copy':>8}{'compiled':>10}{'ratio':>6}")
-    # Of blocks of 1x16: the names that are modes.
-    flat = [name for name in flat_quantizers() if name in kernels.MODES]
-    for case in cases(x, flat, tile_quantizers()):
-        for decoded in (False,) if native else (False, True):
-            time_case(case, decoded, x.numel(), peak)
+def this_gpu(device, bandwidth):
+    """The GPU that is here, as a Target."""
+    p = torch.cuda.get_device_properties(device)
+    clock = triton.runtime.driver.active.utils.get_device_properties(device.index)["sm_clock_rate"] * 1e3
+    lanes = 64 if (p.major, p.minor) == (8, 0) else 128
+    return Target(
+        p.major * 10 + p.minor, p.multi_processor_count * lanes * clock, bandwidth,
+        p.shared_memory_per_multiprocessor, p.max_threads_per_multi_processor // 32)
 
 
-def time_case(case, decoded, values, peak):
-    """Print a row of time_quantizers."""
-    theirs = case.theirs
+def time_encoding(case, quantizer, parts, device, seconds):
+    """Seconds that encode_kernel takes for the results of a Case, of scales that are all 1."""
+    buffers = [kernels.allocate(rows, columns, device, *parts) for rows, columns in case.results]
+    for b in buffers:
+        b.scale.fill_(1.0)
+        b.largest.fill_(0x3F800000)                 # the bits of 1.0
+    seed = torch.tensor(0, device=device)
+    return seconds(lambda: [kernels.encode(b, quantizer, seed) for b in buffers])
 
-    def rival():
-        found = theirs()
-        if decoded:
-            found = [quartet.decode(t, torch.bfloat16) for t in found]
-        return found
 
-    torch.compiler.reset()                          # else it gives up after some compilations of a function
-    out = case.ours(decoded)
+def time_ops(report, x, native, seconds):
+    """Print the time of ops on x (M, K), what is expected, and what torch.compile of quartet.py takes."""
+    peak = copy_bandwidth(x.device, seconds)
+    gpu = this_gpu(x.device, peak)
+    print(f"\n{len(x)} x {x.shape[1]}, {x.numel():,} values; us, from a cold L2 cache; a copy: "
+          f"{peak / 1e12:.2f} TB/s\n{'':33}{'all':>8}{'encode':>8}{'least':>8}{'sum':>8}{'of copy':>9}"
+          f"{'compiled':>10}{'ratio':>7}")
+    listed = {c.name: c for c in configurations(gpu.capability // 10)}
+    for case in cases(x, [name for name in flat_quantizers() if name in kernels.MODES], tile_quantizers()):
+        for parts in (kernels.FP4_PARTS,) if native else (kernels.NVFP4_PARTS, kernels.BF16_PARTS):
+            title = case.name + ", decoded" * parts[1]
+            c = listed[case.name]
+            report.attempt(title, lambda: time_op(report, title, case, parts, c, gpu, seconds))
+
+
+def time_op(report, title, case, parts, c, gpu, seconds):
+    """Print and keep a row of time_ops."""
+    device = case.inputs[0].device
+    out = case.ours(parts)
     # Scales go through memory as bf16, there and back, too.
-    scales = sum(scale.numel() for scale in out[1::4])
-    size = sum(t.nbytes for t in case.inputs + out) + 4 * scales
-    time = seconds(lambda: case.ours(decoded))
+    size = sum(t.nbytes for t in case.inputs + out) + sum(4 * rows * k // BLOCK for rows, k in case.results)
+    time = seconds(lambda: case.ours(parts))
+    encoding = time_encoding(case, mode_of(case.name.split()[1])[0], parts, device, seconds)
+
+    # What its Configuration is expected to take, at best, and if nothing overlaps. That is of the form that
+    # training launches.
+    with tempfile.TemporaryDirectory() as directory:
+        cost = cost_of(c, gpu, Path(directory, "kernel"))
+    values = case.inputs[0].numel() * (2 if c.name.startswith("requantize") else 1)
+    least = max(cost.by_bytes, cost.by_instructions) * values * 1e-15
+    apart = (cost.by_bytes + cost.by_instructions) * values * 1e-15
+
+    # What everybody has: torch.compile, which gives up after some compilations of a function.
+    def rival():
+        found = case.theirs()
+        return [quartet.decode(t, torch.bfloat16) for t in found] if parts[1] else found
+
+    torch.compiler.reset()
     other = seconds(torch.compile(rival))
-    name = case.name + ", decoded" * decoded
-    print(f"{name:34}{size / values:8.2f}{time * 1e6:8.1f}{size / time / 1e12:6.2f}{size / time / peak:8.0%}"
-          f"{other * 1e6:10.1f}{other / time:6.1f}")
+    print(f"{title:33}{time * 1e6:8.1f}{encoding * 1e6:8.1f}{least * 1e6:8.1f}{apart * 1e6:8.1f}"
+          f"{size / time / gpu.bandwidth:9.0%}{other * 1e6:10.1f}{other / time:7.1f}", flush=True)
+    report.keep("time", op=title, values=values, bytes=size, seconds=time, encoding=encoding, least=least,
+                sum=apart, compiled=other, copy_bandwidth=gpu.bandwidth)
 
 
-def time_linear(recipe, K, N, device):
-    """Milliseconds that a linear layer of K features in, N out takes by a recipe, forward and backward."""
+def time_linear(recipe, K, N, device, seconds):
+    """Seconds that a linear layer of K features in, N out takes by a recipe, forward and backward."""
     layer = quartet.Linear(K, N, recipe=recipe, backend="triton", device=device, dtype=torch.bfloat16)
     x = torch.randn(TOKENS, K, device=device).bfloat16().requires_grad_()
     dy = torch.randn(TOKENS, N, device=device).bfloat16()
-    return 1e3 * seconds(lambda: torch.autograd.grad(layer(x), (x, layer.weight), dy))
+    return seconds(lambda: torch.autograd.grad(layer(x), (x, layer.weight), dy))
 
 
-def benchmark(device, native):
-    """Print the time of quantizers, and of linear layers forward and backward by every recipe."""
-    torch.set_float32_matmul_precision("high")      # TF32 for the rival's x R: exact if x is bf16
-    for shape in (TOKENS, 4096), (2 * TOKENS, 3072):
-        time_quantizers(torch.randn(shape, device=device).bfloat16(), native)
-
-    print(f"\nlinear layer, {TOKENS} x 4096 x 4096, forward + backward: ms, speed over bf16, time over bf16")
+def time_layers(report, device, seconds):
+    """Print how long linear layers take, forward and backward: one by every recipe, and PAPER's."""
+    print(f"\nlinear layer of {LAYER}, {TOKENS} tokens, forward + backward: ms, speed and time over bf16")
     for recipe, row in quartet.RECIPES.items():
         if kernels.supports(row):
-            bf16 = time_linear("bf16", 4096, 4096, device)
-            time = time_linear(recipe, 4096, 4096, device)
-            print(f"{recipe:12}{time:8.3f}{bf16 / time:7.2f}{time / bf16 - 1:+8.0%}")
+            report.attempt(recipe, lambda: time_layer(report, recipe, device, seconds))
 
-    if native:
-        for model, (h, f, paper) in PAPER.items():
-            layers = (h, 3 * h), (h, h), (h, 2 * f), (f, h)
-            bf16 = sum(time_linear("bf16", *layer, device) for layer in layers)
-            time = sum(time_linear("quartet2", *layer, device) for layer in layers)
-            speed = bf16 / time
-            print(f"{model:>5}: quartet2 {speed:.2f} times as fast as bf16 (paper, RTX 5090: {paper})")
+    print(f"\na block's layers, {TOKENS} tokens, forward + backward: speed over bf16; in brackets what the "
+          "paper measured on an RTX 5090")
+    for model in PAPER:
+        report.attempt(model, lambda: time_block(report, model, device, seconds))
+
+
+def time_block(report, model, device, seconds):
+    """Print and keep the time of the layers of a block of PAPER's, by bf16 and recipes of MAIN."""
+    h, f, paper = PAPER[model]
+    layers = (h, 3 * h), (h, h), (h, 2 * f), (f, h)
+    times = {recipe: sum(time_linear(recipe, *layer, device, seconds) for layer in layers)
+             for recipe in ("bf16", *MAIN)}
+    speeds = ", ".join(f"{recipe} {times['bf16'] / times[recipe]:.2f}" for recipe in MAIN)
+    print(f"{model:>5}: {speeds} ({paper})", flush=True)
+    report.keep("block", model=model, seconds=times)
+
+
+def time_layer(report, recipe, device, seconds):
+    """Print and keep the time of one layer by a recipe, beside bf16."""
+    bf16 = time_linear("bf16", *LAYER, device, seconds)
+    time = time_linear(recipe, *LAYER, device, seconds)
+    print(f"{recipe:12}{time * 1e3:8.3f}{bf16 / time:7.2f}{time / bf16 - 1:+8.0%}", flush=True)
+    report.keep("layer", recipe=recipe, seconds=time, bf16=bf16)
+
+
+# ---- 7. The command line -----------------------------------------------------------------------------------
+
+# Rows and columns that are whole tiles, and not; one row; a matrix whose rows are no multiples of 128.
+SHAPES = (1, 128), (140, 256), (16, 4096), (48, 144), (4112, 1536)
+GEMM_SHAPES = (128, 128, 128), (256, 512, 2048), (2048, 1024, 8192)
+TIMED = (TOKENS, 4096), (2 * TOKENS, 3072)
+LAYER = 4096, 4096    # features in and out
+
+
+def first_run(report, device, native):
+    """All that `python kernels.py` prints."""
+    print("1. The machine", flush=True)
+    found = machine(device)
+    for what, value in found.items():
+        print(f"{what:>18}  {value}")
+    report.keep("machine", **found)
+    print("\n2. Every op against quartet.py", flush=True)
+    check(report, device, SHAPES)
+    print("\n3. How the GEMMs add", flush=True)
+    check_gemms(report, device, native, GEMM_SHAPES)
+    print("\n4. Times", flush=True)
+    torch.set_float32_matmul_precision("high")      # TF32 for the rival's x R: exact if x is bf16
+    seconds = cold_timer(device)
+    for shape in TIMED:
+        time_ops(report, torch.randn(shape, device=device).bfloat16(), native, seconds)
+    time_layers(report, device, seconds)
 
 
 def main(argv=None):
     """The command line of kernels.py -> exit status: 1 if a kernel is wrong, spills or does not compile."""
     parser = argparse.ArgumentParser(prog="kernels.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", metavar="FILE", help="keep what is found, a record a line")
     parser.add_argument("--target", choices=TARGETS, help="compile for this GPU, here or not, and count")
     parser.add_argument("--dump", metavar="DIR", help="with --target: keep cubins, PTX, SASS there")
     arguments = parser.parse_args(argv)
@@ -557,10 +848,13 @@ def main(argv=None):
             return int(not compile_for(arguments.target, dump))
     if not torch.cuda.is_available():
         sys.exit("to check and time the kernels, python kernels.py needs a GPU; --target works anywhere")
-    good = check("cuda", [(1, 128), (140, 256), (16, 4096), (4112, 1536)])
-    print(torch.cuda.get_device_name())
-    benchmark("cuda", torch.cuda.get_device_capability() >= (10, 0))
-    return int(not good)
+    report = Report(arguments.json)
+    device = torch.device("cuda", torch.cuda.current_device())
+    first_run(report, device, kernels.major(device) >= 10)
+    print(f"\n{'all is well' if report.good else 'something is WRONG: see above'}")
+    if arguments.json:
+        print(f"written to {arguments.json}")
+    return int(not report.good)
 
 
 if __name__ == "__main__":

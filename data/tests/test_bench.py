@@ -3,6 +3,8 @@
 Run as a script, this file is `python kernels.py` with fewer quantizers: test_bench.py NAME ..., where NAME is
 of a toy, or "main" for those of the two recipes of README.md's first table.
 """
+import collections
+import json
 import os
 import re
 import sys
@@ -157,20 +159,84 @@ def test_the_check_takes_a_new_mode_in_every_form_and_sees_where_it_is_wrong(mon
     leave_only(monkeypatch, "toy")
     x = torch.ones(20, 128, device=DEVICE).bfloat16()
     names = [case.name for case in bench.cases(x, bench.quantizers(), bench.tile_quantizers())]
-    assert names == ["toy", "toy, both ways", "toy, requantized"]
-    assert bench.check(DEVICE, [(20, 128)])
-    capsys.readouterr()
+    assert names == ["quantize toy", "both toy", "requantize toy"]
+    report = bench.Report()
+    bench.check(report, DEVICE, [(20, 128)])
+    assert report.good
+    assert [line.split(" s  ")[1] for line in capsys.readouterr().out.splitlines()] == [
+        "quartet.py's bits, shapes: 1"] * 3
 
     monkeypatch.setitem(quartet.QUANTIZERS, "toy", quartet.rotated(quartet.rtn))
-    assert not bench.check(DEVICE, [(20, 128)])
-    *wrong, _ = capsys.readouterr().out.splitlines()
-    # Each twice: without decoded values, and with them.
-    expected = [f"20 x 128, {name}" for name in names for _ in range(2)]
-    assert [line.split(": ")[0] for line in wrong] == expected
+    bench.check(report, DEVICE, [(20, 128)])
+    assert not report.good
+    # Each with the parts that quartet.py, a GEMM in bf16 and FP4 tensor cores take.
+    expected = [f"WRONG: 20 x 128, {name}" for name in names for _ in bench.PARTS]
+    assert [line.rpartition(": ")[0] for line in capsys.readouterr().out.splitlines()] == expected
+
+
+def in_place_of_a_gpu(monkeypatch):
+    """Let bench.first_run run here: on small shapes, what MAIN needs, each op once, all of it in 1 ms."""
+    leave_main(monkeypatch)
+    monkeypatch.setitem(quartet.RECIPES, "bf16", None)
+    monkeypatch.setattr(bench, "TIMED", [(128, 128)])
+    monkeypatch.setattr(bench, "TOKENS", 128)
+    monkeypatch.setattr(bench, "SHAPES", [(20, 128)])
+    monkeypatch.setattr(bench, "GEMM_SHAPES", [(32, 32, 128)])
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device, seconds: 1e12)
+    monkeypatch.setattr(bench, "LAYER", (128, 128))
+    monkeypatch.setattr(bench, "PAPER", {"small": (128, 128, 3.0)})
+    monkeypatch.setattr(bench, "machine", lambda device: dict(gpu="none"))
+    monkeypatch.setattr(bench, "this_gpu", lambda device, bandwidth: bench.TARGETS["sm_90a"])
+    monkeypatch.setattr(bench, "cold_timer", lambda device: lambda f: [f(), 1e-3][1])
+    monkeypatch.setattr(bench, "cost_of", lambda c, gpu, file: bench.Cost(None, 0, 1, 8, [], 1e6, 3e6, ""))
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+
+
+def test_the_first_run_prints_its_sections_and_keeps_what_it_finds(monkeypatch, capsys, tmp_path):
+    in_place_of_a_gpu(monkeypatch)
+    report = bench.Report(tmp_path / "found.jsonl")
+    bench.first_run(report, torch.device(DEVICE), False)
+    assert report.good
+    sections = re.findall(r"^(\d)\. ", capsys.readouterr().out, re.M)
+    assert sections == ["1", "2", "3", "4"]
+
+    found = [json.loads(line) for line in open(tmp_path / "found.jsonl")]
+    kinds = collections.Counter(record["kind"] for record in found)
+    ops = [c.name for c in bench.configurations(9) if not c.name.startswith("encode")]
+    assert kinds["machine"] == kinds["block"] == 1 and kinds["gemm"] == 3
+    checked = {record["op"] for record in found if record["kind"] == "check"}
+    assert checked == {*ops, "quantize ms_eden"}       # which no recipe launches
+    # With codes and with decoded values.
+    times = [record for record in found if record["kind"] == "time"]
+    assert len(times) == 2 * len(ops) and {record["seconds"] for record in times} == {1e-3}
+    assert {record["recipe"] for record in found if record["kind"] == "layer"} == {"bf16", *bench.MAIN}
+
+
+def test_what_raises_is_told_and_hides_nothing_else(monkeypatch, capsys, tmp_path):
+    in_place_of_a_gpu(monkeypatch)
+    quantize = kernels.quantize
+
+    def broken(x, quantizer, *rest):
+        if quantizer == "scale_search":
+            raise RuntimeError("no such instruction")
+        return quantize(x, quantizer, *rest)
+
+    monkeypatch.setattr(kernels, "quantize", broken)
+    report = bench.Report(tmp_path / "found.jsonl")
+    bench.first_run(report, torch.device(DEVICE), False)
+    assert not report.good
+    printed = capsys.readouterr().out
+    assert "WRONG: 20 x 128, quantize scale_search: RuntimeError: no such instruction" in printed
+    assert "WRONG: quintet: RuntimeError" in printed
+    found = [json.loads(line) for line in open(tmp_path / "found.jsonl")]
+    assert {record["op"] for record in found if record["kind"] == "check" and not record["faults"]} == {
+        "quantize four_six", "quantize ms_eden", "both ms_eden", "requantize ms_eden"}
+    layers = [record["recipe"] for record in found if record["kind"] == "layer"]
+    assert layers == ["quartet2", "bf16"]
 
 
 def compile_in(directory, *words, target="sm_90a"):
-    """Compile for a GPU that need not be here -> directory, with the results, and the process that has ended."""
+    """Compile for a GPU that need not be here -> directory, with the results, and the process, ended."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "data" / "evidence")])
     words = [*words, f"--dump={directory}", f"--target={target}"]
     return directory, python(*words, cwd=directory, PYTHONPATH=path)
@@ -219,8 +285,12 @@ def test_what_quartet2_and_quintet_launch_compiles_for_other_gpus_without_spills
         assert sorted(rows) == forms
         assert f".target {target}" in (directory / f"{target}-both-ms_eden.ptx").read_text()
 
-        # FP4 tensor cores have a GEMM, and a prediction.
+        # A program of an RTX 50 has 99 KiB of shared memory.
         fp4 = target == "sm_120a"
+        rows = re.findall(r"^\w+ [\w ]*?  +(\d+ .*)", done.stdout, re.M)
+        assert not fp4 or max(int(row.split()[1]) for row in rows) <= 99 * 1024
+
+        # FP4 tensor cores have a GEMM, and a prediction.
         assert fp4 == ("PREDICTED" in done.stdout) == ("\ngemm " in done.stdout)
 
 
