@@ -566,6 +566,8 @@ def train(c, data, directory, stop, checkpoint=None):
     log = Log(c, directory, checkpoint, model, data, device)
     # A step may have more tokens than a forward pass can take. Then gradients of micro-batches add up.
     accumulate = c.tokens_per_step // (c.batch * c.sequence * WORLD)
+    # Then each weight is quantized once for them all; else by its only forward pass, which the graph holds.
+    quantized = partial(quartet.quantized_weights, model) if accumulate > 1 else contextlib.nullcontext
     total = torch.zeros((), device=device)      # the loss of a step
     recipe = None
 
@@ -584,7 +586,7 @@ def train(c, data, directory, stop, checkpoint=None):
             run = micro_step
             if compiled and device == "cuda" and WORLD == 1:
                 # The graph takes quantized weights from their place in memory, as later steps will.
-                with quartet.quantized_weights(model):
+                with quantized():
                     run = as_graph(micro_step, *train_data.random(step, 0))
                 model.zero_grad(set_to_none=False)      # of what the steps before the recording have left
 
@@ -592,9 +594,9 @@ def train(c, data, directory, stop, checkpoint=None):
         lr = learning_rate(c, step - 1)
         set_rates(optimizers, lr)
 
-        # Forward and backward. Gradients of micro-batches add up; each weight is quantized once for them all.
+        # Forward and backward.
         total.zero_()
-        with quartet.quantized_weights(model):
+        with quantized():
             for micro in range(accumulate):
                 if WORLD > 1:
                     net.require_backward_grad_sync = micro == accumulate - 1      # DDP: average only once

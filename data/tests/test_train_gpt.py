@@ -156,6 +156,22 @@ def test_the_checkpoint_before_the_decay_of_wsd_is_kept_and_runs_start_from_it()
     assert all((stable["model"][name] - new[name]).abs().max() < 1e-7 for name in new)
 
 
+@pytest.mark.parametrize("batch", [2, 1])      # a step is one forward pass, or two
+def test_a_step_quantizes_each_weight_once(batch, place, monkeypatch):
+    quantized = quartet.quantized
+    weights = []
+
+    def count(w, recipe):
+        weights.append(w)
+        return quantized(w, recipe)
+
+    monkeypatch.setattr(quartet, "quantized", count)
+    monkeypatch.setattr(train_gpt, "evaluate", lambda *args: 0.0)
+    monkeypatch.setattr(train_gpt, "sample_text", lambda *args: "")
+    train(batch=batch, steps=3)
+    assert len(weights) == 3 * 4
+
+
 def test_data_order_is_a_function_of_seed_and_step(place):
     # Two shards of different tokens, each of which is one more than the one before
     prepare.write_shard(place / "two_train_000000.bin", np.arange(0, 200))
