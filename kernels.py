@@ -653,14 +653,13 @@ def rotate_tile(x, R):
 
 @jit
 def quantize_tile(
-    # load
-    x_ptr,
-    x_scale_ptr,
-    x_tensor_scale_ptr,
-    m0,
-    n0,
-    M,
-    N,
+    # what
+    x,
+    # where it is in the result
+    row0,
+    rows,
+    block0,
+    columns,
     # rotate
     R_ptr,
     # quantize
@@ -672,35 +671,21 @@ def quantize_tile(
     decoded_ptr,
     # known when it is compiled
     QUANTIZER,
-    TRANSPOSE,
-    WHOLE,
-    SWIZZLED,
     FP4,
     W
 ):
-    """Rotate and quantize a tile along N, or, TRANSPOSE, along M, W columns of the result at a time."""
+    """Rotate and quantize x (128, 128) bf16, W columns of the result at a time.
+
+    Its first row is the result's row0 of `rows`, its first block block0 of `columns` in a row.
+    """
     seed = 0
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    # Blocks in a row of the result: whole tiles. (A transpose is padded.)
-    columns = N // 128 * 8
-    if TRANSPOSE:
-        columns = tl.num_programs(0) * 8
     # W columns are W / 16 blocks of each row: here are their rows, and their numbers, counted from `first`.
     row = down(8 * W) // (W // 16)
     i = row * columns + down(8 * W) % (W // 16)
-
-    # Load: rows of x, or columns as rows.
-    x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N, WHOLE, SWIZZLED)
-    if TRANSPOSE:
-        x = x.T
-        first = n0.to(tl.int64) * columns + m0 // 16
-        mask = row < N - n0
-    else:
-        first = m0.to(tl.int64) * columns + n0 // 16
-        mask = row < M - m0
-
-    # Rotate, quantize, store.
+    first = row0.to(tl.int64) * columns + block0
+    mask = row < rows - row0
     for w in tl.static_range(0, 128, W):
         R = tl.load(R_ptr + w + (down(128) * 128 + across(W)))
         at = first + w // 16
@@ -745,25 +730,26 @@ def tile_kernel(
     """Rotate and quantize a 128 x 128 tile of x (M, N) along N by ROW and along M by COL.
 
     ROW and COL are of MODES, or "bf16", or "" for none. x is bf16, or NVFP4, its scales SWIZZLED or not. The
-    second result's rows are columns of x, padded with zeros to whole tiles. Both passes load the tile: memory
-    is read once, then a cache.
+    second result's rows are columns of x, padded with zeros to whole tiles.
     """
     m0 = tl.program_id(0) * 128
     n0 = tl.program_id(1) * 128
-    # Rows: blocks lie along N, as x is stored. N % 128 == 0, as every rotation along N needs.
+    # That N % 128 == 0 is known only if rows are rotated, as every rotation along N needs it.
+    x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N, ROW != "", SWIZZLED)
+    # Rows: blocks lie along N, as x is stored.
     if ROW != "":
         quantize_tile(
-            x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N,
+            x, m0, M, n0 // 16, N // 128 * 8,
             row_R, row_seed,
             row_codes, row_scale, row_largest, row_decoded,
-            ROW, False, True, SWIZZLED, FP4, W)
-    # Columns: blocks lie along M. N % 128 == 0 is known only if rows were rotated, too.
+            ROW, FP4, W)
+    # Columns: blocks lie along M, and a row of the result has whole tiles of them.
     if COL != "":
         quantize_tile(
-            x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N,
+            x.T, n0, N, m0 // 16, tl.num_programs(0) * 8,
             col_R, col_seed,
             col_codes, col_scale, col_largest, col_decoded,
-            COL, True, ROW != "", SWIZZLED, FP4, W)
+            COL, FP4, W)
 
 
 @jit
@@ -972,19 +958,16 @@ def major(device):
     return 9
 
 
-def tile_options(major, *modes):
-    """FP4, W and launch options of tile_kernel for `major`, where it runs these modes."""
+def tile_options(major):
+    """FP4, W and launch options of tile_kernel for `major`."""
     options = {"FP4": major > 9, "W": 64, "num_warps": 8, "num_stages": 1}
     if major == 9:
-        # wgmma. Within 128 registers two programs fit on a multiprocessor. With 168, sr and ms_eden_46 spill
-        # nothing under Triton 3.6, 3.8 and 3.9, and on an H200 take 30% longer.
+        # wgmma. Within 128 registers two programs fit on a multiprocessor, although sr and ms_eden_46 spill a
+        # little. With 168 they did not, and took 30% longer on an H200.
         options["maxnreg"] = 128
     if major == 10:
-        # tcgen05. A thread has whole rows, and four blocks of one share a draw of Philox. sr draws four times
-        # for each block, and would spill.
+        # tcgen05. A thread has whole rows of 64 values, whose four blocks share a draw of Philox.
         options["num_warps"] = 4
-        if "sr" in modes:
-            options |= {"W": 128, "num_warps": 8}
     return options
 
 
@@ -1137,7 +1120,7 @@ def rotate_quantize(
                 row_R, row_seed, *first[:4],
                 col_R, col_seed, *second[:4],
                 row, col, packed and x[1].dim() == 1,
-                **tile_options(major(x[0].device), row, col), **LAUNCH)
+                **tile_options(major(x[0].device)), **LAUNCH)
         if row:
             found += encode(first, row, row_seed)
         if col:

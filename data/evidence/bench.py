@@ -189,7 +189,7 @@ def tile_configurations(major):
     from_bf16 = {"x_scale_ptr": None, "x_tensor_scale_ptr": None}
     no_rows = dict.fromkeys(("row_R", "row_seed", "row_codes", "row_scale", "row_largest", "row_decoded"))
     for mode in tile_quantizers():
-        options = kernels.tile_options(major, mode)
+        options = kernels.tile_options(major)
         constants |= {"FP4": options.pop("FP4"), "W": options.pop("W")}
         main = mode in main_quantizers()
         yield Configuration(
