@@ -1,5 +1,7 @@
 """Tests of data/evidence/bias.py: floors that are known to be there or not, and the command on a tiny run."""
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,6 +156,16 @@ def test_families_tell_one_round_of_rotation_from_three(capsys, monkeypatch):
     assert 1 < float(one_round.strip("%")) < 3
     assert 1 < float(two_rounds.strip("%")) < 2
     assert three_rounds.startswith("< ")
+
+
+def test_the_long_account_shows_what_was_kept():
+    evidence = Path(bias.__file__).parent
+    account = (evidence / "README.md").read_text()
+    assert (evidence / "results/bias-families.txt").read_text() in account
+    kept = (evidence / "results/bias-unquantized-cpu.txt").read_text()
+    for method, row in ("ms_eden x3", "after three rounds"), ("x3 of bf16", "by the same"):
+        dx, dw = re.findall(rf"^d[xw] {method} +both .* (\d\.\d\d)$", kept, re.M)[-2:]
+        assert re.search(rf"{row} \| {dx} \| {dw} \|", account)
 
 
 @pytest.mark.parametrize("wrong, message", [
