@@ -1,0 +1,514 @@
+// The pictures of the page. Each function below fills one <figure>, by its name, with controls and an SVG.
+
+const SVG = 'http://www.w3.org/2000/svg';
+const BLUE = 'var(--blue)', RED = 'var(--red)', GREEN = 'var(--green)', GREY = 'var(--grey)';
+const SHOWN = {rtn: 'amax to 6 (RTN)', four: 'amax to 4', search: 'the best of five (search)'};
+
+// ---- Small tools
+
+function make(parent, name, attributes = {}, text = '') {
+  const html = parent.namespaceURI !== SVG && name !== 'svg';
+  const made = html ? document.createElement(name) : document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  if (text) made.textContent = text;
+  parent.append(made);
+  return made;
+}
+
+function drawing(stage, width, height, label) {
+  return make(stage, 'svg', {viewBox: `0 0 ${width} ${height}`, role: 'group', 'aria-label': label});
+}
+
+function button(controls, text, act) {
+  const made = make(controls, 'button', {type: 'button'}, text);
+  made.addEventListener('click', act);
+  return made;
+}
+
+function choice(controls, label, options, act) {
+  const made = make(make(controls, 'label', {}, `${label} `), 'select');
+  for (const [value, text] of Object.entries(options)) make(made, 'option', {value}, text);
+  made.addEventListener('change', () => act(made.value));
+  return made;
+}
+
+function slider(controls, label, {min, max, step, value}, act) {
+  const outer = make(controls, 'label', {}, `${label} `);
+  const made = make(outer, 'input', {type: 'range', min, max, step, value});
+  made.addEventListener('input', () => act(Number(made.value)));
+  return made;
+}
+
+// Numbers that are the same in every visit: mulberry32, and from it N(0, 1) by Box and Muller.
+function numbers(seed) {
+  const next = () => {
+    seed = seed + 0x6D2B79F5 | 0;
+    let t = Math.imul(seed ^ seed >>> 15, 1 | seed);
+    t = t + Math.imul(t ^ t >>> 7, 61 | t) ^ t;
+    return ((t ^ t >>> 14) >>> 0) / 2 ** 32;
+  };
+  const normal = () => Math.sqrt(-2 * Math.log(1 - next())) * Math.cos(2 * Math.PI * next());
+  const signs = (n) => Array.from({length: n}, () => (next() < 0.5 ? -1 : 1));
+  return {next, normal, signs};
+}
+
+const short = (v) => String(Number(v.toPrecision(4)));
+const hex = (byte) => byte.toString(16).toUpperCase().padStart(2, '0');
+
+// ---- Section 5: one block
+
+function block(stage) {
+  const presets = {
+    'ten to forty': Array.from({length: 16}, (_, i) => 10 * (i % 4 + 1)),
+    'N(0, 1), times 12': Array.from({length: 16}, ((n) => () => Math.round(12 * n.normal()))(numbers(4))),
+    'one outlier': Array.from({length: 16}, (_, i) => (i === 5 ? 48 : [3, -2, 1, 4, -4][i % 5])),
+    'two near-equal': Array.from({length: 16}, (_, i) => ({3: 40, 9: 35})[i] ?? 0),
+  };
+  const controls = make(stage, 'div', {class: 'controls'});
+  let x;
+  const names = Object.fromEntries(Object.keys(presets).map((name) => [name, name]));
+  choice(controls, 'values:', names, (name) => {
+    x = [...presets[name]];
+    show();
+  });
+
+  // Bars from -48 to 48.
+  const HEIGHT = 400;
+  const svg = drawing(stage, 720, HEIGHT, 'sixteen values and three grids');
+  const middle = 92, unit = 1.7;
+  make(svg, 'line', {x1: 20, x2: 700, y1: middle, y2: middle, class: 'axis'});
+  const bars = Array.from({length: 16}, (_, i) => {
+    const bar = make(svg, 'rect', {x: 24 + 42.5 * i, width: 30, fill: BLUE, class: 'handle', tabindex: 0,
+      role: 'slider', 'aria-label': `value ${i + 1}`, 'aria-valuemin': -48, 'aria-valuemax': 48});
+    const set = (value) => {
+      x[i] = Math.max(-48, Math.min(48, Math.round(value)));
+      show();
+    };
+    bar.addEventListener('keydown', (event) => {
+      const steps = {ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1, PageUp: 8, PageDown: -8};
+      const step = steps[event.key];
+      if (step) {
+        set(x[i] + step);
+        event.preventDefault();
+      }
+    });
+    // Anywhere above or below a bar, the pointer takes it.
+    const column = make(svg, 'rect', {x: 18 + 42.5 * i, width: 42, y: 5, height: 180, fill: 'transparent',
+      class: 'handle'});
+    const follow = (event) => {
+      const box = svg.getBoundingClientRect();
+      set((middle - (event.clientY - box.top) * HEIGHT / box.height) / unit);
+    };
+    column.addEventListener('pointerdown', (event) => {
+      column.setPointerCapture(event.pointerId);
+      bar.focus({preventScroll: true});
+      follow(event);
+      column.onpointermove = follow;
+    });
+    column.addEventListener('pointerup', () => { column.onpointermove = null; });
+    const label = make(svg, 'text', {x: 39 + 42.5 * i, 'text-anchor': 'middle', class: 'soft'});
+    return {bar, label};
+  });
+  const lines = make(svg, 'g');
+  const said = make(stage, 'p', {class: 'said', 'aria-live': 'polite'});
+
+  function show() {
+    bars.forEach(({bar, label}, i) => {
+      const height = Math.max(1, Math.abs(x[i]) * unit);
+      bar.setAttribute('y', x[i] > 0 ? middle - height : middle);
+      bar.setAttribute('height', height);
+      bar.setAttribute('aria-valuenow', x[i]);
+      label.setAttribute('y', x[i] > 0 ? middle + 15 : middle - 5);
+      label.textContent = x[i];
+    });
+
+    const [own] = blocks(x);
+    const [six, four] = tries(own, 'four_six').found;
+    const found = {rtn: six, four, search: tries(own, 'scale_search').best};
+    lines.replaceChildren();
+    const least = Math.min(six.error, four.error);
+    Object.entries(found).forEach(([name, {q, s, error}], k) => {
+      const y = 226 + 62 * k;
+      const mean = error * own.unit ** 2 / 16;
+      const kept = name !== 'search' && error === least && (name === 'rtn' || error < six.error);
+      make(lines, 'text', {x: 24, y: y - 14}, `${SHOWN[name]}: scale ${short(s * own.unit)}, error² ` +
+        `${short(mean)}${kept ? ' - 4/6 takes this' : ''}`);
+      const at = (v) => 360 + 6.2 * v;
+      make(lines, 'line', {x1: at(-52), x2: at(52), y1: y + 12, y2: y + 12, class: 'axis'});
+      for (const point of [0, 0.5, 1, 1.5, 2, 3, 4, 6]) {
+        for (const sign of [1, -1]) {
+          const place = at(sign * point * s * own.unit);
+          if (Math.abs(place - 360) < 340) {
+            make(lines, 'line', {x1: place, x2: place, y1: y + 4, y2: y + 20, stroke: GREY,
+              'stroke-width': 2});
+          }
+        }
+      }
+      x.forEach((v, i) => {
+        make(lines, 'line', {x1: at(v), x2: at(q[i] * s * own.unit), y1: y, y2: y + 12, stroke: RED});
+        make(lines, 'circle', {cx: at(v), cy: y, r: 3.5, fill: BLUE});
+      });
+    });
+
+    const t = quantize('four_six', x);
+    const bytes = t.codes.filter((_, i) => i % 2 === 0).map((code, i) => hex(code | t.codes[2 * i + 1] << 4));
+    const codes = t.codes.map((code) => code.toString(16).toUpperCase());
+    said.textContent = `four_six: codes ${codes.join(' ')}\n` +
+      `packed ${bytes.join(' ')}   block scale ${t.scales[0]} (0x${hex(t.bytes[0])})   tensor scale ` +
+      `2^${Math.log2(t.tensorScale)}\ndecoded ${decode(t).map(short).join(' ')}`;
+  }
+
+  x = [...presets['ten to forty']];
+  show();
+}
+
+// ---- Section 6: stochastic rounding
+
+function stochastic(stage) {
+  const controls = make(stage, 'div', {class: 'controls'});
+  let value = 6.2, seed = 0, means = [], sum = 0, safe = true;
+  slider(controls, 'value', {min: 0, max: 7.5, step: 0.05, value}, (v) => { value = v; restart(); });
+  const mode = button(controls, 'amax maps to 16/17 of 6', () => {
+    safe = !safe;
+    mode.textContent = safe ? 'amax maps to 16/17 of 6' : 'amax maps to 6';
+    restart();
+  });
+  button(controls, 'draw 1 more', () => draw(1));
+  button(controls, 'draw 200 more', () => draw(200));
+  button(controls, 'begin again', () => restart());
+  const svg = drawing(stage, 720, 260, 'the mean of draws');
+  const graph = make(svg, 'g');
+  const said = make(stage, 'p', {class: 'said', 'aria-live': 'polite'});
+
+  // The largest value of the block is `value` itself.
+  function scale() {
+    const [own] = blocks([Math.max(value, 0.05), ...Array(15).fill(0)]);
+    return scaleOf(own.amax, safe ? SR_MAX : 6) * own.unit;
+  }
+
+  function draw(times) {
+    const s = scale();
+    const u = uniform(1, seed + times).slice(seed);
+    for (const one of u) {
+      sum += e2m1(ratio(value, s), one) * s;
+      seed += 1;
+      means.push(sum / seed);
+    }
+    show();
+  }
+
+  function restart() {
+    seed = 0;
+    means = [];
+    sum = 0;
+    draw(200);
+  }
+
+  function show() {
+    const s = scale();
+    graph.replaceChildren();
+    const n = f32(value / s);
+    const down = e2m1(n, 0.999999), up = e2m1(n, 0);
+    const spread = Math.max((up - down) * s, 0.3 * s);
+    const y = (v) => 130 - 90 * (v - value) / spread;
+    for (const [v, colour, text] of [[value, GREEN, 'the value'], [down * s, GREY, `grid: ${short(down)} s`],
+      [up * s, GREY, `grid: ${short(up)} s`]]) {
+      const place = Math.max(12, Math.min(248, y(v)));
+      make(graph, 'line', {x1: 20, x2: 600, y1: place, y2: place, stroke: colour, 'stroke-width': 2});
+      make(graph, 'text', {x: 606, y: place + 4}, text);
+    }
+    const x = (i) => 20 + 580 * Math.log(i + 1) / Math.log(Math.max(10, means.length));
+    const points = means.map((v, i) => `${x(i).toFixed(1)},${Math.max(5, Math.min(255, y(v))).toFixed(1)}`);
+    make(graph, 'polyline', {points: points.join(' '), fill: 'none', stroke: BLUE, 'stroke-width': 2});
+    const clips = n > 6 ? `   it clips: value / s is ${short(n)}, and no draw gives more than 6 s` : '';
+    said.textContent = `scale s ${short(s)}   draws ${means.length}   their mean ${short(means.at(-1))}` +
+      `   value ${short(value)}${clips}`;
+  }
+
+  restart();
+}
+
+// ---- Section 7: a rotation
+
+function rotation(stage) {
+  const controls = make(stage, 'div', {class: 'controls'});
+  const state = {kind: 'equals', second: 0.88, signs: 1};
+  const kinds = {equals: '1 and a second value', outlier: 'one 100 in N(0, 1)', normal: 'N(0, 1)'};
+  choice(controls, 'group:', kinds, (kind) => { state.kind = kind; show(); });
+  slider(controls, 'second value', {min: 0, max: 1, step: 0.01, value: 0.88},
+    (v) => { state.second = v; show(); });
+  button(controls, 'other signs', () => { state.signs += 1; show(); });
+  const svg = drawing(stage, 720, 380, 'a group of 128 values, and rotated by one, two and three rounds');
+  const graph = make(svg, 'g');
+  const said = make(stage, 'p', {class: 'said', 'aria-live': 'polite'});
+
+  function group() {
+    const {normal} = numbers(7);
+    const x = Array.from({length: GROUP}, () => f32(state.kind === 'equals' ? 0 : normal()));
+    if (state.kind === 'equals') [x[40], x[41]] = [1, f32(state.second)];
+    if (state.kind === 'outlier') x[40] = 100;
+    return x;
+  }
+
+  function show() {
+    const x = group();
+    const random = numbers(state.signs);
+    const signs = Array.from({length: 3}, () => random.signs(GROUP));
+    graph.replaceChildren();
+    const peaks = [];
+    for (let rounds = 0; rounds <= 3; rounds++) {
+      let v = x;
+      if (rounds) {
+        const {R, n} = rotationFrom(signs.slice(0, rounds));
+        v = rotate(x, R).map((value) => value / Math.sqrt(n));
+      }
+      const root = Math.sqrt(v.reduce((sum, value) => sum + value * value, 0) / GROUP) || 1;
+      const top = Math.max(...v.map(Math.abs));
+      peaks.push(`${rounds}: ${short(top / root)}`);
+      const middle = 50 + 94 * rounds;
+      const title = rounds ? `${rounds} round${rounds > 1 ? 's' : ''}` : 'before';
+      make(graph, 'text', {x: 20, y: middle - 36}, title);
+      make(graph, 'line', {x1: 20, x2: 700, y1: middle, y2: middle, class: 'axis'});
+      v.forEach((value, i) => {
+        const height = Math.abs(value) / (top || 1) * 32;
+        make(graph, 'rect', {x: 20 + 5.3 * i, width: 4, height: Math.max(0.5, height),
+          y: value > 0 ? middle - height : middle, fill: rounds ? BLUE : GREEN});
+      });
+    }
+    said.textContent = `largest over root mean square, by rounds - ${peaks.join('   ')}`;
+  }
+
+  show();
+}
+
+// ---- Section 8: the mean of draws of MS-EDEN
+
+function eden(stage) {
+  const controls = make(stage, 'div', {class: 'controls'});
+  const state = {kind: 'outlier', fourSix: false};
+  const options = {outlier: 'one 100 in N(0, 1)', equals: '1, 0.88, 126 zeros', normal: 'N(0, 1)'};
+  choice(controls, 'groups:', options, (kind) => { state.kind = kind; start(); });
+  const mode = button(controls, 'with 4/6', () => {
+    state.fourSix = !state.fourSix;
+    start();
+  });
+  const svg = drawing(stage, 720, 300, 'the error of the mean of B draws, against B');
+  const graph = make(svg, 'g');
+  const said = make(stage, 'p', {class: 'said', 'aria-live': 'polite'});
+  const GROUPS = 6, DRAWS = 256;
+  let run = 0;
+
+  function groups() {
+    const {normal} = numbers(3);
+    return Array.from({length: GROUPS}, (_, k) => {
+      const x = Array.from({length: GROUP}, () => f32(state.kind === 'equals' ? 0 : normal()));
+      if (state.kind === 'outlier') x[9 * k + 2] = 100;
+      if (state.kind === 'equals') [x[9 * k + 2], x[9 * k + 3]] = [1, f32(0.88)];
+      return x;
+    }).flat();
+  }
+
+  // A draw at a time, so that the page answers meanwhile.
+  function start() {
+    mode.setAttribute('aria-pressed', state.fourSix);
+    const own = ++run;
+    const x = groups();
+    const norm = x.reduce((sum, v) => sum + v * v, 0);
+    const random = numbers(11);
+    const kinds = [1, 2, 3].map((rounds) => ({rounds, sum: new Float64Array(x.length), errors: []}));
+    let draws = 0;
+
+    function step() {
+      if (own !== run) return;
+      for (let k = 0; k < 4 && draws < DRAWS; k++) {
+        draws += 1;
+        for (const kind of kinds) {
+          const {R, n} = rotationFrom(Array.from({length: kind.rounds}, () => random.signs(GROUP)));
+          const t = quantize(state.fourSix ? 'ms_eden_46' : 'ms_eden', rotate(x, R), draws * 8 + kind.rounds);
+          const back = rotate(decode(t), transposed(R));
+          let error = 0;
+          for (let i = 0; i < x.length; i++) {
+            kind.sum[i] += back[i] / n - x[i];
+            error += (kind.sum[i] / draws) ** 2;
+          }
+          kind.errors.push(Math.sqrt(error / norm));
+        }
+      }
+      show(kinds, draws);
+      if (draws < DRAWS) requestAnimationFrame(step);
+    }
+
+    step();
+  }
+
+  function show(kinds, draws) {
+    graph.replaceChildren();
+    const x = (B) => 60 + 600 * Math.log2(B) / Math.log2(DRAWS);
+    const y = (error) => 20 + 60 * Math.log2(0.15 / Math.max(error, 1e-3)) / 2 * 1.15;
+    for (const B of [1, 4, 16, 64, 256]) {
+      make(graph, 'line', {x1: x(B), x2: x(B), y1: 20, y2: 268, class: 'axis'});
+      make(graph, 'text', {x: x(B) - 8, y: 290, class: 'soft'}, String(B));
+    }
+    for (const error of [0.1, 0.03, 0.01, 0.003]) {
+      make(graph, 'line', {x1: 60, x2: 660, y1: y(error), y2: y(error), class: 'axis'});
+      make(graph, 'text', {x: 12, y: y(error) + 4, class: 'soft'}, `${short(100 * error)}%`);
+    }
+    const first = kinds[2].errors[0];
+    make(graph, 'line', {x1: x(1), y1: y(first), x2: x(DRAWS), y2: y(first / 16), stroke: GREY,
+      'stroke-width': 6, opacity: 0.4});
+    // Numbers at the ends of the lines, apart from each other.
+    const ends = kinds.map(({errors}) => y(errors.at(-1)) + 4);
+    if (Math.abs(ends[1] - ends[2]) < 15) ends[ends[1] < ends[2] ? 2 : 1] = Math.min(ends[1], ends[2]) + 15;
+    kinds.forEach(({rounds, errors}, k) => {
+      const colour = [RED, BLUE, GREEN][k];
+      const points = errors.map((error, i) => `${x(i + 1).toFixed(1)},${y(error).toFixed(1)}`);
+      make(graph, 'polyline', {points: points.join(' '), fill: 'none', stroke: colour, 'stroke-width': 2});
+      make(graph, 'text', {x: x(errors.length) + 6, y: ends[k], style: `fill: ${colour}`}, String(rounds));
+    });
+    said.textContent = `B ${draws}   error of the mean, of the norm: ` + kinds.map(({rounds, errors}) =>
+      `${rounds} round${rounds > 1 ? 's' : ''} ${short(100 * errors.at(-1))}%`).join('   ');
+  }
+
+  // It computes for seconds: only once it is looked at.
+  new IntersectionObserver(([seen], observer) => {
+    if (seen.isIntersecting) {
+      observer.disconnect();
+      start();
+    }
+  }).observe(stage);
+}
+
+// ---- Section 10: the three GEMMs
+
+const QUANTIZED_BY = {
+  bf16: 'left in bf16',
+  rtn: 'RTN: amax to 6, to nearest',
+  rtn_16x16: 'RTN, a scale for 16 x 16 values: the transpose has the same codes',
+  four_six: '4/6: amax to 6 or to 4, whichever errs less',
+  four_six_16x16: '4/6, a scale for 16 x 16 values',
+  scale_search: 'the best of five scales',
+  sr: 'SR: each value up or down at random',
+  ms_eden: 'MS-EDEN: values to nearest, scales corrected and at random',
+};
+const TURNED_BY = {
+  rht16: 'one round over 16', rht32: 'one round over 32', rht128: 'one round over 128',
+  rht128x2: 'two rounds over 128', rht128x3: 'three rounds over 128',
+};
+
+function gemms(stage) {
+  const controls = make(stage, 'div', {class: 'controls'});
+  const names = Object.keys(RECIPES);
+  choice(controls, 'recipe:', Object.fromEntries(names.map((name) => [name, name])), show).value = 'quartet2';
+  const place = make(stage, 'div', {class: 'operands'});
+  const said = make(stage, 'p', {class: 'said', 'aria-live': 'polite'});
+
+  // The operands of a recipe: [GEMM, its two operands as [name, quantizer, rotation, where it comes from]].
+  function operands(row) {
+    if (!row) {
+      return [['y = x wᵀ', ['x', 'bf16'], ['w', 'bf16']], ['dx = dy w', ['dy', 'bf16'], ['w', 'bf16']],
+        ['dw = dyᵀ x', ['dy', 'bf16'], ['x', 'bf16']]];
+    }
+    const again = row.original ? 'from its bf16 values' : 'from what the forward pass stored';
+    const w = row.dx.other === null ? ['w', row.w, null, 'as the forward pass stored it, transposed'] :
+      ['w', row.dx.other, row.dx.rotation, again];
+    return [
+      ['y = x wᵀ, summed over inputs', ['x', row.x, null, 'as it comes'], ['w', row.w, null, 'as it is']],
+      ['dx = dy w, summed over outputs', ['dy', row.dx.dy, row.dx.rotation, 'as it comes'], w],
+      ['dw = dyᵀ x, summed over tokens', ['dy', row.dw.dy, row.dw.rotation, 'as it comes'],
+        ['x', row.dw.other, row.dw.rotation, again]],
+    ];
+  }
+
+  // Bytes a value of x and of w that wait for the backward pass: 4 bits and a 16th of a byte, or bf16.
+  function kept(row) {
+    if (!row) return 'x 2, w 2';
+    const bytes = (bf16) => (bf16 ? '2' : '0.5625');
+    return `x ${bytes(row.original)}, w ${bytes(row.original && row.dx.other !== null)}`;
+  }
+
+  function show(name) {
+    const row = RECIPES[name];
+    place.replaceChildren();
+    for (const [title, ...pair] of operands(row)) {
+      const column = make(place, 'div');
+      make(column, 'h3', {}, title);
+      for (const [operand, quantizer, turned, source] of pair) {
+        const made = make(column, 'button', {type: 'button'});
+        make(made, 'strong', {}, operand);
+        make(made, 'span', {}, quantizer + (turned ? `, after ${turned}` : ''));
+        const tell = () => {
+          said.textContent = `${operand} in ${title}: ${QUANTIZED_BY[quantizer]}` +
+            (turned ? `; rotated before, ${TURNED_BY[turned]}` : '') + (source ? `; ${source}` : '') + '.';
+        };
+        for (const event of ['focus', 'pointerenter', 'click']) made.addEventListener(event, tell);
+      }
+    }
+    const pull = row && row.dampen ? `   weights are pulled towards the grid: ${row.dampen} lr (t/T)^4` : '';
+    said.textContent = `kept for the backward pass, bytes a value: ${kept(row)}${pull}`;
+  }
+
+  show('quartet2');
+}
+
+// ---- Section 12: weights that come to rest
+
+function rest(stage) {
+  const controls = make(stage, 'div', {class: 'controls'});
+  const state = {best: 1.2, strength: 10, seed: 1};
+  slider(controls, 'best value', {min: 1, max: 1.5, step: 0.01, value: 1.2},
+    (v) => { state.best = v; show(); });
+  slider(controls, 'strength of the pull', {min: 0, max: 40, step: 1, value: 10},
+    (v) => { state.strength = v; show(); });
+  button(controls, 'other noise', () => { state.seed += 1; show(); });
+  const svg = drawing(stage, 720, 330, 'the path of a weight, without and with the pull');
+  const graph = make(svg, 'g');
+  const said = make(stage, 'p', {class: 'said', 'aria-live': 'polite'});
+  const STEPS = 400, LR = 0.1;
+
+  // The gradient is taken at Q(w), a point of E2M1's grid, and is noisy. The rate falls along a cosine.
+  function path(strength) {
+    const {normal} = numbers(state.seed);
+    let w = 1.1, flips = 0, before = e2m1(w);
+    const found = [];
+    for (let t = 1; t <= STEPS; t++) {
+      const lr = LR * (0.55 + 0.45 * Math.cos(Math.PI * t / STEPS));
+      w -= lr * (e2m1(w) - state.best + 0.3 * normal());
+      w += Math.min(1, strength * lr * (t / STEPS) ** 4) * (e2m1(w) - w);
+      const now = e2m1(w);
+      if (t > STEPS - 80 && now !== before) flips += 1;
+      before = now;
+      found.push([w, now]);
+    }
+    return {found, flips};
+  }
+
+  function show() {
+    graph.replaceChildren();
+    const flips = [0, state.strength].map((strength, k) => {
+      const {found, flips} = path(strength);
+      const y = (v) => 140 + 165 * k - 200 * (v - 0.95) * 0.9;
+      const x = (t) => 20 + 640 * t / STEPS;
+      for (const point of [1, 1.5]) {
+        make(graph, 'line', {x1: 20, x2: 660, y1: y(point), y2: y(point), stroke: GREY, 'stroke-width': 2});
+        make(graph, 'text', {x: 666, y: y(point) + 4}, short(point));
+      }
+      make(graph, 'line', {x1: 20, x2: 660, y1: y(state.best), y2: y(state.best), stroke: GREEN,
+        'stroke-dasharray': '6 4'});
+      make(graph, 'polyline', {fill: 'none', stroke: RED, opacity: 0.55,
+        points: found.map(([, q], t) => `${x(t).toFixed(1)},${y(q).toFixed(1)}`).join(' ')});
+      make(graph, 'polyline', {fill: 'none', stroke: BLUE, 'stroke-width': 1.5,
+        points: found.map(([w], t) => `${x(t).toFixed(1)},${y(w).toFixed(1)}`).join(' ')});
+      return flips;
+    });
+    said.textContent = `blue: the weight; red: its quantized value; green: the best value\n` +
+      `of the last 80 steps, Q(w) flips in ${flips[0]} without the pull, in ${flips[1]} with it`;
+  }
+
+  show();
+}
+
+const DRAWN = {block, stochastic, rotation, eden, gemms, rest};
+for (const [name, draw] of Object.entries(DRAWN)) {
+  const figure = document.getElementById(`picture-${name}`);
+  if (figure) draw(figure.querySelector('.stage'));
+}

@@ -1,0 +1,303 @@
+"""A page that shows quartet.py: its prose beside its code, what it prints, pictures that answer to the hand.
+
+    python data/evidence/walkthrough.py [OUT.html]                  default: walkthrough.html
+    python data/evidence/walkthrough.py OUT.html --show=FILE.png    and its first picture, taken by Chromium
+
+The page loads nothing, and opens from a disk. It is made of quartet.py as it stands: sections are what lies
+between lines such as `# ---- 1. Title ---`, prose is comments that stand alone, and a comment that begins
+with `Printed:` is what `python quartet.py` prints. Beside this file, in page/: nvfp4.js, the quantizers once
+more in JavaScript, to the bit; pictures.js, a function for each picture; page.css.
+"""
+import argparse
+import html
+import io
+import json
+import keyword
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tokenize
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import quartet
+
+PAGE = Path(__file__).resolve().parent / "page"
+SOURCE = Path(quartet.__file__)
+
+# Section: the picture in it, a function of pictures.js, and what to do with it.
+PICTURES = {
+    "5": ("block",
+          "One block. Drag a bar, or take it with Tab and the arrow keys. The three lines below show the "
+          "same values on E2M1's grid, stretched so that the largest lies at 6, at 4, or where the search "
+          "puts it."),
+    "6": ("stochastic",
+          "A value between two grid points is rounded again and again. The mean of the draws comes to the "
+          "value, unless it clips."),
+    "7": ("rotation",
+          "A group of 128 values, and what one, two and three rounds of signs and sums make of it. Look for "
+          "many bars of one length: rounding treats them all alike."),
+    "8": ("eden",
+          "The error of the mean of B draws. An unbiased estimate falls along the grey line; a biased one "
+          "levels off."),
+    "10": ("gemms", "What each recipe does with the six operands. Point at one, or go to it with Tab."),
+    "12": ("rest",
+           "A weight whose best value lies between two grid points, over 400 steps. Above without the pull, "
+           "below with it."),
+}
+
+
+# ---- 1. quartet.py in parts --------------------------------------------------------------------------------
+
+def parts_of(lines):
+    """Lines of a section -> [(kind, number of the first line, lines), ...]: kind prose, printed or code."""
+    # Runs of lines, which blank lines part
+    runs = []
+    for number, line in enumerate(lines):
+        if not line:
+            continue
+        if number and lines[number - 1]:
+            runs[-1][1].append(line)
+        else:
+            runs.append((number, [line]))
+
+    found = []
+    for number, run in runs:
+        kind = "code"
+        if all(line.startswith("#") for line in run):
+            kind = "printed" if run[0] == "# Printed:" else "prose"
+        if found and found[-1][0] == kind == "code":
+            # Code goes on over blank lines.
+            first = found[-1][1]
+            found[-1] = kind, first, lines[first:number + len(run)]
+        else:
+            found.append((kind, number, run))
+    return found
+
+
+def sections_of(text):
+    """quartet.py -> its docstring, and [(number, title, line of the title, lines after it), ...]."""
+    lines = text.split("\n")
+    end = next(i for i, line in enumerate(lines) if line.startswith("# ===="))
+    titles = []
+    for i, line in enumerate(lines[:end]):
+        title = re.fullmatch(r"# ---- (\d+)\. (.*?) -+", line)
+        if title:
+            titles.append((i, *title.groups()))
+    ends = [i for i, *_ in titles[1:]] + [end]
+    return quartet.__doc__, [(number, title, i, lines[i + 1:last])
+                             for (i, number, title), last in zip(titles, ends)]
+
+
+# ---- 2. Text and code as HTML ------------------------------------------------------------------------------
+
+def prose(lines):
+    """Comment lines, or lines of a docstring -> paragraphs; what is indented is kept as it stands."""
+    text = "\n".join(re.sub(r"^# ?", "", line) for line in lines)
+    out = []
+    for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
+        if paragraph.startswith("    "):
+            out.append(f"<pre>{html.escape(paragraph)}</pre>")
+            continue
+        marked = html.escape(paragraph)
+        marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", marked)
+        marked = re.sub(r"(?<!README\.md, )\bsection (\d+)", r'<a href="#section-\1">section \1</a>', marked)
+        marked = re.sub(r"arXiv:(\d{4}\.\d{5})", r'<a href="https://arxiv.org/abs/\1">arXiv:\1</a>', marked)
+        out.append(f"<p>{marked}</p>")
+    return "\n".join(out)
+
+
+def kinds_of_tokens(text):
+    """Source -> {line: [(first column, last, class of CSS or a line to link to), ...]}, lines from 1."""
+    # Names that the article's sections define at the top level, and where.
+    defined = {}
+    lines = text.split("\n")
+    first = next(i for i, line in enumerate(lines) if line.startswith("# ---- 1."))
+    last = next(i for i, line in enumerate(lines) if line.startswith("# ===="))
+    for i, line in enumerate(lines[first:last], first + 1):
+        name = re.match(r"(?:def |class )?([A-Za-z_]\w*)(?:\(| = |:| =)", line)
+        if name:
+            defined.setdefault(name[1], i)
+
+    found = {}
+
+    def mark(token, kind):
+        (first, start), (last, end) = token.start, token.end
+        for line in range(first, last + 1):
+            left = start if line == first else 0
+            right = end if line == last else None
+            found.setdefault(line, []).append((left, right, kind))
+
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            mark(token, "comment")
+        elif token.type == tokenize.STRING:
+            mark(token, "string")
+        elif token.type == tokenize.NUMBER:
+            mark(token, "number")
+        elif token.type == tokenize.NAME:
+            if keyword.iskeyword(token.string):
+                mark(token, "keyword")
+            elif defined.get(token.string, token.start[0]) != token.start[0]:
+                mark(token, defined[token.string])
+    return found
+
+
+def code(first, lines, kinds):
+    """Lines of code, the first of which has number first (from 0) -> a block with a link for every line."""
+    out = []
+    for number, line in enumerate(lines, first + 1):
+        marked = ""
+        at = 0
+        for left, right, kind in kinds.get(number, []):
+            right = len(line) if right is None else right
+            marked += html.escape(line[at:left])
+            words = html.escape(line[left:right])
+            if isinstance(kind, int):
+                marked += f'<a href="#L{kind}">{words}</a>'
+            else:
+                marked += f'<span class="{kind}">{words}</span>'
+            at = right
+        marked += html.escape(line[at:])
+        out.append(f'<span class="line" id="L{number}"><a class="number" href="#L{number}" '
+                   f'aria-hidden="true" tabindex="-1">{number}</a>{marked}\n</span>')
+    return f'<pre class="code" tabindex="0"><code>{"".join(out)}</code></pre>'
+
+
+def picture(number):
+    """The place of a section's picture, which pictures.js fills; or nothing."""
+    if number not in PICTURES:
+        return ""
+    name, caption = PICTURES[number]
+    return (f'<figure class="picture" id="picture-{name}"><figcaption>{html.escape(caption)}</figcaption>'
+            f'<div class="stage"></div></figure>')
+
+
+def section(number, title, at, lines, kinds):
+    """A section of the article: rows of prose with the code that follows it, its picture, what it prints."""
+    link = f'<a href="#section-{number}">{number}. {html.escape(title)}</a>'
+    out = [f'<section id="section-{number}"><h2>{link}</h2>']
+    printed = ""
+    rows = []
+    for kind, first, own in parts_of(lines):
+        if kind == "printed":
+            text = "\n".join(re.sub(r"^#(     | )", "", line) for line in own[1:])
+            printed = f'<div class="printed"><h3>Printed</h3><pre>{html.escape(text)}</pre></div>'
+            continue
+        if kind == "prose":
+            rows.append([prose(own), ""])
+        elif rows:
+            rows[-1][1] += code(at + 1 + first, own, kinds)
+        else:
+            rows.append(["", code(at + 1 + first, own, kinds)])
+    for text, block in rows:
+        out.append(f'<div class="row"><div class="prose">{text}</div><div class="source">{block}</div></div>')
+    out += [picture(number), printed, "</section>"]
+    return "\n".join(out)
+
+
+# ---- 3. The page -------------------------------------------------------------------------------------------
+
+TEMPLATE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Training in 4 bits: quartet.py, to read and to touch</title>
+<style>
+{css}</style>
+<a class="skip" href="#section-1">to section 1</a>
+<header>
+<h1>Training linear layers in 4 bits</h1>
+<p class="lead">quartet.py, to read and to touch: NVFP4, its quantizers, and the recipe Quartet II.</p>
+<nav aria-label="sections">{contents}</nav>
+</header>
+<main>
+<section id="introduction"><div class="prose">{introduction}</div></section>
+{sections}
+</main>
+<footer><p>Made by <code>python data/evidence/walkthrough.py</code> from quartet.py. The pictures round in
+JavaScript, and a test holds them to quartet.py's bits.</p></footer>
+<script>
+const RECIPES = {recipes};
+{nvfp4}
+{pictures}</script>
+</html>
+"""
+
+
+def recipes():
+    """quartet.RECIPES for JavaScript: {name: what each operand is, or null for bf16}."""
+    found = {}
+    for name, row in quartet.RECIPES.items():
+        found[name] = None
+        if row:
+            found[name] = row._asdict() | dict(dx=row.dx._asdict(), dw=row.dw._asdict())
+    return found
+
+
+def page():
+    """The page, HTML."""
+    text = SOURCE.read_text(encoding="utf-8")
+    kinds = kinds_of_tokens(text)
+    introduction, sections = sections_of(text)
+    contents = "".join(f'<a href="#section-{number}">{number}. {html.escape(title)}</a>'
+                       for number, title, *_ in sections)
+    return TEMPLATE.format(
+        css=(PAGE / "page.css").read_text(encoding="utf-8"),
+        contents=contents,
+        introduction=prose(introduction.split("\n")[2:]),
+        sections="\n".join(section(*parts, kinds) for parts in sections),
+        recipes=json.dumps(recipes()),
+        nvfp4=(PAGE / "nvfp4.js").read_text(encoding="utf-8"),
+        pictures=(PAGE / "pictures.js").read_text(encoding="utf-8"))
+
+
+def browser():
+    """Chromium, or one that is called otherwise: its path, or None."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def browse(address, *options):
+    """Open an address in a browser without a window, for ten of its seconds -> CompletedProcess."""
+    command = [browser(), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+               "--virtual-time-budget=10000", *options, address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+ALONE = """<style>body > :not(main), main > :not(#section-5), #section-5 > :not(figure) { display: none; }
+.picture { margin-top: 1rem; }</style></html>"""
+
+
+def show(content, file):
+    """Take a picture of a page's picture of a block, alone."""
+    with tempfile.TemporaryDirectory() as directory:
+        alone = Path(directory, "page.html")
+        alone.write_text(content.replace("</html>", ALONE), encoding="utf-8")
+        browse(alone.as_uri(), f"--screenshot={file.resolve()}", "--window-size=900,720")
+    print(file)
+
+
+def main(argv=None):
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", nargs="?", type=Path, default=Path("walkthrough.html"))
+    parser.add_argument("--show", type=Path, metavar="FILE.png", help="take a picture of section 5's picture")
+    options = parser.parse_args(argv)
+    out = options.out
+    if options.show and not browser():
+        sys.exit("walkthrough.py: --show needs Chromium (apt install chromium)")
+    content = page()
+    try:
+        out.write_text(content, encoding="utf-8")
+    except OSError as e:
+        sys.exit(f"walkthrough.py: cannot write {out}: {e.strerror}")
+    print(f"{out}: {len(content.encode()):,} bytes")
+    if options.show:
+        show(content, options.show)
+
+
+if __name__ == "__main__":
+    main()

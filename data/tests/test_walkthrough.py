@@ -1,0 +1,142 @@
+"""Tests of walkthrough.py: the page holds the article, rounds as quartet.py does, and its pictures answer."""
+import html
+import json
+import re
+
+import pytest
+import torch
+
+import quartet
+import small_runs    # which finds walkthrough.py
+import walkthrough
+
+needs_browser = pytest.mark.skipif(not walkthrough.browser(), reason="needs Chromium (apt install chromium)")
+QUANTIZERS = ("rtn", "four_six", "scale_search", "sr", "ms_eden", "ms_eden_46")
+
+
+@pytest.fixture(scope="module")
+def page():
+    return walkthrough.page()
+
+
+def text_of(marked):
+    return html.unescape(re.sub("<[^>]*>", "", marked))
+
+
+def run(page, script, tmp_path):
+    """What a script, an expression of JavaScript, finds on the page."""
+    tail = ("<pre id='found'></pre><script>document.getElementById('found').textContent = "
+            f"JSON.stringify({script})</script></html>")
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("</html>", tail), encoding="utf-8")
+    done = walkthrough.browse(path.as_uri(), "--dump-dom")
+    return json.loads(html.unescape(re.search("<pre id=.found.>(.*?)</pre>", done.stdout, re.S)[1]))
+
+
+def test_every_line_of_the_article_is_there(page):
+    lines = walkthrough.SOURCE.read_text().split("\n")
+    first = next(i for i, line in enumerate(lines) if line.startswith("# ---- 1."))
+    last = next(i for i, line in enumerate(lines) if line.startswith("# ===="))
+    words = " ".join(text_of(page).split())
+    numbered = r'<span class="line" id="L(\d+)"><a class="number"[^>]*>\d+</a>(.*?)\n</span>'
+    code = dict(re.findall(numbered, page))
+    for number, line in enumerate(lines[first:last], first + 1):
+        if str(number) in code:
+            assert text_of(code[str(number)]) == line
+        elif not line.startswith("# ----"):
+            assert " ".join(line.removeprefix("#").replace("`", "").split()).removeprefix("Printed:") in words
+    titles = re.findall(r"<h2><a href=\"#section-(\d+)\">", page)
+    assert titles == [str(i) for i in range(1, 13)]
+    # Links lead somewhere on the page, or to arXiv.
+    for target in re.findall('href="([^"]*)"', page):
+        assert target.startswith("https://arxiv.org/abs/") or f'id="{target[1:]}"' in page
+
+
+def test_the_page_loads_nothing_and_is_small(page, tmp_path, capsys):
+    assert not re.search(r"\bsrc=|<link|@import|url\(|fetch\(|XMLHttpRequest|import\(", page)
+    walkthrough.main([str(tmp_path / "out.html")])
+    size = (tmp_path / "out.html").stat().st_size
+    assert size < 2e6 and f"{size:,} bytes" in capsys.readouterr().out
+
+
+def random_tensors():
+    """Some 2,000 blocks in rows of one to four, of many kinds."""
+    g = torch.Generator().manual_seed(1)
+    for k in range(800):
+        count = int(torch.randint(1, 5, (), generator=g))
+        x = torch.randn(1, 16 * count, generator=g)
+        powers = torch.randint(-40, 40, (count,), generator=g).repeat_interleave(16)
+        x[0, :16] *= k % 7 > 0
+        yield [x, x**5, (4 * x).round(), x * 2.0**powers, x.bfloat16().float(), 1e-30 * x][k % 6]
+
+
+def by_quartet(quantizer, x, seed):
+    """Codes, bytes of block scales, tensor scale: as nvfp4.js has them."""
+    if quantizer == "sr":
+        t = quartet.sr(x, seed)
+    elif quantizer.startswith("ms_eden"):
+        t = quartet.ms_eden(x, None, seed, four_six=quantizer == "ms_eden_46")
+    else:
+        t = getattr(quartet, quantizer)(x)
+    codes = [code for byte in t.codes[0].tolist() for code in (byte & 15, byte >> 4)]
+    return [codes, t.block_scale.view(torch.uint8)[0].tolist(), t.tensor_scale.item()]
+
+
+@needs_browser
+def test_the_page_rounds_to_the_bits_of_quartet(page, tmp_path):
+    tensors = [*random_tensors()]
+    assert sum(x.shape[1] // 16 for x in tensors) > 1900
+    rows = json.dumps([x[0].tolist() for x in tensors])
+    script = """.map((x, k) => NAMES.map((name) => {
+        const t = quantize(name, x, 7 * k + 2 ** 33);
+        return [t.codes, t.bytes, t.tensorScale];
+    }))"""
+    found = run(page, rows + script.replace("NAMES", json.dumps(QUANTIZERS)), tmp_path)
+    for k, (x, results) in enumerate(zip(tensors, found)):
+        for quantizer, result in zip(QUANTIZERS, results):
+            assert result == by_quartet(quantizer, x, 7 * k + 2**33), (k, quantizer)
+
+
+ACT = """(() => {
+  const said = (name) => document.querySelector(`#picture-${name} .said`).textContent;
+  const first = (name, what) => document.querySelector(`#picture-${name} ${what}`);
+  const take = (name, value) => {
+    const control = first(name, ':is(select, input)');
+    control.value = value;
+    control.dispatchEvent(new Event(control.matches('select') ? 'change' : 'input'));
+    return said(name);
+  };
+  const found = {};
+  found.block = said('block');
+  for (const key of ['PageUp', 'ArrowUp']) {
+    first('block', '[role=slider]').dispatchEvent(new KeyboardEvent('keydown', {key}));
+  }
+  found.moved = said('block');
+  found.safe = take('stochastic', 6.2);
+  first('stochastic', 'button').click();
+  found.clips = said('stochastic');
+  found.rotation = said('rotation');
+  found.outlier = take('rotation', 'outlier');
+  found.gemms = take('gemms', 'nvidia');
+  first('gemms', '.operands button:nth-of-type(2)').click();
+  found.w = said('gemms');
+  found.rest = said('rest');
+  return found;
+})()"""
+
+
+@needs_browser
+def test_pictures_answer(page, tmp_path):
+    found = run(page, ACT, tmp_path)
+    # 10 20 30 40 by 4/6, as section 5 prints it
+    assert found["block"].endswith("decoded 10 20 30 40" + 3 * " 10 20 30 40")
+    assert "decoded 20 20 30 40" in found["moved"]
+    # If amax maps to 6, the scale is 6.2 / 6 rounded, 1; else 1.125.
+    assert found["safe"].startswith("scale s 1.125 ") and "it clips" not in found["safe"]
+    assert found["clips"].startswith("scale s 1 ") and "it clips" in found["clips"]
+    # One round makes an outlier's group flat.
+    assert float(re.search(r" 1: ([\d.]+)", found["outlier"])[1]) < 1.5
+    assert found["gemms"].startswith("kept for the backward pass, bytes a value: x 2, w 0.5625")
+    assert "w in y" in found["w"] and "16 x 16" in found["w"]
+    without, with_pull = map(int, re.findall(r"in (\d+) with", found["rest"]))
+    assert with_pull < without
