@@ -13,8 +13,8 @@ them), and the largest scale of all. A second one, over a sixteenth of the data,
 encodes the block scales as E4M3.
 
 What a GEMM takes depends on the GPU. FP4 tensor cores (compute capability 10 and up) take codes and encoded
-scales. (The head of quartet.py says how they add.) Elsewhere the first kernel also writes the decoded values,
-which bf16 holds exactly, and cuBLAS multiplies those.
+scales. (Section 10 of quartet.py says how they add.) Elsewhere the first kernel also writes the decoded
+values, which bf16 holds exactly, and cuBLAS multiplies those.
 """
 import math
 import os
@@ -34,7 +34,8 @@ import quartet
 from quartet import BLOCK, GROUP, NVFP4
 
 
-# To add a quantizer that quartet.py has: a row here, and a branch in `quantize_blocks` (section 5).
+# To add a quantizer that quartet.py has: a row here, a branch in `quantize_blocks` (section 5), and a line
+# for its name (section 8).
 
 class Mode(NamedTuple):
     """What a quantizer of quartet.py asks of the kernels, beside its branch in `quantize_blocks`."""
@@ -45,7 +46,7 @@ class Mode(NamedTuple):
 MODES = {
     "rtn": Mode(),
     "four_six": Mode(),
-    "scale_search": Mode(warps=8),       # with 4 it would take 254 registers
+    "scale_search": Mode(warps=8),       # with 4, in 16x16 blocks, it takes up to 255 registers
     "sr": Mode(noise=BLOCK),
     "ms_eden": Mode(noise=1),
     "ms_eden_46": Mode(noise=1),
@@ -152,7 +153,7 @@ def round_scale_by(s, word):
 # block needs no other thread. The layout of loads and tensor-core products is arranged for that (section 6).
 
 # PTX: eight values, $1 to $8, become eight codes in the word $0. An instruction makes a byte of two values,
-# the second of which goes into the low half.
+# and its second operand becomes the low half.
 E2M1_PAIRS = tl.constexpr(
     "{ .reg .b8 a, b, c, d; "
     "cvt.rn.satfinite.e2m1x2.f32 a, $2, $1; "
@@ -208,8 +209,9 @@ SCALE_PAIRS = tl.constexpr(
 
 @jit
 def decode_pairs(code, scale):
-    """Bytes code (...) int32, two codes each, scale (...) float32 of 8 significant bits, but not below 2^-126
-    -> words (...) int32 of their two values times scale, as bf16: quartet.decode, exact.
+    """Bytes code (...) int32, two codes each, scale (...) float32 -> words (...) int32 of their two values
+    times scale, as bf16: quartet.decode. Exact where scale is 0, or at least 2^-126 and of 6 significant bits
+    or fewer. (Stored scales have 4.)
     """
     # The bits of E2M1, put where bf16 has sign, exponent and mantissa, are its value times 2^-126. The first
     # code of a byte, in its low half, goes to the low half of the word. A product makes the two copies.
@@ -267,23 +269,16 @@ def divide_by(a, C):
     return v
 
 
-# b / s in three forms. s comes from round_scale: 4 significant bits, or 0, or NaN. For 0 the result is 0, as
-# in quartet.ratio; after NaN nothing of the tensor is kept. A division instruction would cost more than the
-# rest of a quantizer.
-
-@jit
-def ratio_interpreted(b, s):
-    """quartet.ratio as numpy divides: correctly rounded."""
-    return tl.where(s > 0, b / s, 0.0)
-
+# A division instruction would cost more than the rest of a quantizer.
 
 @jit
 def reciprocal(s):
-    """1 / s, correctly rounded, of s (B, 1) in [2^-120, 2^120]; NaN or infinity of others."""
+    """1 / s, correctly rounded, of s (B, 1) in [2^-120, 2^120]. Of 0 and NaN nothing that may be used."""
     if INTERPRET:
         r = tl.div_rn(1.0, s)
     else:
-        # One fast instruction, off by a unit in the last place at most, and a step of Newton's.
+        # One fast instruction, off by a unit in the last place at most. Then a step of Newton's is enough,
+        # but for a significand of ones, where theory cannot tell. On an H200 all 2^23 of them were right.
         r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [s], tl.float32, True, 1)
         r = tl.fma(tl.fma(-s, r, 1.0), r, r)
     return r
@@ -291,13 +286,25 @@ def reciprocal(s):
 
 @jit
 def divide(a, s, r):
-    """a / s, correctly rounded, by the `reciprocal` r of s: Markstein's correction, as in divide_by."""
+    """a / s, correctly rounded, by the `reciprocal` r of s: Markstein's correction, as in divide_by.
+
+    a is 0, or the quotient is in [2^-100, 2^100].
+    """
     if INTERPRET:
         v = tl.div_rn(a, s)
     else:
         v = a * r
         v = tl.fma(tl.fma(-v, s, a), r, v)
     return v
+
+
+# b / s in three forms. s comes from round_scale: 4 significant bits, or 0, or NaN. For 0 the result is 0, as
+# in quartet.ratio; after NaN nothing of the tensor is kept.
+
+@jit
+def ratio_interpreted(b, s):
+    """quartet.ratio as numpy divides: correctly rounded."""
+    return tl.where(s > 0, b / s, 0.0)
 
 
 @jit
@@ -311,7 +318,7 @@ def ratio_of_bf16(b, s):
     """As good as quartet.ratio for e2m1, where b (B, 16) has 8 significant bits and 1/2 <= s <= 2.
 
     Such a b / s is a tie of E2M1, or at least 2^-8 of itself away from one. So all that must be exact are the
-    ties, and b + b ((1 - s) / s) is a tie where b / s is. (b (1 / s) is not, at s = 1.875.)
+    ties, and b + b ((1 - s) / s) is a tie where b / s is. (b (1 / s) is not, at s = 1.875 for one.)
     """
     t = divide(1.0 - s, s, reciprocal(s))              # for each block
     # One operation for each value. A t of -1 makes the result 0, where s is 0 or NaN.
@@ -320,7 +327,7 @@ def ratio_of_bf16(b, s):
 
 @jit
 def ratio(b, s, BF16):
-    """b (B, 16) / s (B, 1): quartet.ratio; if BF16, that b holds bf16, only as good as that for e2m1."""
+    """b (B, 16) / s (B, 1): quartet.ratio; if b holds bf16 (BF16), so near that e2m1 makes the same of it."""
     if INTERPRET:
         v = ratio_interpreted(b, s)
     elif BF16:
@@ -366,8 +373,7 @@ def uniform_blocks(seed, first, i):
 
 # ---- 5. The quantizers, on blocks in registers -------------------------------------------------------------
 #
-# In quartet.py's order of operations. To add one: a function here, a branch in quantize_blocks, a row of
-# MODES.
+# In quartet.py's order of operations.
 
 @jit
 def try_scale(b, s, CLIP, ROWS, BF16):
@@ -480,7 +486,7 @@ def quantize_blocks(b, first, i, seed, QUANTIZER, ROWS, BF16):
             s = round_scale(divide_by(amax, SR_MAX))
             v = ratio(v, s, False)
             if not BF16:
-                # Of an amax next to 6 the quotient can be next to 6, too. (bf16 has nothing as near.)
+                # A quotient of float32 may round to just above 6; one of bf16 cannot.
                 v = tl.clamp(v, -6.0, 6.0)
             # From 1 to 2, E2M1's neighbours are 0.5 apart. 0x3F800000 is 1.0.
             q = round_to_grid(v, uniform_blocks(seed, first, i), 0.5, 0x3F800000)
@@ -603,8 +609,10 @@ def load_tile(
     WHOLE,
     SWIZZLED
 ):
-    """The tile of x (M, N) at row m0, column n0 -> (128, 128) bf16, 0 outside. WHOLE: N % 128 == 0."""
-    # WHOLE spares the loads a mask for columns.
+    """The tile of x (M, N) at row m0, column n0, multiples of 128 -> (128, 128) bf16, 0 outside.
+
+    WHOLE: N % 128 == 0, which spares loads of bf16 a mask for columns.
+    """
     m = down(128)
     inside = m < M - m0
     if x_scale_ptr is None:
@@ -619,10 +627,9 @@ def load_tile(
         # Block scales, as bytes of E4M3, in rows or `swizzled`.
         b = across(8)
         if SWIZZLED:
-            r = m0 % 128 + m
             c = n0 // 16 + b
             at = (m0 // 128).to(tl.int64) * (tl.cdiv(N, 64) * 512)
-            at += c // 4 * 512 + r % 32 * 16 + r // 32 * 4 + c % 4
+            at += c // 4 * 512 + m % 32 * 16 + m // 32 * 4 + c % 4
         else:
             at = m0.to(tl.int64) * (N // 16) + n0 // 16 + (m * (N // 16) + b)
         byte = tl.load(x_scale_ptr + at, inside & (b < (N - n0) // 16), 0).to(tl.int32)
@@ -681,7 +688,7 @@ def quantize_tile(
     seed = 0
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    # W columns are W / 16 blocks of each row: here are their rows, and their numbers, counted from `first`.
+    # W columns are W / 16 blocks of each row. These are their rows, and their numbers, if the first has 0.
     row = down(8 * W) // (W // 16)
     i = row * columns + down(8 * W) % (W // 16)
     first = row0.to(tl.int64) * columns + block0
@@ -962,11 +969,12 @@ def tile_options(major):
     """FP4, W and launch options of tile_kernel for `major`."""
     options = {"FP4": major > 9, "W": 64, "num_warps": 8, "num_stages": 1}
     if major == 9:
-        # wgmma. Within 128 registers two programs fit on a multiprocessor, although sr and ms_eden_46 spill a
-        # little. With 168 they did not, and took 30% longer on an H200.
+        # wgmma. Within 128 registers two programs fit on a multiprocessor. The compiler may take more, or, to
+        # keep to 128, spill a little, as in sr and ms_eden_46. Of an earlier kernel, one program of 168 took
+        # 30% longer on an H200.
         options["maxnreg"] = 128
     if major == 10:
-        # tcgen05. A thread has whole rows of 64 values, whose four blocks share a draw of Philox.
+        # tcgen05 gives each of 128 threads a row, of 64 values, whose four blocks share a draw of Philox.
         options["num_warps"] = 4
     return options
 

@@ -8,8 +8,10 @@ row there is checked, timed and compiled, and nothing is to be added here.
 """
 import argparse
 import functools
+import gc
 import hashlib
 import json
+import math
 import platform
 import re
 import subprocess
@@ -52,7 +54,7 @@ def quantizers():
     return [name for name in quartet.QUANTIZERS if mode_of(name)[0] in kernels.MODES]
 
 
-# The recipes whose kernels must not spill. Others' may, a little: sr does under some versions of Triton.
+# The recipes whose kernels must not spill. Others may, a little: sr and ms_eden_46 do on Hopper.
 MAIN = ("quartet2", "quintet")
 
 
@@ -61,12 +63,12 @@ def backward_gemms():
     return [gemm for row in quartet.RECIPES.values() if row for gemm in (row.dx, row.dw)]
 
 
-def unrotated():
+def unrotated_quantizers():
     """What recipes give a dy that is not rotated."""
     return {gemm.dy for gemm in backward_gemms() if gemm.rotation is None}
 
 
-def backward():
+def backward_quantizers():
     """What recipes have in backward GEMMs."""
     return {name for gemm in backward_gemms() for name in (gemm.dy, gemm.other)}
 
@@ -81,13 +83,14 @@ def main_quantizers():
 
 
 def flat_quantizers():
-    """Those of `quantizers` that can run flat: all without noise, and `unrotated` ones."""
-    return [name for name in quantizers() if not kernels.MODES[mode_of(name)[0]].noise or name in unrotated()]
+    """Those of `quantizers` that training can launch flat: all without noise, and `unrotated_quantizers`."""
+    unrotated = unrotated_quantizers()
+    return [name for name in quantizers() if not kernels.MODES[mode_of(name)[0]].noise or name in unrotated]
 
 
 def tile_quantizers():
-    """The modes that can run on tiles: all with noise, and `backward` ones."""
-    return [name for name, mode in kernels.MODES.items() if mode.noise or name in backward()]
+    """The modes that training can launch on tiles: all with noise, and `backward_quantizers`."""
+    return [name for name, mode in kernels.MODES.items() if mode.noise or name in backward_quantizers()]
 
 
 # ---- 2. Compile for a GPU that is not here, and count ------------------------------------------------------
@@ -217,7 +220,7 @@ def encode_configurations(native):
 
 def gemm_configurations(major):
     """The configuration of gemm_kernel, per value of y; bytes of y alone."""
-    options = dict(kernels.GEMM_OPTIONS[major])
+    options = dict(kernels.GEMM_OPTIONS.get(major, kernels.GEMM_OPTIONS[10]))
     constants = {name: options.pop(name) for name in ("BM", "BN", "BK")}
     values = constants["BM"] * constants["BN"]
     yield Configuration("gemm", kernels.gemm_kernel, constants, options, values, BF16)
@@ -257,7 +260,7 @@ def compile_kernel(c, capability):
 def disassemble(compiled, file):
     """Write file.cubin, .ptx, .sass of a compiled kernel -> text: resources used, and the instructions.
 
-    What cuobjdump warns of goes to stderr, and is no part of that. Exits with a message if it fails.
+    What cuobjdump warns of goes to stderr, and is no part of that. RuntimeError if it fails.
     """
     cubin = f"{file}.cubin"
     Path(cubin).write_bytes(compiled.asm["cubin"])
@@ -265,7 +268,7 @@ def disassemble(compiled, file):
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     shown = subprocess.run([cuobjdump, "-res-usage", "-sass", cubin], capture_output=True, text=True)
     if shown.returncode:
-        sys.exit(f"kernels.py: {cuobjdump} failed on {cubin}: {shown.stderr}")
+        raise RuntimeError(f"{cuobjdump} failed on {cubin}: {shown.stderr}")
     Path(f"{file}.sass").write_text(shown.stdout)
     return shown.stdout
 
@@ -286,12 +289,12 @@ def kind_of(instruction):
 
 
 def count(sass):
-    """The text of `disassemble` -> Count. Exits with a message if the text is not as expected."""
+    """The text of `disassemble` -> Count. RuntimeError if the text is not as expected."""
     registers = re.search(r"REG:(\d+)", sass)
     stack = re.search(r"STACK:(\d+)", sass)
     instructions = re.findall(r"^\s+/\*\w{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", sass, re.M)
     if not (registers and stack and instructions):
-        sys.exit(f"kernels.py: no registers, stack or instructions in what cuobjdump printed: {sass[:200]!r}")
+        raise RuntimeError(f"no registers, stack or instructions in what cuobjdump printed: {sass[:200]!r}")
     counts = dict.fromkeys(KINDS, 0)
     for instruction in instructions:
         counts[kind_of(instruction)] += 1
@@ -372,7 +375,7 @@ def compile_for(target, dump):
     return good
 
 
-# A layer's width h, its MLP's f, its speed-up over bf16, measured in arXiv:2601.22813 on an RTX 5090: forward
+# A model's width h, its MLP's f, its speed-up over bf16, measured in arXiv:2601.22813 on an RTX 5090: forward
 # and backward of linears of (in, out) = (h, 3h) (h, h) (h, 2f) (f, h)
 PAPER = {
     "800M": (2048, 5632, 3.12),
@@ -402,20 +405,21 @@ def predict(bounds, gpu):
         dy = TOKENS * (5 * h + 2 * f)
         flop = 6 * TOKENS * w
         speeds = {}
-        for recipe in "quartet2", "quintet":
+        for recipe in MAIN:
             row = quartet.RECIPES[recipe]
-            time = flop / gpu.fp4
-            time += x * (cost("quantize", row.x) + cost("requantize", row.dw.other))
-            time += w * (cost("quantize", row.w) + cost("requantize", row.dx.other))
-            time += dy * (cost("both", row.dx.dy) + encode)
-            speeds[recipe] = flop / gpu.bf16 / time
+            taken = flop / gpu.fp4
+            taken += x * (cost("quantize", row.x) + cost("requantize", row.dw.other))
+            taken += w * (cost("quantize", row.w) + cost("requantize", row.dx.other))
+            taken += dy * (cost("both", row.dx.dy) + encode)
+            speeds[recipe] = flop / gpu.bf16 / taken
         print(f"{model:>5}: quartet2 {speeds['quartet2']:.2f} ({paper}), quintet {speeds['quintet']:.2f}")
 
 
 # ---- 3. The first run on a GPU -----------------------------------------------------------------------------
 #
 # What an owner of a GPU sees: the machine, whether every op gives quartet.py's bits, how the GEMMs add, how
-# long all takes. A fault must not hide another, so what raises is told, and the rest goes on.
+# long all takes. A fault must not hide another, so what raises is told, and the rest goes on. (After a fault
+# of the device, such as a wrong address, everything raises.)
 
 class Report:
     """Keeps what the first run finds in a file, if there is one: a line of JSON each. Tells what is wrong."""
@@ -441,7 +445,10 @@ class Report:
     def attempt(self, name, f):
         """f(), or None if it raises, which is a fault."""
         try:
-            return f()
+            found = f()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()            # a kernel that fails does so later than its launch
+            return found
         except Exception as e:                      # whatever a compiler, a driver or PyTorch raises
             self.fault(f"{name}: {type(e).__name__}: {e}")
 
@@ -473,12 +480,12 @@ def machine(device):
         torch=torch.__version__,
         triton=triton.__version__,
         cuda=torch.version.cuda,
-        code=code(),
+        code=code_hash(),
         **smi(device),
     )
 
 
-def code():
+def code_hash():
     """The first 8 digits of the sha256 of quartet.py and kernels.py."""
     sha = hashlib.sha256()
     for module in quartet, kernels:
@@ -486,15 +493,15 @@ def code():
     return sha.hexdigest()[:8]
 
 
-# ---- 4. The check: every op, in every form, against quartet.py ---------------------------------------------
+# ---- 4. The check: every op, in the forms that training launches, against quartet.py -----------------------
 
 class Case(NamedTuple):
     """An op of kernels.py on some inputs, and what quartet.py makes of them."""
-    name: str           # of its Configuration
+    name: str              # of its Configuration
     inputs: list
-    results: list       # (rows, columns) of each
-    ours: Callable      # (parts) -> all parts of its Operands. parts: as kernels.FP4_PARTS
-    theirs: Callable    # () -> NVFP4 of each
+    results: list          # (rows, columns) of each
+    op: Callable           # (parts) -> all parts of its Operands. parts: as kernels.FP4_PARTS
+    reference: Callable    # () -> NVFP4 of each
 
 
 def flat_case(name, x, seed):
@@ -517,7 +524,7 @@ def both_case(mode, x, R, seed, seed_t):
     row = mode if N % GROUP == 0 else ""
     results = [(M, N)] * bool(row) + [(N, triton.cdiv(M, GROUP) * GROUP)]
 
-    def theirs():
+    def reference():
         transposed = f(quartet.whole_groups(x).T, R, seed_t)
         return [f(x, R, seed), transposed] if row else [transposed]
 
@@ -526,7 +533,7 @@ def both_case(mode, x, R, seed, seed_t):
         [x],
         results,
         lambda parts: kernels.rotate_quantize([x], row, P, seed, mode, P, seed_t, *parts),
-        theirs)
+        reference)
 
 
 def requantized_case(mode, t, R, seed):
@@ -535,18 +542,18 @@ def requantized_case(mode, t, R, seed):
     P = kernels.permuted(R)
     M, K = len(t.codes), 2 * t.codes.shape[1]
     scale = t.block_scale.view(torch.uint8)
+    swizzled = kernels.swizzle(scale)
 
-    def ours(parts):
+    def op(parts):
         # Where results are swizzled, so is what they are made of.
-        stored = kernels.swizzle(scale) if parts == kernels.FP4_PARTS else scale
-        packed = [t.codes, stored, t.tensor_scale]
+        packed = [t.codes, swizzled if parts == kernels.FP4_PARTS else scale, t.tensor_scale]
         return kernels.rotate_quantize(packed, "", None, None, mode, P, seed, *parts)
 
     return Case(
         f"requantize {mode}",
         [t.codes, scale],
         [(K, triton.cdiv(M, GROUP) * GROUP)],
-        ours,
+        op,
         lambda: [f(quartet.whole_groups(quartet.decode(t, torch.bfloat16)).T, R, seed)])
 
 
@@ -570,14 +577,16 @@ PARTS = (kernels.NVFP4_PARTS, kernels.BF16_PARTS, kernels.FP4_PARTS)
 def differing_parts(case, parts):
     """Names of the parts of a Case's result that are not quartet.py's, to the bit."""
     expected = []
-    for t in case.theirs():
+    for t in case.reference():
         scale = t.block_scale.view(torch.uint8)
         expected += [t.codes, kernels.swizzle(scale) if parts[2] else scale, t.tensor_scale]
         expected.append(quartet.decode(t, torch.bfloat16))
-    found = case.ours(parts)
+    found = case.op(parts)
     names = (*NVFP4._fields, "decoded") * len(case.results)
-    # A part that was not wanted is empty.
-    return [part for part, a, b in zip(names, found, expected) if a.numel() and not torch.equal(a, b)]
+    # A part that was not wanted is empty: codes or decoded values.
+    unwanted = {name for name, wanted in (("codes", parts[0]), ("decoded", parts[1])) if not wanted}
+    return [name for name, a, b in zip(names, found, expected, strict=True)
+            if not torch.equal(a, b) and not (name in unwanted and not a.numel())]
 
 
 def check(report, device, shapes):
@@ -601,10 +610,11 @@ def check(report, device, shapes):
                 wrong = report.attempt(f"{shape}, {name}", lambda: differing_parts(case, parts))
                 if wrong:
                     report.fault(f"{shape}, {name}: {', '.join(wrong)} not as quartet.py's")
-                faults += wrong != []
+                if wrong is None or wrong:
+                    faults += 1
         seconds = time.perf_counter() - begin
         if not faults:
-            print(f"{name:28}{seconds:6.1f} s  quartet.py's bits, shapes: {len(found)}", flush=True)
+            print(f"{name:28}{seconds:6.1f} s  as quartet.py's, shapes: {len(found)}", flush=True)
         report.keep("check", op=name, faults=faults, shapes=[shape for shape, _ in found], seconds=seconds)
 
 
@@ -636,43 +646,50 @@ def operands(device):
 
 def gemms(native):
     """The GEMMs that are here, {name: function of a, b NVFP4 -> a b^T}. native: FP4 tensor cores are."""
-    def parts(t):
+    def packed(t):
         return [t.codes, t.block_scale.view(torch.uint8), t.tensor_scale]
 
     found = {"in float32": quartet.matmul}
     if native:
-        found["scaled_mm"] = lambda a, b: kernels.scaled_mm(parts(a), parts(b))
-        found["in Triton"] = lambda a, b: kernels.gemm(parts(a), parts(b))
+        found["scaled_mm"] = lambda a, b: kernels.scaled_mm(packed(a), packed(b))
+        found["in Triton"] = lambda a, b: kernels.gemm(packed(a), packed(b))
     return found
 
 
 def check_gemms(report, device, native, shapes):
     """Print how many outputs of each GEMM are those of quartet.fp4_matmul, and those of sums in float32.
 
-    Another order of summation than the published one is no fault. Outputs that no order explains are one.
+    Another order of summation than the published one is no fault. Outputs that no order explains are one. The
+    GEMM in float32 is quartet.matmul itself: its second column is 100%, and its first tells how much it
+    matters how a GEMM adds.
     """
     print(f"{'of all outputs, these are equal to those of':70}{'fp4_matmul':>12}{'float32 sums':>14}")
     for what, make in operands(device).items():
-        for M, N, K in shapes:
-            a, b = make(M, N, K)
-            expected = quartet.fp4_matmul(a, b)
-            plain = quartet.matmul(a, b)
-            # Sums of K terms err by K 2^-23 of their magnitudes, rounded toward zero or to nearest, and two
-            # roundings to bf16 by 2^-8 of the result each.
-            magnitude = quartet.decode(a).double().abs() @ quartet.decode(b).double().abs().T
-            allowed = K * 2.0**-23 * magnitude + 2.0**-7 * expected.abs()
-            for name, f in gemms(native).items():
-                title = f"{M} x {N} x {K}, {what}, {name}"
-                y = report.attempt(title, lambda: f(a, b))
-                if y is None:
-                    continue
-                as_probed = (y == expected).double().mean().item()
-                as_plain = (y == plain).double().mean().item()
-                print(f"{title:70}{as_probed:12.4%}{as_plain:14.4%}", flush=True)
-                report.keep("gemm", gemm=name, operands=what, shape=(M, N, K), outputs=y.numel(),
-                            as_fp4_matmul=as_probed, as_float32=as_plain)
-                if not ((y.double() - expected.double()).abs() <= allowed).all():
-                    report.fault(f"{title}: some outputs are far from quartet.fp4_matmul's")
+        for shape in shapes:
+            title = f"{' x '.join(map(str, shape))}, {what}"
+            report.attempt(title, lambda: check_sums(report, title, *make(*shape), native))
+
+
+def check_sums(report, title, a, b, native):
+    """Print and keep the rows of check_gemms for one a NVFP4 (M, K) and one b NVFP4 (N, K)."""
+    expected = quartet.fp4_matmul(a, b)
+    plain = quartet.matmul(a, b)
+    # Sums of K terms err by K 2^-23 of their magnitudes, rounded toward zero or to nearest, and two roundings
+    # to bf16 by 2^-8 of the result each.
+    magnitude = quartet.decode(a).double().abs() @ quartet.decode(b).double().abs().T
+    allowed = 2 * a.codes.shape[1] * 2.0**-23 * magnitude + 2.0**-7 * expected.abs()
+    for name, f in gemms(native).items():
+        named = f"{title}, {name}"
+        y = report.attempt(named, lambda: f(a, b))
+        if y is None:
+            continue
+        as_probed = (y == expected).double().mean().item()
+        as_plain = (y == plain).double().mean().item()
+        print(f"{named:70}{as_probed:12.4%}{as_plain:14.4%}", flush=True)
+        report.keep("gemm", gemm=name, of=title, outputs=y.numel(), as_fp4_matmul=as_probed,
+                    as_float32=as_plain)
+        if not ((y.double() - expected.double()).abs() <= allowed).all():
+            report.fault(f"{named}: some outputs are far from quartet.fp4_matmul's")
 
 
 # ---- 6. Times ----------------------------------------------------------------------------------------------
@@ -688,7 +705,13 @@ def cold_timer(device):
             fill.sum()
             f()
 
-        return 1e-3 * (median(after_filling) - median(fill.sum))
+        # While a graph is recorded, Triton 3.8 must not unload the kernels of what is garbage.
+        gc.collect()
+        gc.disable()
+        try:
+            return 1e-3 * (median(after_filling) - median(fill.sum))
+        finally:
+            gc.enable()
 
     return seconds
 
@@ -697,8 +720,8 @@ def copy_bandwidth(device, seconds):
     """Bytes/s that a copy of 1 GiB reads and writes."""
     source, copy = torch.randn(2, 2**28, device=device)
     # Either may be faster.
-    time = min(seconds(lambda: copy.copy_(source)), seconds(lambda: torch.neg(source, out=copy)))
-    return 2 * copy.nbytes / time
+    taken = min(seconds(lambda: copy.copy_(source)), seconds(lambda: torch.neg(source, out=copy)))
+    return 2 * copy.nbytes / taken
 
 
 def this_gpu(device, bandwidth):
@@ -726,8 +749,9 @@ def time_ops(report, x, native, seconds):
     peak = copy_bandwidth(x.device, seconds)
     gpu = this_gpu(x.device, peak)
     print(f"\n{len(x)} x {x.shape[1]}, {x.numel():,} values; us, from a cold L2 cache; a copy: "
-          f"{peak / 1e12:.2f} TB/s\n{'':33}{'all':>8}{'encode':>8}{'least':>8}{'sum':>8}{'of copy':>9}"
-          f"{'compiled':>10}{'ratio':>7}")
+          f"{peak / 1e12:.2f} TB/s\nencode: its kernel alone; least: what bytes or instructions take, the "
+          "larger; sum: both. Of the form that training launches\n"
+          f"{'':33}{'all':>8}{'encode':>8}{'least':>8}{'sum':>8}{'of copy':>9}{'compiled':>10}{'ratio':>7}")
     listed = {c.name: c for c in configurations(gpu.capability // 10)}
     for case in cases(x, [name for name in flat_quantizers() if name in kernels.MODES], tile_quantizers()):
         for parts in (kernels.FP4_PARTS,) if native else (kernels.NVFP4_PARTS, kernels.BF16_PARTS):
@@ -739,31 +763,45 @@ def time_ops(report, x, native, seconds):
 def time_op(report, title, case, parts, c, gpu, seconds):
     """Print and keep a row of time_ops."""
     device = case.inputs[0].device
-    out = case.ours(parts)
+    out = case.op(parts)
     # Scales go through memory as bf16, there and back, too.
     size = sum(t.nbytes for t in case.inputs + out) + sum(4 * rows * k // BLOCK for rows, k in case.results)
-    time = seconds(lambda: case.ours(parts))
+    taken = seconds(lambda: case.op(parts))
     encoding = time_encoding(case, mode_of(case.name.split()[1])[0], parts, device, seconds)
 
-    # What its Configuration is expected to take, at best, and if nothing overlaps. That is of the form that
-    # training launches.
+    # Faults of what it is compared with leave NaN in its row.
+    least = apart = math.nan
+    if parts != kernels.NVFP4_PARTS:
+        found = report.attempt(f"{title}, prediction", lambda: predicted(case, c, gpu))
+        least, apart = found or (math.nan, math.nan)
+    compiled = report.attempt(f"{title}, torch.compile", lambda: time_compiled(case, parts, seconds))
+    compiled = compiled or math.nan
+    print(f"{title:33}{taken * 1e6:8.1f}{encoding * 1e6:8.1f}{least * 1e6:8.1f}{apart * 1e6:8.1f}"
+          f"{size / taken / gpu.bandwidth:9.0%}{compiled * 1e6:10.1f}{compiled / taken:7.1f}", flush=True)
+    report.keep("time", op=title, bytes=size, seconds=taken, encoding=encoding, least=least, sum=apart,
+                compiled=compiled, copy_bandwidth=gpu.bandwidth)
+
+
+def predicted(case, c, gpu):
+    """Seconds that a Case should take, encoding included -> at best, and if bytes and instructions add up."""
     with tempfile.TemporaryDirectory() as directory:
         cost = cost_of(c, gpu, Path(directory, "kernel"))
     values = case.inputs[0].numel() * (2 if c.name.startswith("requantize") else 1)
+    encoded = sum(rows * columns for rows, columns in case.results)
+    encode = encoded * (SCALE + 1 / BLOCK) / gpu.bandwidth
     least = max(cost.by_bytes, cost.by_instructions) * values * 1e-15
     apart = (cost.by_bytes + cost.by_instructions) * values * 1e-15
+    return least + encode, apart + encode
 
-    # What everybody has: torch.compile, which gives up after some compilations of a function.
+
+def time_compiled(case, parts, seconds):
+    """Seconds that what everybody has takes for a Case: torch.compile of quartet.py's function."""
     def rival():
-        found = case.theirs()
+        found = case.reference()
         return [quartet.decode(t, torch.bfloat16) for t in found] if parts[1] else found
 
-    torch.compiler.reset()
-    other = seconds(torch.compile(rival))
-    print(f"{title:33}{time * 1e6:8.1f}{encoding * 1e6:8.1f}{least * 1e6:8.1f}{apart * 1e6:8.1f}"
-          f"{size / time / gpu.bandwidth:9.0%}{other * 1e6:10.1f}{other / time:7.1f}", flush=True)
-    report.keep("time", op=title, values=values, bytes=size, seconds=time, encoding=encoding, least=least,
-                sum=apart, compiled=other, copy_bandwidth=gpu.bandwidth)
+    torch.compiler.reset()      # it gives up after some compilations of a function
+    return seconds(torch.compile(rival))
 
 
 def time_linear(recipe, K, N, device, seconds):
@@ -801,9 +839,9 @@ def time_block(report, model, device, seconds):
 def time_layer(report, recipe, device, seconds):
     """Print and keep the time of one layer by a recipe, beside bf16."""
     bf16 = time_linear("bf16", *LAYER, device, seconds)
-    time = time_linear(recipe, *LAYER, device, seconds)
-    print(f"{recipe:12}{time * 1e3:8.3f}{bf16 / time:7.2f}{time / bf16 - 1:+8.0%}", flush=True)
-    report.keep("layer", recipe=recipe, seconds=time, bf16=bf16)
+    taken = time_linear(recipe, *LAYER, device, seconds)
+    print(f"{recipe:12}{taken * 1e3:8.3f}{bf16 / taken:7.2f}{taken / bf16 - 1:+8.0%}", flush=True)
+    report.keep("layer", recipe=recipe, seconds=taken, bf16=bf16)
 
 
 # ---- 7. The command line -----------------------------------------------------------------------------------
@@ -829,13 +867,16 @@ def first_run(report, device, native):
     print("\n4. Times", flush=True)
     torch.set_float32_matmul_precision("high")      # TF32 for the rival's x R: exact if x is bf16
     seconds = cold_timer(device)
-    for shape in TIMED:
-        time_ops(report, torch.randn(shape, device=device).bfloat16(), native, seconds)
+    for M, K in TIMED:
+        report.attempt(f"{M} x {K}", lambda: time_ops(
+            report, torch.randn(M, K, device=device).bfloat16(), native, seconds))
     time_layers(report, device, seconds)
 
 
 def main(argv=None):
-    """The command line of kernels.py -> exit status: 1 if a kernel is wrong, spills or does not compile."""
+    """The command line of kernels.py -> exit status: 1 if something raised or differed; with --target, if a
+    kernel of MAIN spills, or any does not compile.
+    """
     parser = argparse.ArgumentParser(prog="kernels.py", description=__doc__.split("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="keep what is found, a record a line")
     parser.add_argument("--target", choices=TARGETS, help="compile for this GPU, here or not, and count")
@@ -851,7 +892,7 @@ def main(argv=None):
     report = Report(arguments.json)
     device = torch.device("cuda", torch.cuda.current_device())
     first_run(report, device, kernels.major(device) >= 10)
-    print(f"\n{'all is well' if report.good else 'something is WRONG: see above'}")
+    print("\nno fault was found" if report.good else "\nsomething is WRONG: see above")
     if arguments.json:
         print(f"written to {arguments.json}")
     return int(not report.good)

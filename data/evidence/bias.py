@@ -1,7 +1,6 @@
 """How biased are the gradients of a trained model's linear layers, by each way to quantize the backward pass?
 
-    python data/evidence/bias.py RUN [--draws=1024] [--batch=4] [--recipe=quartet2] [--operands=on]
-                                     [--out=FILE]
+    python data/evidence/bias.py RUN [--draws=1024] [--batch=4] [--recipe=ROW] [--operands=on] [--out=FILE]
     python data/evidence/bias.py families [--draws=1024]
 
 The first takes x, w and dy of every hidden layer of a checkpoint from one batch of validation text, under the
@@ -22,11 +21,12 @@ The least floor to be seen is such a bound, or what rounding each draw to bf16 l
 errs, and next to nothing, below 1e-7 on N(0, 1), where draws scatter more widely than bf16 values lie. With
 --operands=on also dy alone and w or x alone are quantized, and the other is in bf16, rotated before.
 
-Another question is how near the mean comes to the gradient of x and w that were never quantized: the last
-columns are the squared error relative to that gradient, of the most draws, and the bits that the last four
-times as many draws have gained: log2 of by how much the error has shrunk, 1 if it falls as 1 / sqrt(B).
+How near does the mean come to the gradient of x and w that were never quantized? The last two columns: the
+squared error relative to that gradient, of all draws; and bits, log2(error of a quarter of them / error of
+all), of errors that are not squared: 1 where the error falls as 1 / sqrt(B).
 
-The second does the same for groups of 128 values of many kinds, rotated by one, two and three rounds.
+The second takes single groups of 128 values, of many kinds. It quantizes each after one, two and three rounds
+of rotation, and compares the mean of what is rotated back with the group. Of the options it takes --draws.
 """
 import argparse
 import functools
@@ -287,6 +287,7 @@ def bias_of(v, rounds, quantizer, draws):
         sums[b % PARTS] += quartet.rotate(q, R.T) / n - v
     mean = sums.sum(0) / draws
     norm = v.double().square().sum()
+    # Of this record only the floor and its error are read.
     r = estimate(torch.stack([norm, mean.double().square().sum()]), sums, norm, [1, draws])
     value, seen = bound(r)
     return f"{value ** 0.5:.2%}" if seen else f"< {value ** 0.5:.2%}"

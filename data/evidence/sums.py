@@ -10,8 +10,8 @@ seen to add (quartet.py, section 10). Both end in bf16. Printed is how many of t
 Beside it, the same for emulation as others do it. Their tensor scales are not powers of two, so that a
 decoded value, code * block scale * tensor scale, must be rounded to bf16 before a GEMM in bf16 takes it,
 where an FP4 GEMM multiplies by the tensor scales at the end. The operands are the same here, but each tensor
-scale is multiplied by the m in [1, 2) that amax / 1536, the tensor scale of Quartet II's own code, has beside
-a power of two.
+scale is multiplied by the m in [1, 2) that amax / 1536 has beside a power of two: the tensor scale that
+Quartet II's own code gives a tensor quantized by 4/6.
 """
 import argparse
 import json
@@ -40,8 +40,9 @@ def rounded_gemm(a, b, n):
     """
     a_scale = scale_of_others(a)
     b_scale = scale_of_others(b)
-    rounded = gemm((a * a_scale).bfloat16().to(a.dtype), (b * b_scale).bfloat16().to(b.dtype), n)
-    return rounded, quartet.fp4_gemm(a, b, n / (a_scale * b_scale).item())
+    a_rounded = (a.float() * a_scale).bfloat16().to(a.dtype)
+    b_rounded = (b.float() * b_scale).bfloat16().to(b.dtype)
+    return gemm(a_rounded, b_rounded, n), quartet.fp4_gemm(a, b, n / (a_scale * b_scale).item())
 
 
 gemm = quartet.gemm
@@ -69,7 +70,8 @@ class Count:
 
 def measure(run, batch, recipe):
     """-> {GEMM: [outputs, others of FP4 tensor cores, others of rounded operands]} of a run, and its text."""
-    knobs = dict(batch=batch, backend="auto", device="auto", compile="off", gemm="plain")
+    # By quartet.py itself: on a GPU with FP4 tensor cores, kernels.py would leave the GEMMs to these.
+    knobs = dict(batch=batch, backend="torch", device="auto", compile="off", gemm="plain")
     if recipe:
         knobs["recipe"] = recipe
     model, c = train_gpt.load_model(run, **knobs)
@@ -81,7 +83,8 @@ def measure(run, batch, recipe):
     finally:
         quartet.gemm = gemm
     size = sum(p.numel() for block in model.blocks for p in block.parameters())
-    name = f"{c.name or run}, {c.recipe}, {size / 1e6:.1f}M parameters in blocks, {batch} x {c.sequence} tokens"
+    name = (f"{c.name or run}, {c.recipe}, {size / 1e6:.1f}M parameters in blocks, "
+            f"{batch} x {c.sequence} tokens")
     return {kind: row.tolist() for kind, row in count.found.items()}, name
 
 

@@ -164,7 +164,7 @@ def test_the_check_takes_a_new_mode_in_every_form_and_sees_where_it_is_wrong(mon
     bench.check(report, DEVICE, [(20, 128)])
     assert report.good
     assert [line.split(" s  ")[1] for line in capsys.readouterr().out.splitlines()] == [
-        "quartet.py's bits, shapes: 1"] * 3
+        "as quartet.py's, shapes: 1"] * 3
 
     monkeypatch.setitem(quartet.QUANTIZERS, "toy", quartet.rotated(quartet.rtn))
     bench.check(report, DEVICE, [(20, 128)])
