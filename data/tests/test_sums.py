@@ -1,5 +1,6 @@
 """Tests of sums.py: it counts outputs that differ, of every GEMM of a model, and leaves the model as it was."""
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,3 +65,11 @@ def test_every_gemm_of_a_model_is_looked_at(place, capsys):
     for outputs, plain, rounded in found.values():
         assert plain <= 1e-3 * outputs < rounded
     assert "2 x 32 tokens" in capsys.readouterr().out
+
+
+def test_the_long_account_has_the_kept_numbers():
+    evidence = Path(sums.__file__).parent
+    account = (evidence / "README.md").read_text()
+    kept = json.loads((evidence / "results/sums-cpu.jsonl").read_text())["gemms"]
+    for kind, (outputs, plain, rounded) in kept.items():
+        assert f"| {kind} | {outputs:,} | {plain} | {rounded / outputs:.1%} |" in account
