@@ -9,6 +9,7 @@ with `Printed:` is what `python quartet.py` prints. Beside this file, in page/: 
 more in JavaScript, to the bit; pictures.js, a function for each picture; page.css.
 """
 import argparse
+import ast
 import html
 import io
 import json
@@ -31,22 +32,24 @@ SOURCE = Path(quartet.__file__)
 # Section: the picture in it, a function of pictures.js, and what to do with it.
 PICTURES = {
     "5": ("block",
-          "One block. Drag a bar, or take it with Tab and the arrow keys. The three lines below show the "
-          "same values on E2M1's grid, stretched so that the largest lies at 6, at 4, or where the search "
-          "puts it."),
+          "One block of 16 values. Drag a bar with a mouse; or choose it, by a finger or Tab, and move the "
+          "slider or press arrow keys. Below, each blue value goes along its red line to the grid of E2M1, "
+          "which is stretched so that the largest value meets 6, or 4, or what the search finds best."),
     "6": ("stochastic",
-          "A value between two grid points is rounded again and again. The mean of the draws comes to the "
-          "value, unless it clips."),
+          "A value between two grid points, in units of the scale s, is rounded again and again. The mean of "
+          "the draws comes to the value. If 6.2, the largest of its block, mapped to 6, the scale would be "
+          "rounded down to 1, and values above 6 would clip."),
     "7": ("rotation",
-          "A group of 128 values, and what one, two and three rounds of signs and sums make of it. Look for "
-          "many bars of one length: rounding treats them all alike."),
+          "A group of 128 values, and what one, two and three rounds of signs and sums make of it, each row "
+          "drawn to its own largest bar. Look for many bars of one length: rounding treats them all alike."),
     "8": ("eden",
-          "The error of the mean of B draws. An unbiased estimate falls along the grey line; a biased one "
-          "levels off."),
+          "The error of the mean of B draws, of the norm, against B, after one, two and three rounds of "
+          "rotation. An unbiased estimate falls along the grey line; a biased one levels off, however low "
+          "it begins."),
     "10": ("gemms", "What each recipe does with the six operands. Point at one, or go to it with Tab."),
     "12": ("rest",
-           "A weight whose best value lies between two grid points, over 400 steps. Above without the pull, "
-           "below with it."),
+           "A weight whose best value lies between two grid points, over 400 steps. With the pull it "
+           "settles on one of the two, not always the nearer."),
 }
 
 
@@ -79,8 +82,11 @@ def parts_of(lines):
 
 
 def sections_of(text):
-    """quartet.py -> its docstring, and [(number, title, line of the title, lines after it), ...]."""
+    """quartet.py -> what is before section 1 but for the docstring, as (number of the first line, lines), and
+    [(number, title, line of the title, lines after it), ...].
+    """
     lines = text.split("\n")
+    begin = lines.index("import contextlib")
     end = next(i for i, line in enumerate(lines) if line.startswith("# ===="))
     titles = []
     for i, line in enumerate(lines[:end]):
@@ -88,8 +94,8 @@ def sections_of(text):
         if title:
             titles.append((i, *title.groups()))
     ends = [i for i, *_ in titles[1:]] + [end]
-    return quartet.__doc__, [(number, title, i, lines[i + 1:last])
-                             for (i, number, title), last in zip(titles, ends)]
+    sections = [(number, title, i, lines[i + 1:last]) for (i, number, title), last in zip(titles, ends)]
+    return (begin, lines[begin:titles[0][0] - 2]), sections
 
 
 # ---- 2. Text and code as HTML ------------------------------------------------------------------------------
@@ -110,18 +116,40 @@ def prose(lines):
     return "\n".join(out)
 
 
+def links_of(text):
+    """Where the article uses what it defines: {(line, column): the line that defines it}, lines from 1."""
+    tree = ast.parse(text)
+    last = next(i for i, line in enumerate(text.split("\n")) if line.startswith("# ===="))
+    defined = {}
+    for node in tree.body:
+        if node.lineno < last:
+            names = [node.name] if hasattr(node, "name") else [
+                n.id for target in getattr(node, "targets", ()) for n in ast.walk(target)
+                if isinstance(n, ast.Name)]
+            defined |= {name: node.lineno for name in names if name not in defined}
+
+    found = {}
+
+    def visit(node, own):
+        # A function's parameters, and what it assigns, are its own.
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            own = own | {n.arg for n in ast.walk(node.args) if isinstance(n, ast.arg)}
+            stored = (n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+            own = own | {n.id for n in stored}
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in own:
+            target = defined.get(node.id, node.lineno)
+            if target != node.lineno:
+                found[node.lineno, node.col_offset] = target
+        for child in ast.iter_child_nodes(node):
+            visit(child, own)
+
+    visit(tree, frozenset())
+    return found
+
+
 def kinds_of_tokens(text):
     """Source -> {line: [(first column, last, class of CSS or a line to link to), ...]}, lines from 1."""
-    # Names that the article's sections define at the top level, and where.
-    defined = {}
-    lines = text.split("\n")
-    first = next(i for i, line in enumerate(lines) if line.startswith("# ---- 1."))
-    last = next(i for i, line in enumerate(lines) if line.startswith("# ===="))
-    for i, line in enumerate(lines[first:last], first + 1):
-        name = re.match(r"(?:def |class )?([A-Za-z_]\w*)(?:\(| = |:| =)", line)
-        if name:
-            defined.setdefault(name[1], i)
-
+    links = links_of(text)
     found = {}
 
     def mark(token, kind):
@@ -141,8 +169,8 @@ def kinds_of_tokens(text):
         elif token.type == tokenize.NAME:
             if keyword.iskeyword(token.string):
                 mark(token, "keyword")
-            elif defined.get(token.string, token.start[0]) != token.start[0]:
-                mark(token, defined[token.string])
+            elif token.start in links:
+                mark(token, links[token.start])
     return found
 
 
@@ -157,14 +185,15 @@ def code(first, lines, kinds):
             marked += html.escape(line[at:left])
             words = html.escape(line[left:right])
             if isinstance(kind, int):
-                marked += f'<a href="#L{kind}">{words}</a>'
+                marked += f'<a href="#L{kind}" tabindex="-1">{words}</a>'
             else:
                 marked += f'<span class="{kind}">{words}</span>'
             at = right
         marked += html.escape(line[at:])
-        out.append(f'<span class="line" id="L{number}"><a class="number" href="#L{number}" '
+        out.append(f'<span class="line" id="L{number}"><a class="at" href="#L{number}" '
                    f'aria-hidden="true" tabindex="-1">{number}</a>{marked}\n</span>')
-    return f'<pre class="code" tabindex="0"><code>{"".join(out)}</code></pre>'
+    return (f'<pre class="code" tabindex="0" role="region" aria-label="lines {first + 1} to '
+            f'{first + len(lines)}"><code>{"".join(out)}</code></pre>')
 
 
 def picture(number):
@@ -185,7 +214,8 @@ def section(number, title, at, lines, kinds):
     for kind, first, own in parts_of(lines):
         if kind == "printed":
             text = "\n".join(re.sub(r"^#(     | )", "", line) for line in own[1:])
-            printed = f'<div class="printed"><h3>Printed</h3><pre>{html.escape(text)}</pre></div>'
+            printed = (f'<div class="printed" tabindex="0" role="region" aria-label="printed">'
+                       f'<h3>Printed</h3><pre>{html.escape(text)}</pre></div>')
             continue
         if kind == "prose":
             rows.append([prose(own), ""])
@@ -215,11 +245,12 @@ TEMPLATE = """<!doctype html>
 <nav aria-label="sections">{contents}</nav>
 </header>
 <main>
-<section id="introduction"><div class="prose">{introduction}</div></section>
+<section id="introduction"><div class="row"><div class="prose">{introduction}</div>
+<div class="source">{before}</div></div></section>
 {sections}
 </main>
-<footer><p>Made by <code>python data/evidence/walkthrough.py</code> from quartet.py. The pictures round in
-JavaScript, and a test holds them to quartet.py's bits.</p></footer>
+<footer><p>Made by <code>python data/evidence/walkthrough.py</code> from quartet.py; its appendix is left out.
+The pictures round in JavaScript, and a test holds their quantizers to quartet.py's bits.</p></footer>
 <script>
 const RECIPES = {recipes};
 {nvfp4}
@@ -242,13 +273,14 @@ def page():
     """The page, HTML."""
     text = SOURCE.read_text(encoding="utf-8")
     kinds = kinds_of_tokens(text)
-    introduction, sections = sections_of(text)
+    before, sections = sections_of(text)
     contents = "".join(f'<a href="#section-{number}">{number}. {html.escape(title)}</a>'
                        for number, title, *_ in sections)
     return TEMPLATE.format(
         css=(PAGE / "page.css").read_text(encoding="utf-8"),
         contents=contents,
-        introduction=prose(introduction.split("\n")[2:]),
+        introduction=prose(quartet.__doc__.split("\n")[2:]),
+        before=code(*before, kinds),
         sections="\n".join(section(*parts, kinds) for parts in sections),
         recipes=json.dumps(recipes()),
         nvfp4=(PAGE / "nvfp4.js").read_text(encoding="utf-8"),

@@ -33,13 +33,17 @@ def run(page, script, tmp_path):
     return json.loads(html.unescape(re.search("<pre id=.found.>(.*?)</pre>", done.stdout, re.S)[1]))
 
 
+def lines_of_code(page):
+    """{number of a line, as text: the line, marked}"""
+    return dict(re.findall(r'<span class="line" id="L(\d+)"><a class="at"[^>]*>\d+</a>(.*?)\n</span>', page))
+
+
 def test_every_line_of_the_article_is_there(page):
     lines = walkthrough.SOURCE.read_text().split("\n")
-    first = next(i for i, line in enumerate(lines) if line.startswith("# ---- 1."))
+    first = lines.index("import contextlib")
     last = next(i for i, line in enumerate(lines) if line.startswith("# ===="))
     words = " ".join(text_of(page).split())
-    numbered = r'<span class="line" id="L(\d+)"><a class="number"[^>]*>\d+</a>(.*?)\n</span>'
-    code = dict(re.findall(numbered, page))
+    code = lines_of_code(page)
     for number, line in enumerate(lines[first:last], first + 1):
         if str(number) in code:
             assert text_of(code[str(number)]) == line
@@ -50,6 +54,20 @@ def test_every_line_of_the_article_is_there(page):
     # Links lead somewhere on the page, or to arXiv.
     for target in re.findall('href="([^"]*)"', page):
         assert target.startswith("https://arxiv.org/abs/") or f'id="{target[1:]}"' in page
+
+
+def test_names_lead_to_what_they_name(page):
+    lines = walkthrough.SOURCE.read_text().split("\n")
+    code = lines_of_code(page)
+
+    def marked(start):
+        return next(code[str(i)] for i, line in enumerate(lines, 1) if line.strip().startswith(start))
+
+    definition = next(i for i, line in enumerate(lines, 1) if line.startswith("def best_scale("))
+    assert f'<a href="#L{definition}" tabindex="-1">best_scale</a>(b / unit' in marked("q, s = best_scale(")
+    # A parameter, a field, and an attribute are others of the same name.
+    for start in "if four_six:", "rotation: str", "R, n = rotation_from(row.dx.rotation":
+        assert not re.search(r">(four_six|rotation)</a>", marked(start))
 
 
 def test_the_page_loads_nothing_and_is_small(page, tmp_path, capsys):
@@ -97,11 +115,27 @@ def test_the_page_rounds_to_the_bits_of_quartet(page, tmp_path):
             assert result == by_quartet(quantizer, x, 7 * k + 2**33), (k, quantizer)
 
 
+@needs_browser
+def test_the_page_rotates_as_quartet_does(page, tmp_path):
+    signs = torch.randint(0, 2, (3, 128), generator=torch.Generator().manual_seed(1)) * 2.0 - 1.0
+    script = (f"((signs) => [1, 2, 3].map((rounds) => [...Array(128).keys()].map((row) => rotate("
+              "[...Array(128).keys()].map((i) => i === row ? 1 : 0), signs.slice(0, rounds)))))"
+              f"({signs.tolist()})")
+    for name, R in zip(("rht128", "rht128x2", "rht128x3"), run(page, script, tmp_path)):
+        assert torch.equal(torch.tensor(R, dtype=torch.float32), quartet.rotation_from(name, signs)[0])
+
+
+@needs_browser
+def test_the_page_has_words_for_every_quantizer_and_rotation(page, tmp_path):
+    names, turns = run(page, "[Object.keys(QUANTIZED_BY), Object.keys(TURNED_BY)]", tmp_path)
+    assert {*names} == {*quartet.QUANTIZERS} and {*turns} == {*quartet.ROTATIONS}
+
+
 ACT = """(() => {
   const said = (name) => document.querySelector(`#picture-${name} .said`).textContent;
   const first = (name, what) => document.querySelector(`#picture-${name} ${what}`);
   const take = (name, value) => {
-    const control = first(name, ':is(select, input)');
+    const control = first(name, name === 'stochastic' ? 'input' : 'select');
     control.value = value;
     control.dispatchEvent(new Event(control.matches('select') ? 'change' : 'input'));
     return said(name);
@@ -112,12 +146,34 @@ ACT = """(() => {
     first('block', '[role=slider]').dispatchEvent(new KeyboardEvent('keydown', {key}));
   }
   found.moved = said('block');
-  found.safe = take('stochastic', 6.2);
-  first('stochastic', 'button').click();
+  found.own = first('block', 'select').value;
+
+  // A mouse drags until it lets go; a finger only chooses.
+  const column = document.querySelectorAll('#picture-block rect.handle:not([role])')[1];
+  column.setPointerCapture = () => {};
+  const point = (type, pointerType, clientY) => column.dispatchEvent(
+    new PointerEvent(type, {pointerType, clientY, pointerId: 1, bubbles: true}));
+  const second = () => Number(document.querySelectorAll('#picture-block [role=slider]')[1].ariaValueNow ??
+    document.querySelectorAll('#picture-block [role=slider]')[1].getAttribute('aria-valuenow'));
+  const top = first('block', 'svg').getBoundingClientRect().top;
+  found.drag = [];
+  for (const [type, kind, y] of [['pointerdown', 'touch', 10], ['pointermove', 'touch', 20],
+    ['pointerdown', 'mouse', 10], ['pointermove', 'mouse', 20], ['lostpointercapture', 'mouse', 20],
+    ['pointermove', 'mouse', 90]]) {
+    point(type, kind, top + y);
+    found.drag.push(second());
+  }
+
+  take('stochastic', 6.2);
+  found.safe = said('stochastic');
+  const map = first('stochastic', 'select');
+  map.value = 'six';
+  map.dispatchEvent(new Event('change'));
   found.clips = said('stochastic');
   found.rotation = said('rotation');
   found.outlier = take('rotation', 'outlier');
-  found.gemms = take('gemms', 'nvidia');
+  take('gemms', 'nvidia');
+  found.gemms = document.querySelector('#picture-gemms .bytes').textContent;
   first('gemms', '.operands button:nth-of-type(2)').click();
   found.w = said('gemms');
   found.rest = said('rest');
@@ -130,13 +186,16 @@ def test_pictures_answer(page, tmp_path):
     found = run(page, ACT, tmp_path)
     # 10 20 30 40 by 4/6, as section 5 prints it
     assert found["block"].endswith("decoded 10 20 30 40" + 3 * " 10 20 30 40")
-    assert "decoded 20 20 30 40" in found["moved"]
+    assert "decoded 20 20 30 40" in found["moved"] and found["own"] == "own"
+    touched, moved, pressed, dragged, let_go, after = found["drag"]
+    assert touched == moved == 20 and pressed > dragged > 20
+    assert let_go == after == dragged
     # If amax maps to 6, the scale is 6.2 / 6 rounded, 1; else 1.125.
     assert found["safe"].startswith("scale s 1.125 ") and "it clips" not in found["safe"]
     assert found["clips"].startswith("scale s 1 ") and "it clips" in found["clips"]
     # One round makes an outlier's group flat.
     assert float(re.search(r" 1: ([\d.]+)", found["outlier"])[1]) < 1.5
-    assert found["gemms"].startswith("kept for the backward pass, bytes a value: x 2, w 0.5625")
+    assert found["gemms"] == "Kept for the backward pass, bytes a value: x 2, w 0.5625."
     assert "w in y" in found["w"] and "16 x 16" in found["w"]
     without, with_pull = map(int, re.findall(r"in (\d+) with", found["rest"]))
     assert with_pull < without

@@ -159,35 +159,28 @@ function uniform(seed, n) {
 
 // ---- Section 7: rotations
 
-// Rows of R, integers, from rounds of 128 signs each; R R^T = n I.
-function rotationFrom(signs) {
-  const parity = (i, j) => {
-    let bits = i & j;
-    for (const half of [4, 2, 1]) bits ^= bits >> half;
-    return bits & 1;
-  };
-  const range = [...Array(GROUP).keys()];
-  const H = range.map((i) => range.map((j) => 1 - 2 * parity(i, j)));
-  let R = range.map((i) => H[i].map((h) => signs[0][i] * h));
-  for (const d of signs.slice(1)) R = R.map((row) => rotate(row.map((v, i) => v * d[i]), H));
-  return {R, n: GROUP ** signs.length};
-}
-
-// x of whole groups of 128 -> x R. Sums are float64, and rounded once: quartet.py's depend on the device.
-function rotate(x, R) {
-  const found = [];
-  for (let start = 0; start < x.length; start += GROUP) {
-    const sums = new Array(GROUP).fill(0);
-    for (let i = 0; i < GROUP; i++) {
-      const v = x[start + i];
-      if (v !== 0) for (let j = 0; j < GROUP; j++) sums[j] += v * R[i][j];
+// x of whole groups of 128 -> x H, H Sylvester's Hadamard matrix: sums and differences of values 1, 2, 4, ...
+// apart. Sums are float64 here; quartet.py's are float32, in an order that depends on the device.
+function hadamard(x) {
+  x = [...x];
+  for (let apart = 1; apart < GROUP; apart *= 2) {
+    for (let i = 0; i < x.length; i++) {
+      if ((i & apart) === 0) [x[i], x[i + apart]] = [x[i] + x[i + apart], x[i] - x[i + apart]];
     }
-    found.push(...sums.map(f32));
   }
-  return found;
+  return x;
 }
 
-const transposed = (R) => R.map((_, i) => R.map((row) => row[i]));
+// x -> x R, of rounds of 128 signs each, not normalised; and y -> y R^T. R R^T = 128^rounds I.
+function rotate(x, signs) {
+  for (const d of signs) x = hadamard(x.map((v, i) => v * d[i % GROUP]));
+  return x;
+}
+
+function rotateBack(y, signs) {
+  for (const d of [...signs].reverse()) y = hadamard(y).map((v, i) => v * d[i % GROUP]);
+  return y;
+}
 
 // ---- Section 8: MS-EDEN
 

@@ -16,7 +16,8 @@ function make(parent, name, attributes = {}, text = '') {
 }
 
 function drawing(stage, width, height, label) {
-  return make(stage, 'svg', {viewBox: `0 0 ${width} ${height}`, role: 'group', 'aria-label': label});
+  const canvas = make(stage, 'div', {class: 'canvas'});
+  return make(canvas, 'svg', {viewBox: `0 0 ${width} ${height}`, role: 'group', 'aria-label': label});
 }
 
 function button(controls, text, act) {
@@ -67,10 +68,12 @@ function block(stage) {
   const controls = make(stage, 'div', {class: 'controls'});
   let x;
   const names = Object.fromEntries(Object.keys(presets).map((name) => [name, name]));
-  choice(controls, 'values:', names, (name) => {
-    x = [...presets[name]];
+  const kind = choice(controls, 'values:', {...names, own: 'your own'}, (name) => {
+    if (name !== 'own') x = [...presets[name]];
     show();
   });
+  let chosen = 3;
+  const own = slider(controls, 'value 4', {min: -48, max: 48, step: 1, value: 0}, (v) => set(chosen, v));
 
   // Bars from -48 to 48.
   const HEIGHT = 400;
@@ -80,40 +83,53 @@ function block(stage) {
   const bars = Array.from({length: 16}, (_, i) => {
     const bar = make(svg, 'rect', {x: 24 + 42.5 * i, width: 30, fill: BLUE, class: 'handle', tabindex: 0,
       role: 'slider', 'aria-label': `value ${i + 1}`, 'aria-valuemin': -48, 'aria-valuemax': 48});
-    const set = (value) => {
-      x[i] = Math.max(-48, Math.min(48, Math.round(value)));
-      show();
-    };
+    bar.addEventListener('focus', () => choose(i));
     bar.addEventListener('keydown', (event) => {
       const steps = {ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1, PageUp: 8, PageDown: -8};
       const step = steps[event.key];
       if (step) {
-        set(x[i] + step);
+        set(i, x[i] + step);
         event.preventDefault();
       }
     });
-    // Anywhere above or below a bar, the pointer takes it.
+    // Anywhere above or below a bar, a mouse takes it. A finger only chooses it, since it may mean to scroll.
     const column = make(svg, 'rect', {x: 18 + 42.5 * i, width: 42, y: 5, height: 180, fill: 'transparent',
       class: 'handle'});
     const follow = (event) => {
       const box = svg.getBoundingClientRect();
-      set((middle - (event.clientY - box.top) * HEIGHT / box.height) / unit);
+      set(i, (middle - (event.clientY - box.top) * HEIGHT / box.height) / unit);
     };
+    column.addEventListener('click', () => choose(i));
     column.addEventListener('pointerdown', (event) => {
+      if (event.button || event.pointerType === 'touch') return;
       column.setPointerCapture(event.pointerId);
       bar.focus({preventScroll: true});
       follow(event);
       column.onpointermove = follow;
     });
-    column.addEventListener('pointerup', () => { column.onpointermove = null; });
+    column.addEventListener('lostpointercapture', () => { column.onpointermove = null; });
     const label = make(svg, 'text', {x: 39 + 42.5 * i, 'text-anchor': 'middle', class: 'soft'});
     return {bar, label};
   });
   const lines = make(svg, 'g');
   const said = make(stage, 'p', {class: 'said', 'aria-live': 'polite'});
 
+  function choose(i) {
+    chosen = i;
+    own.parentElement.firstChild.textContent = `value ${i + 1} `;
+    show();
+  }
+
+  function set(i, value) {
+    x[i] = Math.max(-48, Math.min(48, Math.round(value)));
+    kind.value = 'own';
+    show();
+  }
+
   function show() {
+    own.value = x[chosen];
     bars.forEach(({bar, label}, i) => {
+      bar.setAttribute('opacity', i === chosen ? 1 : 0.75);
       const height = Math.max(1, Math.abs(x[i]) * unit);
       bar.setAttribute('y', x[i] > 0 ? middle - height : middle);
       bar.setAttribute('height', height);
@@ -122,22 +138,22 @@ function block(stage) {
       label.textContent = x[i];
     });
 
-    const [own] = blocks(x);
-    const [six, four] = tries(own, 'four_six').found;
-    const found = {rtn: six, four, search: tries(own, 'scale_search').best};
+    const [cut] = blocks(x);
+    const [six, four] = tries(cut, 'four_six').found;
+    const found = {rtn: six, four, search: tries(cut, 'scale_search').best};
     lines.replaceChildren();
     const least = Math.min(six.error, four.error);
     Object.entries(found).forEach(([name, {q, s, error}], k) => {
       const y = 226 + 62 * k;
-      const mean = error * own.unit ** 2 / 16;
+      const mean = error * cut.unit ** 2 / 16;
       const kept = name !== 'search' && error === least && (name === 'rtn' || error < six.error);
-      make(lines, 'text', {x: 24, y: y - 14}, `${SHOWN[name]}: scale ${short(s * own.unit)}, error² ` +
-        `${short(mean)}${kept ? ' - 4/6 takes this' : ''}`);
+      make(lines, 'text', {x: 24, y: y - 14}, `${SHOWN[name]}: scale ${short(s * cut.unit)}, squared error ` +
+        `${short(mean)} a value${kept ? '; 4/6 takes this' : ''}`);
       const at = (v) => 360 + 6.2 * v;
       make(lines, 'line', {x1: at(-52), x2: at(52), y1: y + 12, y2: y + 12, class: 'axis'});
       for (const point of [0, 0.5, 1, 1.5, 2, 3, 4, 6]) {
         for (const sign of [1, -1]) {
-          const place = at(sign * point * s * own.unit);
+          const place = at(sign * point * s * cut.unit);
           if (Math.abs(place - 360) < 340) {
             make(lines, 'line', {x1: place, x2: place, y1: y + 4, y2: y + 20, stroke: GREY,
               'stroke-width': 2});
@@ -145,7 +161,7 @@ function block(stage) {
         }
       }
       x.forEach((v, i) => {
-        make(lines, 'line', {x1: at(v), x2: at(q[i] * s * own.unit), y1: y, y2: y + 12, stroke: RED});
+        make(lines, 'line', {x1: at(v), x2: at(q[i] * s * cut.unit), y1: y, y2: y + 12, stroke: RED});
         make(lines, 'circle', {cx: at(v), cy: y, r: 3.5, fill: BLUE});
       });
     });
@@ -166,42 +182,40 @@ function block(stage) {
 
 function stochastic(stage) {
   const controls = make(stage, 'div', {class: 'controls'});
-  let value = 6.2, seed = 0, means = [], sum = 0, safe = true;
-  slider(controls, 'value', {min: 0, max: 7.5, step: 0.05, value}, (v) => { value = v; restart(); });
-  const mode = button(controls, 'amax maps to 16/17 of 6', () => {
-    safe = !safe;
-    mode.textContent = safe ? 'amax maps to 16/17 of 6' : 'amax maps to 6';
-    restart();
+  const AMAX = 6.2;      // of the block that the value is in
+  let value = 2.6, count = 0, means = [], sum = 0, top = SR_MAX;
+  slider(controls, 'value', {min: 0, max: AMAX, step: 0.05, value}, (v) => { value = v; restart(200); });
+  choice(controls, 'amax of 6.2 maps to:', {safe: '16/17 of 6', six: '6'}, (name) => {
+    top = name === 'safe' ? SR_MAX : 6;
+    restart(200);
   });
   button(controls, 'draw 1 more', () => draw(1));
   button(controls, 'draw 200 more', () => draw(200));
-  button(controls, 'begin again', () => restart());
+  button(controls, 'begin again', () => restart(1));
   const svg = drawing(stage, 720, 260, 'the mean of draws');
   const graph = make(svg, 'g');
   const said = make(stage, 'p', {class: 'said', 'aria-live': 'polite'});
 
-  // The largest value of the block is `value` itself.
   function scale() {
-    const [own] = blocks([Math.max(value, 0.05), ...Array(15).fill(0)]);
-    return scaleOf(own.amax, safe ? SR_MAX : 6) * own.unit;
+    const [own] = blocks([AMAX, ...Array(15).fill(0)]);
+    return scaleOf(own.amax, top) * own.unit;
   }
 
   function draw(times) {
     const s = scale();
-    const u = uniform(1, seed + times).slice(seed);
-    for (const one of u) {
-      sum += e2m1(ratio(value, s), one) * s;
-      seed += 1;
-      means.push(sum / seed);
+    for (const u of uniform(1, count + times).slice(count)) {
+      sum += e2m1(ratio(value, s), u) * s;
+      count += 1;
+      means.push(sum / count);
     }
     show();
   }
 
-  function restart() {
-    seed = 0;
+  function restart(times) {
+    count = 0;
     means = [];
     sum = 0;
-    draw(200);
+    draw(times);
   }
 
   function show() {
@@ -211,21 +225,24 @@ function stochastic(stage) {
     const down = e2m1(n, 0.999999), up = e2m1(n, 0);
     const spread = Math.max((up - down) * s, 0.3 * s);
     const y = (v) => 130 - 90 * (v - value) / spread;
-    for (const [v, colour, text] of [[value, GREEN, 'the value'], [down * s, GREY, `grid: ${short(down)} s`],
-      [up * s, GREY, `grid: ${short(up)} s`]]) {
+    const shown = [[down * s, GREY, `${short(down)} s`, 606], [value, GREEN, 'the value', 640]];
+    if (up !== down) shown.push([up * s, GREY, `${short(up)} s`, 606]);
+    for (const [v, colour, text, x] of shown) {
       const place = Math.max(12, Math.min(248, y(v)));
       make(graph, 'line', {x1: 20, x2: 600, y1: place, y2: place, stroke: colour, 'stroke-width': 2});
-      make(graph, 'text', {x: 606, y: place + 4}, text);
+      make(graph, 'text', {x, y: place + 4}, text);
     }
     const x = (i) => 20 + 580 * Math.log(i + 1) / Math.log(Math.max(10, means.length));
     const points = means.map((v, i) => `${x(i).toFixed(1)},${Math.max(5, Math.min(255, y(v))).toFixed(1)}`);
     make(graph, 'polyline', {points: points.join(' '), fill: 'none', stroke: BLUE, 'stroke-width': 2});
+    const [end, height] = points.at(-1).split(',');
+    make(graph, 'circle', {cx: end, cy: height, r: 4, fill: BLUE});
     const clips = n > 6 ? `   it clips: value / s is ${short(n)}, and no draw gives more than 6 s` : '';
     said.textContent = `scale s ${short(s)}   draws ${means.length}   their mean ${short(means.at(-1))}` +
       `   value ${short(value)}${clips}`;
   }
 
-  restart();
+  restart(200);
 }
 
 // ---- Section 7: a rotation
@@ -235,7 +252,7 @@ function rotation(stage) {
   const state = {kind: 'equals', second: 0.88, signs: 1};
   const kinds = {equals: '1 and a second value', outlier: 'one 100 in N(0, 1)', normal: 'N(0, 1)'};
   choice(controls, 'group:', kinds, (kind) => { state.kind = kind; show(); });
-  slider(controls, 'second value', {min: 0, max: 1, step: 0.01, value: 0.88},
+  const second = slider(controls, 'second value', {min: 0, max: 1, step: 0.01, value: 0.88},
     (v) => { state.second = v; show(); });
   button(controls, 'other signs', () => { state.signs += 1; show(); });
   const svg = drawing(stage, 720, 380, 'a group of 128 values, and rotated by one, two and three rounds');
@@ -251,17 +268,14 @@ function rotation(stage) {
   }
 
   function show() {
+    second.disabled = state.kind !== 'equals';
     const x = group();
     const random = numbers(state.signs);
     const signs = Array.from({length: 3}, () => random.signs(GROUP));
     graph.replaceChildren();
     const peaks = [];
     for (let rounds = 0; rounds <= 3; rounds++) {
-      let v = x;
-      if (rounds) {
-        const {R, n} = rotationFrom(signs.slice(0, rounds));
-        v = rotate(x, R).map((value) => value / Math.sqrt(n));
-      }
+      const v = rotate(x, signs.slice(0, rounds)).map((value) => value / Math.sqrt(GROUP ** rounds));
       const root = Math.sqrt(v.reduce((sum, value) => sum + value * value, 0) / GROUP) || 1;
       const top = Math.max(...v.map(Math.abs));
       peaks.push(`${rounds}: ${short(top / root)}`);
@@ -294,7 +308,7 @@ function eden(stage) {
   });
   const svg = drawing(stage, 720, 300, 'the error of the mean of B draws, against B');
   const graph = make(svg, 'g');
-  const said = make(stage, 'p', {class: 'said', 'aria-live': 'polite'});
+  const said = make(stage, 'p', {class: 'said'});
   const GROUPS = 6, DRAWS = 256;
   let run = 0;
 
@@ -308,7 +322,7 @@ function eden(stage) {
     }).flat();
   }
 
-  // A draw at a time, so that the page answers meanwhile.
+  // For 12 ms of every frame, so that the page answers meanwhile. What is said is spoken at the end.
   function start() {
     mode.setAttribute('aria-pressed', state.fourSix);
     const own = ++run;
@@ -320,20 +334,23 @@ function eden(stage) {
 
     function step() {
       if (own !== run) return;
-      for (let k = 0; k < 4 && draws < DRAWS; k++) {
+      const end = performance.now() + 12;
+      while (draws < DRAWS && performance.now() < end) {
         draws += 1;
         for (const kind of kinds) {
-          const {R, n} = rotationFrom(Array.from({length: kind.rounds}, () => random.signs(GROUP)));
-          const t = quantize(state.fourSix ? 'ms_eden_46' : 'ms_eden', rotate(x, R), draws * 8 + kind.rounds);
-          const back = rotate(decode(t), transposed(R));
+          const signs = Array.from({length: kind.rounds}, () => random.signs(GROUP));
+          const quantizer = state.fourSix ? 'ms_eden_46' : 'ms_eden';
+          const t = quantize(quantizer, rotate(x, signs), draws * 8 + kind.rounds);
+          const back = rotateBack(decode(t), signs);
           let error = 0;
           for (let i = 0; i < x.length; i++) {
-            kind.sum[i] += back[i] / n - x[i];
+            kind.sum[i] += back[i] / GROUP ** kind.rounds - x[i];
             error += (kind.sum[i] / draws) ** 2;
           }
           kind.errors.push(Math.sqrt(error / norm));
         }
       }
+      said.setAttribute('aria-live', draws < DRAWS ? 'off' : 'polite');
       show(kinds, draws);
       if (draws < DRAWS) requestAnimationFrame(step);
     }
@@ -353,12 +370,14 @@ function eden(stage) {
       make(graph, 'line', {x1: 60, x2: 660, y1: y(error), y2: y(error), class: 'axis'});
       make(graph, 'text', {x: 12, y: y(error) + 4, class: 'soft'}, `${short(100 * error)}%`);
     }
-    const first = kinds[2].errors[0];
-    make(graph, 'line', {x1: x(1), y1: y(first), x2: x(DRAWS), y2: y(first / 16), stroke: GREY,
+    const start = kinds[2].errors[0];
+    make(graph, 'line', {x1: x(1), y1: y(start), x2: x(DRAWS), y2: y(start / 16), stroke: GREY,
       'stroke-width': 6, opacity: 0.4});
-    // Numbers at the ends of the lines, apart from each other.
+    // Numbers at the ends of the lines, from top to bottom, apart from each other.
     const ends = kinds.map(({errors}) => y(errors.at(-1)) + 4);
-    if (Math.abs(ends[1] - ends[2]) < 15) ends[ends[1] < ends[2] ? 2 : 1] = Math.min(ends[1], ends[2]) + 15;
+    const [first, second, third] = [0, 1, 2].sort((a, b) => ends[a] - ends[b]);
+    ends[second] = Math.max(ends[second], ends[first] + 15);
+    ends[third] = Math.max(ends[third], ends[second] + 15);
     kinds.forEach(({rounds, errors}, k) => {
       const colour = [RED, BLUE, GREEN][k];
       const points = errors.map((error, i) => `${x(i + 1).toFixed(1)},${y(error).toFixed(1)}`);
@@ -387,8 +406,10 @@ const QUANTIZED_BY = {
   four_six: '4/6: amax to 6 or to 4, whichever errs less',
   four_six_16x16: '4/6, a scale for 16 x 16 values',
   scale_search: 'the best of five scales',
+  scale_search_16x16: 'the best of five scales, each for 16 x 16 values',
   sr: 'SR: each value up or down at random',
   ms_eden: 'MS-EDEN: values to nearest, scales corrected and at random',
+  ms_eden_46: 'MS-EDEN, whose amax maps to 6 or to 4',
 };
 const TURNED_BY = {
   rht16: 'one round over 16', rht32: 'one round over 32', rht128: 'one round over 128',
@@ -399,8 +420,9 @@ function gemms(stage) {
   const controls = make(stage, 'div', {class: 'controls'});
   const names = Object.keys(RECIPES);
   choice(controls, 'recipe:', Object.fromEntries(names.map((name) => [name, name])), show).value = 'quartet2';
-  const place = make(stage, 'div', {class: 'operands'});
+  const bytes = make(stage, 'p', {class: 'bytes'});
   const said = make(stage, 'p', {class: 'said', 'aria-live': 'polite'});
+  const place = make(stage, 'div', {class: 'operands'});
 
   // The operands of a recipe: [GEMM, its two operands as [name, quantizer, rotation, where it comes from]].
   function operands(row) {
@@ -412,9 +434,9 @@ function gemms(stage) {
     const w = row.dx.other === null ? ['w', row.w, null, 'as the forward pass stored it, transposed'] :
       ['w', row.dx.other, row.dx.rotation, again];
     return [
-      ['y = x wᵀ, summed over inputs', ['x', row.x, null, 'as it comes'], ['w', row.w, null, 'as it is']],
-      ['dx = dy w, summed over outputs', ['dy', row.dx.dy, row.dx.rotation, 'as it comes'], w],
-      ['dw = dyᵀ x, summed over tokens', ['dy', row.dw.dy, row.dw.rotation, 'as it comes'],
+      ['y = x wᵀ, summed over inputs', ['x', row.x], ['w', row.w]],
+      ['dx = dy w, summed over outputs', ['dy', row.dx.dy, row.dx.rotation], w],
+      ['dw = dyᵀ x, summed over tokens', ['dy', row.dw.dy, row.dw.rotation],
         ['x', row.dw.other, row.dw.rotation, again]],
     ];
   }
@@ -422,8 +444,8 @@ function gemms(stage) {
   // Bytes a value of x and of w that wait for the backward pass: 4 bits and a 16th of a byte, or bf16.
   function kept(row) {
     if (!row) return 'x 2, w 2';
-    const bytes = (bf16) => (bf16 ? '2' : '0.5625');
-    return `x ${bytes(row.original)}, w ${bytes(row.original && row.dx.other !== null)}`;
+    const size = (bf16) => (bf16 ? '2' : '0.5625');
+    return `x ${size(row.original)}, w ${size(row.original && row.dx.other !== null)}`;
   }
 
   function show(name) {
@@ -437,14 +459,17 @@ function gemms(stage) {
         make(made, 'strong', {}, operand);
         make(made, 'span', {}, quantizer + (turned ? `, after ${turned}` : ''));
         const tell = () => {
+          place.querySelector('[aria-pressed=true]')?.setAttribute('aria-pressed', false);
+          made.setAttribute('aria-pressed', true);
           said.textContent = `${operand} in ${title}: ${QUANTIZED_BY[quantizer]}` +
             (turned ? `; rotated before, ${TURNED_BY[turned]}` : '') + (source ? `; ${source}` : '') + '.';
         };
         for (const event of ['focus', 'pointerenter', 'click']) made.addEventListener(event, tell);
       }
     }
-    const pull = row && row.dampen ? `   weights are pulled towards the grid: ${row.dampen} lr (t/T)^4` : '';
-    said.textContent = `kept for the backward pass, bytes a value: ${kept(row)}${pull}`;
+    const pull = row && row.dampen ? ` Weights are pulled to the grid, by ${row.dampen} lr (t/T)^4.` : '';
+    bytes.textContent = `Kept for the backward pass, bytes a value: ${kept(row)}.${pull}`;
+    said.textContent = '';
   }
 
   show('quartet2');
@@ -455,7 +480,7 @@ function gemms(stage) {
 function rest(stage) {
   const controls = make(stage, 'div', {class: 'controls'});
   const state = {best: 1.2, strength: 10, seed: 1};
-  slider(controls, 'best value', {min: 1, max: 1.5, step: 0.01, value: 1.2},
+  slider(controls, 'best value', {min: 1.1, max: 1.4, step: 0.01, value: 1.2},
     (v) => { state.best = v; show(); });
   slider(controls, 'strength of the pull', {min: 0, max: 40, step: 1, value: 10},
     (v) => { state.strength = v; show(); });
@@ -494,13 +519,14 @@ function rest(stage) {
       }
       make(graph, 'line', {x1: 20, x2: 660, y1: y(state.best), y2: y(state.best), stroke: GREEN,
         'stroke-dasharray': '6 4'});
-      make(graph, 'polyline', {fill: 'none', stroke: RED, opacity: 0.55,
+      make(graph, 'text', {x: 20, y: y(1.5) - 22, class: 'soft'}, k ? 'with the pull' : 'without the pull');
+      make(graph, 'polyline', {fill: 'none', stroke: RED, opacity: 0.55, 'stroke-width': 2,
         points: found.map(([, q], t) => `${x(t).toFixed(1)},${y(q).toFixed(1)}`).join(' ')});
       make(graph, 'polyline', {fill: 'none', stroke: BLUE, 'stroke-width': 1.5,
         points: found.map(([w], t) => `${x(t).toFixed(1)},${y(w).toFixed(1)}`).join(' ')});
       return flips;
     });
-    said.textContent = `blue: the weight; red: its quantized value; green: the best value\n` +
+    said.textContent = 'blue: the weight w; red: Q(w), its value on the grid; green: the best value\n' +
       `of the last 80 steps, Q(w) flips in ${flips[0]} without the pull, in ${flips[1]} with it`;
   }
 
