@@ -82,11 +82,11 @@ def parts_of(lines):
 
 
 def sections_of(text):
-    """quartet.py -> what is before section 1 but for the docstring, as (number of the first line, lines), and
+    """quartet.py -> its constants before section 1, (number of the first line, lines), and its sections,
     [(number, title, line of the title, lines after it), ...].
     """
     lines = text.split("\n")
-    begin = lines.index("import contextlib")
+    begin = next(i for i, line in enumerate(lines) if line.startswith("BLOCK = "))
     end = next(i for i, line in enumerate(lines) if line.startswith("# ===="))
     titles = []
     for i, line in enumerate(lines[:end]):
@@ -245,8 +245,7 @@ TEMPLATE = """<!doctype html>
 <nav aria-label="sections">{contents}</nav>
 </header>
 <main>
-<section id="introduction"><div class="row"><div class="prose">{introduction}</div>
-<div class="source">{before}</div></div></section>
+<section id="introduction"><div class="prose">{introduction}</div>{before}</section>
 {sections}
 </main>
 <footer><p>Made by <code>python data/evidence/walkthrough.py</code> from quartet.py; its appendix is left out.
