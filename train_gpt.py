@@ -564,9 +564,9 @@ def train(c, data, directory, stop, checkpoint=None):
     compiled = pick_compile(c, device)
     model, net, optimizers = build(c, directory, checkpoint, device, compiled)
     log = Log(c, directory, checkpoint, model, data, device)
-    # A step may have more tokens than a forward pass can take. Then gradients of micro-batches add up.
+    # A step may have more tokens than a forward pass can take. Then gradients of micro-batches add up, and
+    # each weight is quantized once for them all; else the only forward pass does that, within its CUDA graph.
     accumulate = c.tokens_per_step // (c.batch * c.sequence * WORLD)
-    # Then each weight is quantized once for them all; else by its only forward pass, which the graph holds.
     quantized = partial(quartet.quantized_weights, model) if accumulate > 1 else contextlib.nullcontext
     total = torch.zeros((), device=device)      # the loss of a step
     recipe = None
@@ -585,7 +585,7 @@ def train(c, data, directory, stop, checkpoint=None):
             model.use_recipe(recipe, c.backend)
             run = micro_step
             if compiled and device == "cuda" and WORLD == 1:
-                # The graph takes quantized weights from their place in memory, as later steps will.
+                # A graph of micro-batches takes quantized weights from their place, as later steps will.
                 with quantized():
                     run = as_graph(micro_step, *train_data.random(step, 0))
                 model.zero_grad(set_to_none=False)      # of what the steps before the recording have left
@@ -619,9 +619,6 @@ def train(c, data, directory, stop, checkpoint=None):
         needed = last or stopping or step == before_decay(c)
         saving = needed or step % c.save_every == 0
         log.step(step, begin, mean(total), norm, lr, flush=evaluating or saving)
-        if log.bad_in_a_row >= 10:
-            raise Diverged(f"step {step}: 10 steps in a row had no finite gradient. Start a new run with a "
-                           f"lower --lr than {c.lr}")
         if evaluating:
             log.validation(step, evaluate(model, val_data, c))
         if needed or saving and not log.bad_in_a_row:
@@ -1224,7 +1221,10 @@ class Log:
                 f.write(line)
 
     def step(self, step, begin, loss, norm, lr, flush):
-        """Note a step that began at `begin`; write and print all noted if a line is due, or flush."""
+        """Note a step that began at `begin`; write and print all noted if a line is due, or flush.
+
+        Diverged once 10 steps in a row had no finite gradient.
+        """
         # Wait until a line is due. The first step has one at once.
         first = step == self.start + 1
         if not self.pending:
@@ -1256,6 +1256,9 @@ class Log:
         print(f"step {step:{len(str(self.c.steps))}}/{self.c.steps}  loss {loss:7.4f}  norm {norm:6.3f}  "
               f"lr {lr:.2e}  {seconds * 1e3:7.1f} ms  {rate / 1e3:7.1f} ktok/s  "
               f"{left // 60:3d}:{left % 60:02d} left")
+        if self.bad_in_a_row >= 10:
+            raise Diverged(f"step {step}: 10 steps in a row had no finite gradient. Start a new run with a "
+                           f"lower --lr than {self.c.lr}")
 
     def state(self):
         """What a checkpoint holds of it."""
