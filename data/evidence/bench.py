@@ -428,7 +428,7 @@ class Report:
         self.path = path
         self.good = True
         if path:
-            Path(path).write_text("")
+            open(path, "x").close()     # an earlier report is not lost
 
     def keep(self, kind, **record):
         """Keep a record at once: what comes later may fail."""
@@ -846,9 +846,9 @@ def time_layer(report, recipe, device, seconds):
 
 # ---- 7. The command line -----------------------------------------------------------------------------------
 
-# Rows and columns that are whole tiles, and not; one row; a matrix whose rows are no multiples of 128.
+# Rows and columns that are whole tiles, and not; one row.
 SHAPES = (1, 128), (140, 256), (16, 4096), (48, 144), (4112, 1536)
-GEMM_SHAPES = (128, 128, 128), (256, 512, 2048), (2048, 1024, 8192)
+GEMM_SHAPES = (140, 144, 384), (256, 512, 2048), (2048, 1024, 8192)
 TIMED = (TOKENS, 4096), (2 * TOKENS, 3072)
 LAYER = 4096, 4096    # features in and out
 
@@ -889,7 +889,10 @@ def main(argv=None):
             return int(not compile_for(arguments.target, dump))
     if not torch.cuda.is_available():
         sys.exit("to check and time the kernels, python kernels.py needs a GPU; --target works anywhere")
-    report = Report(arguments.json)
+    try:
+        report = Report(arguments.json)
+    except OSError as e:
+        sys.exit(f"kernels.py: --json={arguments.json}: {e.strerror}; take another name")
     device = torch.device("cuda", torch.cuda.current_device())
     first_run(report, device, kernels.major(device) >= 10)
     print("\nno fault was found" if report.good else "\nsomething is WRONG: see above")

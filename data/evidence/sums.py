@@ -14,9 +14,11 @@ scale is multiplied by the m in [1, 2) that amax / 1536 has beside a power of tw
 Quartet II's own code gives a tensor quantized by 4/6.
 """
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -46,26 +48,33 @@ def rounded_gemm(a, b, n):
 
 
 gemm = quartet.gemm
+KINDS = {"forward_gemm": "y", "dgrad_gemm": "dx", "wgrad_gemm": "dw"}    # functions of quartet.py
 
 
 class Count:
     """Takes the place of quartet.gemm, and counts outputs that another GEMM would make otherwise."""
 
     def __init__(self):
-        self.calls = 0    # of the backward pass: dx and dw take turns
+        self.kind = "y"
         # Of each GEMM: its outputs, those that FP4 tensor cores add to another value, and the others'.
-        self.found = {kind: torch.zeros(3, dtype=torch.int64) for kind in ("y", "dx", "dw")}
+        self.found = {kind: [0, 0, 0] for kind in KINDS.values()}
 
     def __call__(self, a, b, n=1):
-        kind = "y"
-        if torch._C._current_graph_task_id() >= 0:     # within a backward pass
-            kind = ("dx", "dw")[self.calls % 2]
-            self.calls += 1
         y = gemm(a, b, n)
-        plain = (y != quartet.fp4_gemm(a, b, n)).sum()
+        plain = (y != quartet.fp4_gemm(a, b, n)).sum().item()
         rounded, exact = rounded_gemm(a, b, n)
-        self.found[kind] += torch.tensor([y.numel(), plain.item(), (rounded != exact).sum().item()])
+        other = (rounded != exact).sum().item()
+        before = self.found[self.kind]
+        self.found[self.kind] = [old + new for old, new in zip(before, (y.numel(), plain, other))]
         return y
+
+    def during(self, function, kind):
+        """A function of quartet.py, whose GEMM is of this kind."""
+        def counted(*args):
+            self.kind = kind
+            return function(*args)
+
+        return counted
 
 
 def measure(run, batch, recipe):
@@ -77,15 +86,17 @@ def measure(run, batch, recipe):
     model, c = train_gpt.load_model(run, **knobs)
     torch.manual_seed(c.seed)
     data = train_gpt.Shards(c, train_gpt.find_corpus(c), "val", model.rope.device.type)
-    quartet.gemm = count = Count()
-    try:
+    count = Count()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(quartet, "gemm", count))
+        for name, kind in KINDS.items():
+            counted = count.during(getattr(quartet, name), kind)
+            stack.enter_context(mock.patch.object(quartet, name, counted))
         model(*data.random(0, 0)).backward()
-    finally:
-        quartet.gemm = gemm
     size = sum(p.numel() for block in model.blocks for p in block.parameters())
     name = (f"{c.name or run}, {c.recipe}, {size / 1e6:.1f}M parameters in blocks, "
             f"{batch} x {c.sequence} tokens")
-    return {kind: row.tolist() for kind, row in count.found.items()}, name
+    return count.found, name
 
 
 def main(argv):

@@ -318,6 +318,8 @@ def main(argv=None):
     parser.add_argument("--show", type=Path, metavar="FILE.png", help="take a picture of section 5's picture")
     options = parser.parse_args(argv)
     out = options.out
+    if out.suffix != ".html":
+        sys.exit(f"walkthrough.py: {out}: the page needs a name that ends in .html")
     if options.show and not browser():
         sys.exit("walkthrough.py: --show needs Chromium (apt install chromium)")
     content = page()

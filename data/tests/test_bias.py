@@ -75,14 +75,15 @@ def test_of_operands_in_bf16_the_mean_comes_near_the_unquantized_gradient_and_of
     names = bias.register("quartet2", ("both",))
     requantized = bias.measure(*normal(), names["ms_eden x3", "both"], SIZES)
     original = bias.measure(*normal(), names["x3 of bf16", "both"], SIZES)
+    # The NMSE of a draw is 18.7e-3, and of B draws' mean a B-th of that. That of 4/6 of x or w is 7.6e-3, and
+    # stays. Both are means over 16384 values, so known to some percent.
     for r, o in zip(requantized, original):
-        # 4/6 of x or w has an NMSE of 7.6e-3, which stays.
-        assert 7.6e-3 < r["unquantized"][-1] < 8.6e-3
-        assert bias.bits(r) < 0.15
+        expected = [7.6e-3 + 18.7e-3 / B for B in SIZES]
+        assert r["unquantized"] == pytest.approx(expected, rel=0.1)
         # Here both references are one.
+        assert o["unquantized"] == pytest.approx([18.7e-3 / B for B in SIZES], rel=0.1)
         assert o["unquantized"] == pytest.approx(o["error"])
         assert bias.bits(o) == pytest.approx(-o["slope"])
-        assert o["unquantized"][-1] < 1e-3
 
 
 @pytest.mark.parametrize("recipe", ["quartet2", "nvidia"])
@@ -153,8 +154,9 @@ def test_families_tell_one_round_of_rotation_from_three(capsys, monkeypatch):
     title, head, row = capsys.readouterr().out.splitlines()
     assert "256 draws" in title and head.split()[:2] == ["1", "round"]
     one_round, two_rounds, three_rounds = [cell.strip() for cell in (row[26:37], row[37:48], row[48:59])]
-    assert 1 < float(one_round.strip("%")) < 3
-    assert 1 < float(two_rounds.strip("%")) < 2
+    # By 1024 draws 1.94% and 1.31%; by 256 known to some 0.1%, three of which bound the bias of three rounds.
+    assert float(one_round.strip("%")) == pytest.approx(1.94, abs=0.2)
+    assert float(two_rounds.strip("%")) == pytest.approx(1.31, abs=0.2)
     assert three_rounds.startswith("< ")
 
 

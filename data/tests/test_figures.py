@@ -310,3 +310,14 @@ def test_the_table_of_the_readme_has_the_numbers_of_the_logs():
         assert branch_gap == gap(branch, recipe, figures.training), recipe
         assert h200 == speed(scratch, recipe), recipe
         assert h100 == speed(branch, recipe), recipe
+
+
+def test_the_long_account_has_the_numbers_of_d12():
+    account = (Path(figures.__file__).parent / "README.md").read_text()
+    rows = figures.read()["d12", "installed", ""]
+    for recipe, runs in rows.items():
+        result = runs[1].result
+        loss = result["val_loss"]
+        speed = round(result["tokens_per_s"], -3)
+        expected = f"| {recipe} | {loss:.4f} | {loss / math.log(2):.4f} | {speed:,.0f} |"
+        assert expected in account

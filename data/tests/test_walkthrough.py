@@ -72,6 +72,8 @@ def test_names_lead_to_what_they_name(page):
 
 def test_the_page_loads_nothing_and_is_small(page, tmp_path, capsys):
     assert not re.search(r"\bsrc=|<link|@import|url\(|fetch\(|XMLHttpRequest|import\(", page)
+    with pytest.raises(SystemExit, match="ends in .html"):
+        walkthrough.main([str(tmp_path / "quartet.py")])
     walkthrough.main([str(tmp_path / "out.html")])
     size = (tmp_path / "out.html").stat().st_size
     assert size < 2e6 and f"{size:,} bytes" in capsys.readouterr().out
@@ -153,8 +155,8 @@ ACT = """(() => {
   column.setPointerCapture = () => {};
   const point = (type, pointerType, clientY) => column.dispatchEvent(
     new PointerEvent(type, {pointerType, clientY, pointerId: 1, bubbles: true}));
-  const second = () => Number(document.querySelectorAll('#picture-block [role=slider]')[1].ariaValueNow ??
-    document.querySelectorAll('#picture-block [role=slider]')[1].getAttribute('aria-valuenow'));
+  const bar = document.querySelectorAll('#picture-block [role=slider]')[1];
+  const second = () => Number(bar.getAttribute('aria-valuenow'));
   const top = first('block', 'svg').getBoundingClientRect().top;
   found.drag = [];
   for (const [type, kind, y] of [['pointerdown', 'touch', 10], ['pointermove', 'touch', 20],
