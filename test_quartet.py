@@ -58,6 +58,8 @@ pytestmark = [
 pytest_plugins = ["background"]
 parametrize = pytest.mark.parametrize
 needs_gpu = pytest.mark.skipif(not GPU, reason="PyTorch sees no GPU here")
+needs_compiler = pytest.mark.skipif(
+    not GPU and not shutil.which("g++"), reason="torch.compile needs a C++ compiler for a CPU")
 
 
 # ---- What the tests share: grids, inputs, comparisons, statistics ------------------------------------------
@@ -990,7 +992,11 @@ def fractions(t):
     return [Fraction(v) for v in t.double().flatten().tolist()]
 
 
-def test_a_sum_toward_zero_is_the_exact_one_without_what_float32_cannot_hold():
+@parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_a_sum_toward_zero_is_the_exact_one_without_what_float32_cannot_hold(compiled):
+    add = quartet.add_toward_zero
+    if compiled:                                       # as train_gpt.py runs it
+        add = torch.compile(add, dynamic=True)
     # Of all sizes
     generator = torch.Generator().manual_seed(0)
     exponents = torch.randint(-40, 40, (2, 3000), generator=generator)
@@ -1002,10 +1008,10 @@ def test_a_sum_toward_zero_is_the_exact_one_without_what_float32_cannot_hold():
     exponents = a[1000:1500].frexp().exponent
     last_bit = 2.0 ** (exponents - 24.0)
     b[1000:1500] = last_bit * tensor([0.5, -0.5, 1.5, -1.5, 0.25]).repeat(100)
-    found = quartet.add_toward_zero(a, b)
+    found = add(a.to(DEVICE), b.to(DEVICE))
     exact = [x + y for x, y in zip(fractions(a), fractions(b))]
     assert fractions(found) == [rounded(x, toward_zero=True) for x in exact]
-    assert (found != a + b).float().mean() > 0.1
+    assert (found.cpu() != a + b).float().mean() > 0.1
 
 
 def varied(M, K, spread, seed):
@@ -1231,8 +1237,7 @@ def test_no_two_layers_share_their_noise_also_compiled(compiler, checkpointed, m
     assert same(found, gradients(model))
 
 
-@parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
-    not GPU and not shutil.which("g++"), reason="torch.compile needs a C++ compiler for a CPU"))])
+@parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 def test_no_two_calls_share_a_draw_and_they_stay_in_order(compiler):
     def draws(x):
         return quartet.draw(x, 4), quartet.draw(x, 4), quartet.draw(x + 1, 4)

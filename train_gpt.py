@@ -653,6 +653,9 @@ def build(c, directory, checkpoint, device, compiled):
             # All share one program. Of a block only `forward` is compiled: FSDP2's hooks stay outside.
             block.forward = torch.compile(block.forward, fullgraph=True)
         model.predict = torch.compile(model.predict, fullgraph=True)
+        if c.gemm == "blackwell":
+            # To these programs a GEMM is one op, so what is slow in it is compiled apart.
+            quartet.add_toward_zero = torch.compile(quartet.add_toward_zero, dynamic=True)
     net = model
     if WORLD > 1:
         net = distribute(model, c)

@@ -29,6 +29,14 @@ An earlier test of quintet, of two rounds of rotation then, written down before 
 t) of the mean paired difference of the last losses lies below 0; the goal is that this mean is 15% of
 quartet2's mean gap to bf16 or more.
 
+Whether it matters how GEMMs add, in float32 or as FP4 tensor cores do, written down before its runs:
+
+    cpu quartet2,quartet2_blackwell,quartet2_nudged --corpus=python --seeds=1,...,12 --eval_tokens=65536
+
+A run whose sums differ in a last digit soon is another run. The mean over seeds of quartet2_blackwell's minus
+quartet2's last validation loss is reported with its 95% interval (Student's t), and beside it the same of
+quartet2_nudged, where one weight of the start is another: what two such runs differ by if nothing matters.
+
 Two seeds differ by what happens early, and by more than two 4-bit recipes do. So a GROUP may be START+GROUP,
 where START is ROW@STEP, as in quartet2@3400+forward. Then all rows of a seed go on from that step of that
 row, and leave SIZE-CORPUS-STARTROW-from-STEP-ROW-SEED.jsonl.
@@ -72,6 +80,7 @@ SIZES = {    # arguments of train_gpt.py
            " --steps=4000 --lr=1.5e-3",
     "30m": "30m --batch=128",
     "100m": "100m --batch=64",
+    "cpu": "cpu",
     "tiny": "30m --layers=1 --width=128 --heads=1 --hidden=128 --sequence=64 --batch=2 --tokens_per_step=128"
             " --steps=20 --lr=1e-3 --compile=off --device=cpu",
 }
@@ -142,6 +151,8 @@ ROWS = {
 KNOBS = {    # row: its recipe, its knobs
     "quartet2_end": ("quartet2", "--bf16_end=0.1"),
     "quartet2_last": ("quartet2", "--bf16_last=1"),     # 15% of the blocks or a little more
+    "quartet2_blackwell": ("quartet2", "--gemm=blackwell"),
+    "quartet2_nudged": ("quartet2",),                   # `nudge` has changed one weight
 }
 
 
@@ -154,6 +165,12 @@ def cage_ramp(t):
 
 
 RAMPS = {"quartet2_cage": cage_ramp}                 # of all other rows: train_gpt.ramp
+
+
+def nudge(model):
+    """Make one weight of a model larger by 1%, more than bf16's last digit: a change that does not matter."""
+    with torch.no_grad():
+        model.blocks[0].up.weight[0, 0] *= 1.01
 
 GROUPS = {
     "rivals": "nvidia four_six tetrajet2 quartet2_dampen quartet2_cage quartet2_end quartet2_last"
@@ -339,6 +356,19 @@ def keep_checkpoints(keep, end):
     train_gpt.save = keeping
 
 
+def nudge_at_the_start():
+    """Let train_gpt.py `nudge` a model that it makes."""
+    build = train_gpt.build
+
+    def nudging(c, directory, checkpoint, *others):
+        model, *built = build(c, directory, checkpoint, *others)
+        if not checkpoint:
+            nudge(model)
+        return model, *built
+
+    train_gpt.build = nudging
+
+
 def refuse_other_losses(log, end):
     """UserError where two logs of one run, the second of an earlier time, have different losses."""
     now = losses_by_step(log)
@@ -364,6 +394,8 @@ def train_row(arguments):
         step, _, path = word.partition("=")
         keep[int(step)] = path
     train_gpt.ramp = RAMPS.get(own.row, train_gpt.ramp)
+    if own.row == "quartet2_nudged":
+        nudge_at_the_start()
     keep_checkpoints(keep, own.end)
     train_gpt.main(arguments)
 

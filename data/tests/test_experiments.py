@@ -265,6 +265,23 @@ def test_the_step_is_there_before_the_run_ends(tmp_path, monkeypatch, results):
     assert not (tmp_path / "runs/run/result.json").exists()
 
 
+def test_a_nudged_run_starts_with_one_other_weight_and_no_other_row_does(monkeypatch, results):
+    model = train_gpt.GPT(train_gpt.Config(layers=2, width=128, heads=1, hidden=128, vocab_size=256))
+    start = {name: t.clone() for name, t in model.state_dict().items()}
+
+    def changed(row, checkpoint):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_gpt, "save", None)
+            patch.setattr(train_gpt, "build", lambda *_: (model, None, []))
+            patch.setattr(train_gpt, "main", lambda _: train_gpt.build(None, None, checkpoint))
+            experiments.main(["train", row])
+        return sum((t != start[name]).sum().item() for name, t in model.state_dict().items())
+
+    assert changed("quartet2", {}) == 0
+    assert changed("quartet2_nudged", {"step": 1}) == 0      # it goes on
+    assert changed("quartet2_nudged", {}) == 1
+
+
 def test_sigterm_waits_for_the_running_ones_and_starts_no_others(results, monkeypatch):
     done = []
 
