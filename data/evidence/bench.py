@@ -11,7 +11,6 @@ import functools
 import gc
 import hashlib
 import json
-import math
 import platform
 import re
 import subprocess
@@ -769,17 +768,22 @@ def time_op(report, title, case, parts, c, gpu, seconds):
     taken = seconds(lambda: case.op(parts))
     encoding = time_encoding(case, mode_of(case.name.split()[1])[0], parts, device, seconds)
 
-    # Faults of what it is compared with leave NaN in its row.
-    least = apart = math.nan
+    # Faults of what it is compared with leave gaps in its row.
+    least = apart = None
     if parts != kernels.NVFP4_PARTS:
         found = report.attempt(f"{title}, prediction", lambda: predicted(case, c, gpu))
-        least, apart = found or (math.nan, math.nan)
+        least, apart = found or (None, None)
     compiled = report.attempt(f"{title}, torch.compile", lambda: time_compiled(case, parts, seconds))
-    compiled = compiled or math.nan
-    print(f"{title:33}{taken * 1e6:8.1f}{encoding * 1e6:8.1f}{least * 1e6:8.1f}{apart * 1e6:8.1f}"
-          f"{size / taken / gpu.bandwidth:9.0%}{compiled * 1e6:10.1f}{compiled / taken:7.1f}", flush=True)
+    ratio = f"{compiled / taken:7.1f}" if compiled else ""
+    times = "".join(in_us(t) for t in (taken, encoding, least, apart))
+    print(f"{title:33}{times}{size / taken / gpu.bandwidth:9.0%}{in_us(compiled):>10}{ratio}", flush=True)
     report.keep("time", op=title, bytes=size, seconds=taken, encoding=encoding, least=least, sum=apart,
                 compiled=compiled, copy_bandwidth=gpu.bandwidth)
+
+
+def in_us(seconds):
+    """A column of time_ops; None: a gap."""
+    return f"{'':8}" if seconds is None else f"{seconds * 1e6:8.1f}"
 
 
 def predicted(case, c, gpu):
