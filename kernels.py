@@ -970,8 +970,8 @@ def tile_options(major):
     options = {"FP4": major > 9, "W": 64, "num_warps": 8, "num_stages": 1}
     if major == 9:
         # wgmma. Within 128 registers two programs fit on a multiprocessor. The compiler may take more, or, to
-        # keep to 128, spill a little, as in sr and ms_eden_46. Of an earlier kernel, one program of 168 took
-        # 30% longer on an H200.
+        # keep to 128, spill a little, as in sr and ms_eden_46. With 168 one fits, and an H200 takes 25 to 36%
+        # longer (data/evidence/README.md, section 7).
         options["maxnreg"] = 128
     if major == 10:
         # tcgen05 gives each of 128 threads a row, of 64 values, whose four blocks share a draw of Philox.

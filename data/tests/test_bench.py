@@ -322,3 +322,33 @@ if __name__ == "__main__":
     else:
         leave_only(pytest.MonkeyPatch(), name)
     sys.exit(bench.main(words))
+
+
+# ---- What data/evidence/README.md tells of a first run -----------------------------------------------------
+
+def test_the_long_account_has_the_times_of_the_first_run():
+    evidence = Path(bench.__file__).parent
+    account = (evidence / "README.md").read_text()
+    records = [json.loads(line) for line in open(evidence / "results/first-run-h200.jsonl")]
+    times = {}
+    for record in records:
+        if record["kind"] == "time":
+            times.setdefault(record["op"], record)         # of the first shape
+    values = 16384 * 4096
+
+    def cells(op):
+        r = times[op]
+        share = r["bytes"] / r["seconds"] / r["copy_bandwidth"]
+        return (f"{r['bytes'] / values:.2f} | {r['seconds'] * 1e6:.0f} | {share:.0%} | "
+                f"{r['compiled'] / r['seconds']:.1f}")
+
+    rows = re.findall(r"^\| ((?:quantize|both|requantize) \w+) \| (.*) \|$", account, re.M)
+    assert len(rows) == 6
+    for op, row in rows:
+        assert row == f"{cells(op)} | {cells(op + ', decoded')}"
+
+    layers = {r["recipe"]: r["seconds"] / r["bf16"] - 1 for r in records if r["kind"] == "layer"}
+    bf16, = [r["seconds"] for r in records if r["kind"] == "layer" and r["recipe"] == "bf16"]
+    row = " | ".join(f"{layers[recipe]:+.0%}" for recipe in layers if recipe != "bf16")
+    assert f"| H200 | {bf16 * 1e3:.2f} ms | {row} |" in account
+    assert not any(r["kind"] == "fault" or r.get("faults") for r in records)

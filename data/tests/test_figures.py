@@ -321,3 +321,22 @@ def test_the_long_account_has_the_numbers_of_d12():
         speed = round(result["tokens_per_s"], -3)
         expected = f"| {recipe} | {loss:.4f} | {loss / math.log(2):.4f} | {speed:,.0f} |"
         assert expected in account
+
+
+def test_the_long_account_has_the_numbers_of_the_change_to_4_bits():
+    account = (Path(figures.__file__).parent / "README.md").read_text()
+    branched = figures.read()["10m", "installed", "bf16-from-3000"]
+    throughout = figures.read()["10m", "installed", ""]
+    rows = {
+        "quartet2 throughout": {row: {seed: throughout[row][seed] for seed in branched["quartet2"]}
+                                for row in ("bf16", "quartet2")},
+        "bf16, the last quarter by quartet2": branched,
+    }
+    gaps = []
+    for name, runs in rows.items():
+        found = figures.paired(runs, "quartet2", "bf16")
+        mean, half = figures.interval(found)
+        assert f"| {name} | {len(found)} | {mean:.1f} +- {half:.1f} |" in account
+        gaps.append(mean)
+    readme = (Path(figures.__file__).parents[2] / "README.md").read_text()
+    assert f"throughout {gaps[0]:.1f}" in readme and f"a gap of {gaps[1]:.1f} ± {half:.1f}" in readme

@@ -84,6 +84,14 @@ def test_every_gemm_of_a_model_is_looked_at(place, capsys):
 def test_the_long_account_has_the_kept_numbers():
     evidence = Path(sums.__file__).parent
     account = (evidence / "README.md").read_text()
-    kept = json.loads((evidence / "results/sums-cpu.jsonl").read_text())["gemms"]
-    for kind, (outputs, plain, rounded) in kept.items():
-        assert f"| {kind} | {outputs:,} | {plain} | {rounded / outputs:.1%} |" in account
+    kept = [json.loads(line)["gemms"] for name in ("cpu", "h200")
+            for line in open(evidence / f"results/sums-{name}.jsonl")]
+    all_outputs = others = 0
+    for gemms in kept:
+        for kind, (outputs, plain, rounded) in gemms.items():
+            assert f"| {kind} | {outputs:,} | {plain} | {rounded / outputs:.1%} |" in account
+            all_outputs += outputs
+            others += plain
+    assert f"{others} of {all_outputs / 1e9:.1f} billion outputs are others" in account
+    share = f"one in {all_outputs / others / 1e6:.1f} million"
+    assert share in account and share in (evidence.parents[1] / "README.md").read_text()
