@@ -133,6 +133,27 @@ def test_the_page_has_words_for_every_quantizer_and_rotation(page, tmp_path):
     assert {*names} == {*quartet.QUANTIZERS} and {*turns} == {*quartet.ROTATIONS}
 
 
+OUTSIDE = """[...document.querySelectorAll('.picture svg')].map((svg) => {
+  const {width} = svg.viewBox.baseVal;
+  const shapes = [...svg.querySelectorAll('text, rect, line, circle, polyline')].map((t) => t.getBBox());
+  const outside = shapes.filter((box) => box.x < 0 || box.x + box.width > width);
+  return [shapes.length, outside.length, width / svg.clientWidth, svg.scrollWidth > svg.parentNode.clientWidth];
+})"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [375, 820, 1400])
+def test_pictures_fit_into_a_phone_and_keep_the_size_of_their_text(page, tmp_path, width):
+    found = run(page.replace("</style>", f"body {{ width: {width}px; }}</style>"), OUTSIDE, tmp_path)
+    assert len(found) == 5      # what GEMMs take is drawn in HTML
+    # That of section 8 is drawn once it is seen.
+    assert [shapes > 5 for shapes, *_ in found] == [True, True, True, False, True]
+    for _, outside, scale, too_wide in found:
+        assert not outside and not too_wide
+        # On a wide page text grows, by a fifth.
+        assert 0.8 < scale <= 1.01
+
+
 ACT = """(() => {
   const said = (name) => document.querySelector(`#picture-${name} .said`).textContent;
   const first = (name, what) => document.querySelector(`#picture-${name} ${what}`);

@@ -15,9 +15,15 @@ function make(parent, name, attributes = {}, text = '') {
   return made;
 }
 
-function drawing(stage, width, height, label) {
-  const canvas = make(stage, 'div', {class: 'canvas'});
-  return make(canvas, 'svg', {viewBox: `0 0 ${width} ${height}`, role: 'group', 'aria-label': label});
+// How wide a drawing is: as wide as the page has room for when it is opened, so that on a phone text keeps its
+// size. A wider page shows it larger.
+function room(stage) {
+  return Math.max(300, Math.min(720, stage.clientWidth || 720));
+}
+
+function drawing(stage, height, label) {
+  const viewBox = `0 0 ${room(stage)} ${height}`;
+  return make(stage, 'svg', {viewBox, role: 'group', 'aria-label': label});
 }
 
 function button(controls, text, act) {
@@ -75,14 +81,14 @@ function block(stage) {
   let chosen = 3;
   const own = slider(controls, 'value 4', {min: -48, max: 48, step: 1, value: 0}, (v) => set(chosen, v));
 
-  // Bars from -48 to 48.
-  const HEIGHT = 400;
-  const svg = drawing(stage, 720, HEIGHT, 'sixteen values and three grids');
-  const middle = 92, unit = 1.7;
-  make(svg, 'line', {x1: 20, x2: 700, y1: middle, y2: middle, class: 'axis'});
+  // Bars from -48 to 48. Where there is little room, what is said of a grid takes two lines.
+  const WIDTH = room(stage), ROW = WIDTH < 560 ? 80 : 62, HEIGHT = 214 + 3 * ROW;
+  const svg = drawing(stage, HEIGHT, 'sixteen values and three grids');
+  const middle = 92, unit = 1.7, pitch = (WIDTH - 40) / 16;
+  make(svg, 'line', {x1: 20, x2: WIDTH - 20, y1: middle, y2: middle, class: 'axis'});
   const bars = Array.from({length: 16}, (_, i) => {
-    const bar = make(svg, 'rect', {x: 24 + 42.5 * i, width: 30, fill: BLUE, class: 'handle', tabindex: 0,
-      role: 'slider', 'aria-label': `value ${i + 1}`, 'aria-valuemin': -48, 'aria-valuemax': 48});
+    const bar = make(svg, 'rect', {x: 20 + pitch * (i + 0.1), width: pitch * 0.7, fill: BLUE, class: 'handle',
+      tabindex: 0, role: 'slider', 'aria-label': `value ${i + 1}`, 'aria-valuemin': -48, 'aria-valuemax': 48});
     bar.addEventListener('focus', () => choose(i));
     bar.addEventListener('keydown', (event) => {
       const steps = {ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1, PageUp: 8, PageDown: -8};
@@ -93,8 +99,8 @@ function block(stage) {
       }
     });
     // Anywhere above or below a bar, a mouse takes it. A finger only chooses it, since it may mean to scroll.
-    const column = make(svg, 'rect', {x: 18 + 42.5 * i, width: 42, y: 5, height: 180, fill: 'transparent',
-      class: 'handle'});
+    const column = make(svg, 'rect', {x: 20 + pitch * i, width: pitch, y: 5, height: 180,
+      fill: 'transparent', class: 'handle'});
     const follow = (event) => {
       const box = svg.getBoundingClientRect();
       set(i, (middle - (event.clientY - box.top) * HEIGHT / box.height) / unit);
@@ -108,7 +114,8 @@ function block(stage) {
       column.onpointermove = follow;
     });
     column.addEventListener('lostpointercapture', () => { column.onpointermove = null; });
-    const label = make(svg, 'text', {x: 39 + 42.5 * i, 'text-anchor': 'middle', class: 'soft'});
+    const label = make(svg, 'text', {x: 20 + pitch * (i + 0.45), 'text-anchor': 'middle', class: 'soft'});
+    if (pitch < 30) label.style.fontSize = '10px';
     return {bar, label};
   });
   const lines = make(svg, 'g');
@@ -144,17 +151,23 @@ function block(stage) {
     lines.replaceChildren();
     const least = Math.min(six.error, four.error);
     Object.entries(found).forEach(([name, {q, s, error}], k) => {
-      const y = 226 + 62 * k;
+      const y = 164 + ROW * (k + 1);
       const mean = error * cut.unit ** 2 / 16;
       const kept = name !== 'search' && error === least && (name === 'rtn' || error < six.error);
-      make(lines, 'text', {x: 24, y: y - 14}, `${SHOWN[name]}: scale ${short(s * cut.unit)}, squared error ` +
-        `${short(mean)} a value${kept ? '; 4/6 takes this' : ''}`);
-      const at = (v) => 360 + 6.2 * v;
+      const title = `${SHOWN[name]}${kept ? ', which 4/6 takes' : ''}: `;
+      const numbers = `scale ${short(s * cut.unit)}, squared error ${short(mean)} a value`;
+      if (ROW > 62) {
+        make(lines, 'text', {x: 20, y: y - 32}, title);
+        make(lines, 'text', {x: 20, y: y - 14}, numbers);
+      } else {
+        make(lines, 'text', {x: 24, y: y - 14}, title + numbers);
+      }
+      const at = (v) => WIDTH / 2 + (WIDTH - 76) / 104 * v;
       make(lines, 'line', {x1: at(-52), x2: at(52), y1: y + 12, y2: y + 12, class: 'axis'});
       for (const point of [0, 0.5, 1, 1.5, 2, 3, 4, 6]) {
         for (const sign of [1, -1]) {
           const place = at(sign * point * s * cut.unit);
-          if (Math.abs(place - 360) < 340) {
+          if (Math.abs(place - WIDTH / 2) < WIDTH / 2 - 20) {
             make(lines, 'line', {x1: place, x2: place, y1: y + 4, y2: y + 20, stroke: GREY,
               'stroke-width': 2});
           }
@@ -192,7 +205,7 @@ function stochastic(stage) {
   button(controls, 'draw 1 more', () => draw(1));
   button(controls, 'draw 200 more', () => draw(200));
   button(controls, 'begin again', () => restart(1));
-  const svg = drawing(stage, 720, 260, 'the mean of draws');
+  const svg = drawing(stage, 260, 'the mean of draws'), right = room(stage) - 110;
   const graph = make(svg, 'g');
   const said = make(stage, 'p', {class: 'said', 'aria-live': 'polite'});
 
@@ -225,14 +238,14 @@ function stochastic(stage) {
     const down = e2m1(n, 0.999999), up = e2m1(n, 0);
     const spread = Math.max((up - down) * s, 0.3 * s);
     const y = (v) => 130 - 90 * (v - value) / spread;
-    const shown = [[down * s, GREY, `${short(down)} s`, 606], [value, GREEN, 'the value', 640]];
-    if (up !== down) shown.push([up * s, GREY, `${short(up)} s`, 606]);
+    const shown = [[down * s, GREY, `${short(down)} s`, 6], [value, GREEN, 'the value', 44]];
+    if (up !== down) shown.push([up * s, GREY, `${short(up)} s`, 6]);
     for (const [v, colour, text, x] of shown) {
       const place = Math.max(12, Math.min(248, y(v)));
-      make(graph, 'line', {x1: 20, x2: 600, y1: place, y2: place, stroke: colour, 'stroke-width': 2});
-      make(graph, 'text', {x, y: place + 4}, text);
+      make(graph, 'line', {x1: 20, x2: right, y1: place, y2: place, stroke: colour, 'stroke-width': 2});
+      make(graph, 'text', {x: right + x, y: place + 4}, text);
     }
-    const x = (i) => 20 + 580 * Math.log(i + 1) / Math.log(Math.max(10, means.length));
+    const x = (i) => 20 + (right - 20) * Math.log(i + 1) / Math.log(Math.max(10, means.length));
     const points = means.map((v, i) => `${x(i).toFixed(1)},${Math.max(5, Math.min(255, y(v))).toFixed(1)}`);
     make(graph, 'polyline', {points: points.join(' '), fill: 'none', stroke: BLUE, 'stroke-width': 2});
     const [end, height] = points.at(-1).split(',');
@@ -255,7 +268,8 @@ function rotation(stage) {
   const second = slider(controls, 'second value', {min: 0, max: 1, step: 0.01, value: 0.88},
     (v) => { state.second = v; show(); });
   button(controls, 'other signs', () => { state.signs += 1; show(); });
-  const svg = drawing(stage, 720, 380, 'a group of 128 values, and rotated by one, two and three rounds');
+  const svg = drawing(stage, 380, 'a group of 128 values, and rotated by one, two and three rounds');
+  const right = room(stage) - 20, pitch = (right - 20) / GROUP;
   const graph = make(svg, 'g');
   const said = make(stage, 'p', {class: 'said', 'aria-live': 'polite'});
 
@@ -282,10 +296,10 @@ function rotation(stage) {
       const middle = 50 + 94 * rounds;
       const title = rounds ? `${rounds} round${rounds > 1 ? 's' : ''}` : 'before';
       make(graph, 'text', {x: 20, y: middle - 36}, title);
-      make(graph, 'line', {x1: 20, x2: 700, y1: middle, y2: middle, class: 'axis'});
+      make(graph, 'line', {x1: 20, x2: right, y1: middle, y2: middle, class: 'axis'});
       v.forEach((value, i) => {
         const height = Math.abs(value) / (top || 1) * 32;
-        make(graph, 'rect', {x: 20 + 5.3 * i, width: 4, height: Math.max(0.5, height),
+        make(graph, 'rect', {x: 20 + pitch * i, width: 0.75 * pitch, height: Math.max(0.5, height),
           y: value > 0 ? middle - height : middle, fill: rounds ? BLUE : GREEN});
       });
     }
@@ -306,7 +320,7 @@ function eden(stage) {
     state.fourSix = !state.fourSix;
     start();
   });
-  const svg = drawing(stage, 720, 300, 'the error of the mean of B draws, against B');
+  const svg = drawing(stage, 300, 'the error of the mean of B draws, against B'), right = room(stage) - 60;
   const graph = make(svg, 'g');
   const said = make(stage, 'p', {class: 'said'});
   const GROUPS = 6, DRAWS = 256;
@@ -360,14 +374,14 @@ function eden(stage) {
 
   function show(kinds, draws) {
     graph.replaceChildren();
-    const x = (B) => 60 + 600 * Math.log2(B) / Math.log2(DRAWS);
+    const x = (B) => 60 + (right - 60) * Math.log2(B) / Math.log2(DRAWS);
     const y = (error) => 20 + 60 * Math.log2(0.15 / Math.max(error, 1e-3)) / 2 * 1.15;
     for (const B of [1, 4, 16, 64, 256]) {
       make(graph, 'line', {x1: x(B), x2: x(B), y1: 20, y2: 268, class: 'axis'});
       make(graph, 'text', {x: x(B) - 8, y: 290, class: 'soft'}, String(B));
     }
     for (const error of [0.1, 0.03, 0.01, 0.003]) {
-      make(graph, 'line', {x1: 60, x2: 660, y1: y(error), y2: y(error), class: 'axis'});
+      make(graph, 'line', {x1: 60, x2: right, y1: y(error), y2: y(error), class: 'axis'});
       make(graph, 'text', {x: 12, y: y(error) + 4, class: 'soft'}, `${short(100 * error)}%`);
     }
     const start = kinds[2].errors[0];
@@ -485,7 +499,7 @@ function rest(stage) {
   slider(controls, 'strength of the pull', {min: 0, max: 40, step: 1, value: 10},
     (v) => { state.strength = v; show(); });
   button(controls, 'other noise', () => { state.seed += 1; show(); });
-  const svg = drawing(stage, 720, 330, 'the path of a weight, without and with the pull');
+  const svg = drawing(stage, 330, 'the path of a weight, without and with the pull'), right = room(stage) - 60;
   const graph = make(svg, 'g');
   const said = make(stage, 'p', {class: 'said', 'aria-live': 'polite'});
   const STEPS = 400, LR = 0.1;
@@ -512,12 +526,12 @@ function rest(stage) {
     const flips = [0, state.strength].map((strength, k) => {
       const {found, flips} = path(strength);
       const y = (v) => 140 + 165 * k - 200 * (v - 0.95) * 0.9;
-      const x = (t) => 20 + 640 * t / STEPS;
+      const x = (t) => 20 + (right - 20) * t / STEPS;
       for (const point of [1, 1.5]) {
-        make(graph, 'line', {x1: 20, x2: 660, y1: y(point), y2: y(point), stroke: GREY, 'stroke-width': 2});
-        make(graph, 'text', {x: 666, y: y(point) + 4}, short(point));
+        make(graph, 'line', {x1: 20, x2: right, y1: y(point), y2: y(point), stroke: GREY, 'stroke-width': 2});
+        make(graph, 'text', {x: right + 6, y: y(point) + 4}, short(point));
       }
-      make(graph, 'line', {x1: 20, x2: 660, y1: y(state.best), y2: y(state.best), stroke: GREEN,
+      make(graph, 'line', {x1: 20, x2: right, y1: y(state.best), y2: y(state.best), stroke: GREEN,
         'stroke-dasharray': '6 4'});
       make(graph, 'text', {x: 20, y: y(1.5) - 22, class: 'soft'}, k ? 'with the pull' : 'without the pull');
       make(graph, 'polyline', {fill: 'none', stroke: RED, opacity: 0.55, 'stroke-width': 2,
