@@ -307,7 +307,7 @@ def show(content, file):
     with tempfile.TemporaryDirectory() as directory:
         alone = Path(directory, "page.html")
         alone.write_text(content.replace("</html>", ALONE), encoding="utf-8")
-        browse(alone.as_uri(), f"--screenshot={file.resolve()}", "--window-size=900,760")
+        browse(alone.as_uri(), f"--screenshot={file.resolve()}", "--window-size=900,815")
     print(file)
 
 

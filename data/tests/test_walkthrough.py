@@ -165,6 +165,8 @@ ACT = """(() => {
   };
   const found = {};
   found.block = said('block');
+  const texts = [...document.querySelectorAll('#picture-block svg text')].map((t) => t.textContent);
+  found.codes = texts.filter((text) => text.startsWith('codes '));
   for (const key of ['PageUp', 'ArrowUp']) {
     first('block', '[role=slider]').dispatchEvent(new KeyboardEvent('keydown', {key}));
   }
@@ -209,6 +211,10 @@ def test_pictures_answer(page, tmp_path):
     found = run(page, ACT, tmp_path)
     # 10 20 30 40 by 4/6, as section 5 prints it
     assert found["block"].endswith("decoded 10 20 30 40" + 3 * " 10 20 30 40")
+    x = torch.tensor([[10.0, 20.0, 30.0, 40.0] * 4])
+    for shown, quantizer in zip(found["codes"], ("rtn", "four_six", "scale_search"), strict=True):
+        codes, _, _ = by_quartet(quantizer, x, None)      # 4/6 takes the second
+        assert shown.replace(" ", "") == "codes" + "".join(f"{code:X}" for code in codes)
     assert "decoded 20 20 30 40" in found["moved"] and found["own"] == "own"
     touched, moved, pressed, dragged, let_go, after = found["drag"]
     assert touched == moved == 20 and pressed > dragged > 20

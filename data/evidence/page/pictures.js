@@ -60,6 +60,7 @@ function numbers(seed) {
 }
 
 const short = (v) => String(Number(v.toPrecision(4)));
+const hexCodes = (q) => q.map((v) => e2m1Code(v).toString(16).toUpperCase()).join('');
 const hex = (byte) => byte.toString(16).toUpperCase().padStart(2, '0');
 
 // ---- Section 5: one block
@@ -81,8 +82,8 @@ function block(stage) {
   let chosen = 3;
   const own = slider(controls, 'value 4', {min: -48, max: 48, step: 1, value: 0}, (v) => set(chosen, v));
 
-  // Bars from -48 to 48. Where there is little room, what is said of a grid takes two lines.
-  const WIDTH = room(stage), ROW = WIDTH < 560 ? 80 : 62, HEIGHT = 214 + 3 * ROW;
+  // Bars from -48 to 48. Where there is little room, what is said of a grid takes three lines instead of two.
+  const WIDTH = room(stage), NARROW = WIDTH < 560, ROW = NARROW ? 98 : 80, HEIGHT = 204 + 3 * ROW;
   const svg = drawing(stage, HEIGHT, 'sixteen values and three grids');
   const middle = 92, unit = 1.7, pitch = (WIDTH - 40) / 16;
   make(svg, 'line', {x1: 20, x2: WIDTH - 20, y1: middle, y2: middle, class: 'axis'});
@@ -151,17 +152,17 @@ function block(stage) {
     lines.replaceChildren();
     const least = Math.min(six.error, four.error);
     Object.entries(found).forEach(([name, {q, s, error}], k) => {
-      const y = 164 + ROW * (k + 1);
+      const y = 154 + ROW * (k + 1);
       const mean = error * cut.unit ** 2 / 16;
       const kept = name !== 'search' && error === least && (name === 'rtn' || error < six.error);
       const title = `${SHOWN[name]}${kept ? ', which 4/6 takes' : ''}: `;
       const numbers = `scale ${short(s * cut.unit)}, squared error ${short(mean)} a value`;
-      if (ROW > 62) {
-        make(lines, 'text', {x: 20, y: y - 32}, title);
-        make(lines, 'text', {x: 20, y: y - 14}, numbers);
-      } else {
-        make(lines, 'text', {x: 24, y: y - 14}, title + numbers);
-      }
+      const fours = hexCodes(q).match(/.{4}/g).join(' ');
+      const texts = [...(NARROW ? [title, numbers] : [title + numbers]), `codes ${fours}`];
+      texts.forEach((text, j) => {
+        const kind = j === texts.length - 1 ? 'soft' : '';
+        make(lines, 'text', {x: 20, y: y + 4 - 18 * (texts.length - j), class: kind}, text);
+      });
       const at = (v) => WIDTH / 2 + (WIDTH - 76) / 104 * v;
       make(lines, 'line', {x1: at(-52), x2: at(52), y1: y + 12, y2: y + 12, class: 'axis'});
       for (const point of [0, 0.5, 1, 1.5, 2, 3, 4, 6]) {
@@ -181,10 +182,9 @@ function block(stage) {
 
     const t = quantize('four_six', x);
     const bytes = t.codes.filter((_, i) => i % 2 === 0).map((code, i) => hex(code | t.codes[2 * i + 1] << 4));
-    const codes = t.codes.map((code) => code.toString(16).toUpperCase());
-    said.textContent = `four_six: codes ${codes.join(' ')}\n` +
-      `packed ${bytes.join(' ')}   block scale ${t.scales[0]} (0x${hex(t.bytes[0])})   tensor scale ` +
-      `2^${Math.log2(t.tensorScale)}\ndecoded ${decode(t).map(short).join(' ')}`;
+    said.textContent = `four_six: packed ${bytes.join(' ')}\n` +
+      `block scale ${t.scales[0]} (0x${hex(t.bytes[0])})   tensor scale 2^${Math.log2(t.tensorScale)}\n` +
+      `decoded ${decode(t).map(short).join(' ')}`;
   }
 
   x = [...presets['ten to forty']];
