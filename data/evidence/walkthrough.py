@@ -32,24 +32,28 @@ SOURCE = Path(quartet.__file__)
 # Section: the picture in it, a function of pictures.js, and what to do with it.
 PICTURES = {
     "5": ("block",
-          "One block of 16 values. Drag a bar with a mouse; or choose it, by a finger or Tab, and move the "
-          "slider or press arrow keys. Below, each blue value goes along its red line to the grid of E2M1, "
-          "which is stretched so that the largest value meets 6, or 4, or what the search finds best."),
+          "One block of 16 values. A mouse drags a bar. A finger chooses one; the slider moves it. On a "
+          "keyboard left and right choose, up and down move. Below is the grid of E2M1 by three scales: the "
+          "largest value comes to 6, or to 4, as nearly as a scale of 4 significant bits can bring it, or "
+          "the scale is the best of five. Each blue value goes along its line to the grid, red if it moves."),
     "6": ("stochastic",
-          "A value between two grid points, in units of the scale s, is rounded again and again. The mean of "
-          "the draws comes to the value. If 6.2, the largest of its block, mapped to 6, the scale would be "
-          "rounded down to 1, and values above 6 would clip."),
+          "A value between two grid points is rounded up or down at random, again and again. The blue line "
+          "is the mean of the draws so far: it comes to the value. If 6.2, the largest of its block, mapped "
+          "to 6, the scale s would be rounded down to 1, and values above 6 would clip: try 6.2."),
     "7": ("rotation",
           "A group of 128 values, and what one, two and three rounds of signs and sums make of it, each row "
-          "drawn to its own largest bar. Look for many bars of one length: rounding treats them all alike."),
+          "drawn to its own largest bar. Bars of one length all go to the same grid point, in every draw, so "
+          "that no averaging takes their error away (section 8): many after one round of an outlier; half, "
+          "near zero, after one round of two near-equal values."),
     "8": ("eden",
-          "The error of the mean of B draws, of the norm, against B, after one, two and three rounds of "
-          "rotation. An unbiased estimate falls along the grey line; a biased one levels off, however low "
-          "it begins."),
-    "10": ("gemms", "What each recipe does with the six operands. Point at one, or go to it with Tab."),
+          "How far the mean of B draws is from the true values, relative to their norm, after one, two and "
+          "three rounds of rotation. Without a bias it falls along the grey line, a half for four times the "
+          "draws. A bias is where it levels off."),
+    "10": ("gemms", "What each recipe does with the six operands, and what for. Choose one to read more."),
     "12": ("rest",
-           "A weight whose best value lies between two grid points, over 400 steps. With the pull it "
-           "settles on one of the two, not always the nearer."),
+           "A weight whose best value lies between two grid points, over 400 steps, and the border where "
+           "its rounding changes. With a pull that is strong enough it settles on one of the two, the nearer "
+           "more often."),
 }
 
 
@@ -112,6 +116,8 @@ def prose(lines):
         marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", marked)
         marked = re.sub(r"(?<!README\.md, )\bsection (\d+)", r'<a href="#section-\1">section \1</a>', marked)
         marked = re.sub(r"arXiv:(\d{4}\.\d{5})", r'<a href="https://arxiv.org/abs/\1">arXiv:\1</a>', marked)
+        # Powers, as in 2^-6, w^T, (t/T)^4
+        marked = re.sub(r"\^(-?\w+)", r"<sup>\1</sup>", marked)
         out.append(f"<p>{marked}</p>")
     return "\n".join(out)
 
@@ -208,7 +214,10 @@ def picture(number):
 def section(number, title, at, lines, kinds):
     """A section of the article: rows of prose with the code that follows it, its picture, what it prints."""
     link = f'<a href="#section-{number}">{number}. {html.escape(title)}</a>'
-    out = [f'<section id="section-{number}"><h2>{link}</h2>']
+    out = [f'<section id="section-{number}"><h2>{link}']
+    if number in PICTURES:
+        out.append(f'<a class="up" href="#picture-{PICTURES[number][0]}">to its picture</a>')
+    out.append("</h2>")
     printed = ""
     rows = []
     for kind, first, own in parts_of(lines):
@@ -307,7 +316,7 @@ def show(content, file):
     with tempfile.TemporaryDirectory() as directory:
         alone = Path(directory, "page.html")
         alone.write_text(content.replace("</html>", ALONE), encoding="utf-8")
-        browse(alone.as_uri(), f"--screenshot={file.resolve()}", "--window-size=900,815")
+        browse(alone.as_uri(), f"--screenshot={file.resolve()}", "--window-size=900,860")
     print(file)
 
 
