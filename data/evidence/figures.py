@@ -34,8 +34,9 @@ FIGURES = HERE / "figures"
 
 # ---- 1. Runs and their differences -------------------------------------------------------------------------
 
-# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the normal's is close.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom. Beyond 30 the last is taken, a little wide.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 class Run(NamedTuple):
@@ -124,7 +125,7 @@ def interval(values):
     mean = sum(values) / n
     if n == 1:
         return mean, math.nan
-    t = T[n - 2] if n - 2 < len(T) else 1.96
+    t = T[min(n - 2, len(T) - 1)]
     return mean, t * statistics.stdev(values) / math.sqrt(n)
 
 

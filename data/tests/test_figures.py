@@ -3,6 +3,7 @@ import json
 import math
 import re
 import runpy
+import statistics
 import sys
 import types
 from pathlib import Path
@@ -160,6 +161,19 @@ def test_the_interval_is_students():
     assert abs(half - 3.182 * 1.29099 / 2) < 1e-4
 
 
+def test_the_quantiles_are_students():
+    """By the integral of its density, for every number of degrees of freedom."""
+    for n, t in enumerate(figures.T, 1):
+        scale = math.gamma((n + 1) / 2) / math.gamma(n / 2) / math.sqrt(n * math.pi)
+        width = t / 4000
+        density = [scale * (1 + (i * width) ** 2 / n) ** (-(n + 1) / 2) for i in range(4001)]
+        inside = 2 * width * (sum(density) - (density[0] + density[-1]) / 2)
+        assert abs(inside - 0.95) < 5e-5, n
+    values = [float(i % 2) for i in range(40)]
+    _, half = figures.interval(values)
+    assert half > 1.96 * statistics.stdev(values) / 40**0.5
+
+
 def test_pictures_of_runs_quantizers_and_means(results, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot", reason="pictures need matplotlib")
     parameters = "9, 1,500,000 without embedding and head"
@@ -310,6 +324,27 @@ def test_the_table_of_the_readme_has_the_numbers_of_the_logs():
         assert branch_gap == gap(branch, recipe, figures.training), recipe
         assert h200 == speed(scratch, recipe), recipe
         assert h100 == speed(branch, recipe), recipe
+
+
+def test_readme_and_the_long_account_have_the_numbers_from_scratch():
+    account = (Path(figures.__file__).parent / "README.md").read_text()
+    readme = (Path(figures.__file__).parents[2] / "README.md").read_text()
+    runs = figures.read()["10m", "installed", ""]
+
+    def shown(row, base, value):
+        mean, half = figures.interval(figures.paired(runs, row, base, value))
+        return f"{mean:.1f} +- {half:.1f}"
+
+    between = shown("quintet", "quartet2", figures.final)
+    seeds = len(figures.paired(runs, "quintet", "quartet2", figures.final))
+    for row, last in (("quartet2", ""), ("quintet", between + " ")):
+        gaps = [shown(row, "bf16", value) for value in (figures.final, figures.training)]
+        assert f"| {row} | {seeds} | {gaps[0]} | {gaps[1]} | {last}|" in account
+    below = between.removeprefix("-").replace("+-", "±")
+    assert f"quintet is below quartet2 by {below} so far" in readme
+    assert f"{seeds} of\n  24 seeds" in readme
+    differences = figures.paired(runs, "quintet", "quartet2", figures.final)
+    assert f"lower in {sum(d < 0 for d in differences)} of {seeds} pairs" in readme
 
 
 def test_the_long_account_has_the_numbers_of_d12():
