@@ -265,9 +265,15 @@ def test_the_step_is_there_before_the_run_ends(tmp_path, monkeypatch, results):
     assert not (tmp_path / "runs/run/result.json").exists()
 
 
-def test_a_nudged_run_starts_with_one_other_weight_and_no_other_row_does(monkeypatch, results):
-    model = train_gpt.GPT(train_gpt.Config(layers=2, width=128, heads=1, hidden=128, vocab_size=256))
+def test_a_nudged_run_starts_with_another_embedding_and_loss_and_no_other_row_does(monkeypatch, results):
+    c = train_gpt.Config(layers=2, width=128, heads=1, hidden=128, vocab_size=256, recipe="quartet2")
+    model = train_gpt.GPT(c)
     start = {name: t.clone() for name, t in model.state_dict().items()}
+    text = torch.tensor([[*b"a b c d "]])
+
+    def loss():
+        with torch.no_grad():
+            return model(text[:, :-1], text[:, 1:]).item()
 
     def changed(row, checkpoint):
         with monkeypatch.context() as patch:
@@ -277,9 +283,14 @@ def test_a_nudged_run_starts_with_one_other_weight_and_no_other_row_does(monkeyp
             experiments.main(["train", row])
         return sum((t != start[name]).sum().item() for name, t in model.state_dict().items())
 
+    before = loss()
     assert changed("quartet2", {}) == 0
+    assert loss() == before
     assert changed("quartet2_nudged", {"step": 1}) == 0      # it goes on
-    assert changed("quartet2_nudged", {}) == 1
+    assert changed("quartet2_nudged", {}) == 128
+    assert loss() != before
+    with pytest.raises(UserError, match="differs at the start"):
+        experiments.main(["tiny", "quartet2@5+quartet2_nudged"])
 
 
 def test_sigterm_waits_for_the_running_ones_and_starts_no_others(results, monkeypatch):
