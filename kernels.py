@@ -971,7 +971,7 @@ def tile_options(major):
     if major == 9:
         # wgmma. Within 128 registers two programs fit on a multiprocessor. The compiler may take more, or, to
         # keep to 128, spill a little, as in sr and ms_eden_46. With 168 one fits, and an H200 takes 25 to 36%
-        # longer (data/evidence/README.md, section 7).
+        # longer for sr and ms_eden (data/evidence/README.md, section 7).
         options["maxnreg"] = 128
     if major == 10:
         # tcgen05 gives each of 128 threads a row, of 64 values, whose four blocks share a draw of Philox.

@@ -654,7 +654,7 @@ def build(c, directory, checkpoint, device, compiled):
             block.forward = torch.compile(block.forward, fullgraph=True)
         model.predict = torch.compile(model.predict, fullgraph=True)
         if c.gemm == "blackwell":
-            # To these programs a GEMM is one op, so what is slow in it is compiled apart.
+            # To these programs a GEMM is one op, so its sums, which are slow, are compiled apart.
             quartet.add_toward_zero = torch.compile(quartet.add_toward_zero, dynamic=True)
     net = model
     if WORLD > 1:

@@ -768,7 +768,7 @@ def time_op(report, title, case, parts, c, gpu, seconds):
     taken = seconds(lambda: case.op(parts))
     encoding = time_encoding(case, mode_of(case.name.split()[1])[0], parts, device, seconds)
 
-    # Faults of what it is compared with leave gaps in its row.
+    # Codes alone, which are not predicted, and faults leave gaps in the row.
     least = apart = None
     if parts != kernels.NVFP4_PARTS:
         found = report.attempt(f"{title}, prediction", lambda: predicted(case, c, gpu))

@@ -92,6 +92,6 @@ def test_the_long_account_has_the_kept_numbers():
             assert f"| {kind} | {outputs:,} | {plain} | {rounded / outputs:.1%} |" in account
             all_outputs += outputs
             others += plain
-    assert f"{others} of {all_outputs / 1e9:.1f} billion outputs are others" in account
+    assert f"{others} of {all_outputs / 1e9:.1f} billion outputs differ" in account
     share = f"one in {all_outputs / others / 1e6:.1f} million"
     assert share in account and share in (evidence.parents[1] / "README.md").read_text()
