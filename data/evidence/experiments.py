@@ -168,12 +168,6 @@ def cage_ramp(t):
 
 RAMPS = {"quartet2_cage": cage_ramp}                 # of all other rows: train_gpt.ramp
 
-
-def nudge(model):
-    """Make the embedding of a space larger by 1%. (Of a quantized weight such a change can round away.)"""
-    with torch.no_grad():
-        model.embedding.weight[ord(" ")] *= 1.01
-
 GROUPS = {
     "rivals": "nvidia four_six tetrajet2 quartet2_dampen quartet2_cage quartet2_end quartet2_last"
               " quartet2_original",
@@ -356,6 +350,12 @@ def keep_checkpoints(keep, end):
             sys.exit()
 
     train_gpt.save = keeping
+
+
+def nudge(model):
+    """Make the embedding of a space larger by 1%. (Of a quantized weight such a change can round away.)"""
+    with torch.no_grad():
+        model.embedding.weight[ord(" ")] *= 1.01
 
 
 def nudge_at_the_start():

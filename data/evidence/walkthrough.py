@@ -216,7 +216,7 @@ def section(number, title, at, lines, kinds):
     link = f'<a href="#section-{number}">{number}. {html.escape(title)}</a>'
     out = [f'<section id="section-{number}"><h2>{link}']
     if number in PICTURES:
-        out.append(f'<a class="up" href="#picture-{PICTURES[number][0]}">to its picture</a>')
+        out.append(f'<a class="jump" href="#picture-{PICTURES[number][0]}">to its picture</a>')
     out.append("</h2>")
     printed = ""
     rows = []
