@@ -36,8 +36,8 @@ Whether it matters how GEMMs add, in float32 or as FP4 tensor cores do, written 
 A run whose sums differ in a last digit soon is another run. It matters how GEMMs add if the 95% interval
 (Student's t) of the mean over seeds of quartet2_blackwell's minus quartet2's last validation loss excludes 0.
 Beside it stands the same of quartet2_nudged, where the embedding of one byte begins 1% larger: what two runs
-differ by if nothing matters. (Written down first was another control, 1% of one weight of a quantized layer. It
-was given up after four runs, because in 4 bits that changed nothing for 96 steps.)
+differ by if nothing matters. (Written down first was another control, 1% of one weight of a quantized layer.
+It was given up after four runs, because in 4 bits that changed nothing for 96 steps.)
 
 Two seeds differ by what happens early, and by more than two 4-bit recipes do. So a GROUP may be START+GROUP,
 where START is ROW@STEP, as in quartet2@3400+forward. Then all rows of a seed go on from that step of that
@@ -61,6 +61,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 import demonstrate
+import ideas
 import quartet
 import train_gpt
 from quartet import Gemm, Recipe
@@ -155,6 +156,10 @@ KNOBS = {    # row: its recipe, its knobs
     "quartet2_last": ("quartet2", "--bf16_last=1"),     # 15% of the blocks or a little more
     "quartet2_blackwell": ("quartet2", "--gemm=blackwell"),
     "quartet2_nudged": ("quartet2",),                   # its start is changed by `nudge`
+    "quintet_forward_end": ("quintet", "--bf16_forward_end=0.1"),
+    **{f"{recipe}_linear": (recipe, "--schedule=wsd", "--decay=0.9", "--final_lr=0")     # linear decay to 0
+       for recipe in ("bf16", "quartet2", "quintet")},
+    **{row: (recipe,) for row, (recipe, _) in ideas.IDEAS.items()}
 }
 
 
@@ -398,6 +403,9 @@ def train_row(arguments):
     train_gpt.ramp = RAMPS.get(own.row, train_gpt.ramp)
     if own.row == "quartet2_nudged":
         nudge_at_the_start()
+    if own.row in ideas.IDEAS:
+        _, change = ideas.IDEAS[own.row]
+        change()
     keep_checkpoints(keep, own.end)
     train_gpt.main(arguments)
 
