@@ -347,6 +347,16 @@ def test_readme_and_the_long_account_have_the_numbers_from_scratch():
     assert f"lower in {sum(d < 0 for d in differences)} of {seeds} pairs" in readme
 
 
+def test_the_long_account_has_the_numbers_of_other_sums():
+    account = (Path(figures.__file__).parent / "README.md").read_text()
+    rows = figures.read()["cpu", "python", ""]
+    for row in "quartet2_blackwell", "quartet2_nudged":
+        found = figures.paired(rows, row, "quartet2", figures.final)
+        mean, half = figures.interval(found)
+        line, = [line for line in account.splitlines() if line.startswith(f"| {row}: ")]
+        assert line.endswith(f"| {len(found)} | {mean:.1f} +- {half:.1f} |")
+
+
 def test_the_long_account_has_the_numbers_of_d12():
     account = (Path(figures.__file__).parent / "README.md").read_text()
     rows = figures.read()["d12", "installed", ""]
