@@ -60,7 +60,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-import demonstrate
 import ideas
 import quartet
 import train_gpt
@@ -185,14 +184,9 @@ GROUPS = {
 }
 
 
-def sr_46(x, R, seed):
-    """SR with 4/6, which is biased, as a quantizer of quartet.QUANTIZERS."""
-    return demonstrate.sr_four_six(quartet.rotate(x, R), seed)
-
-
 def register():
     """Make ROWS recipes, and SR with 4/6 a quantizer."""
-    quartet.QUANTIZERS["sr_46"] = sr_46
+    quartet.QUANTIZERS["sr_46"] = ideas.sr_46
     quartet.RECIPES.update(ROWS)
 
 

@@ -21,12 +21,17 @@ gap is 18:
 Where an idea has state of its own, a run that is stopped and goes on loses at most 200 steps of it.
 """
 import math
+import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
 
+import demonstrate
 import quartet
 import train_gpt
 
@@ -234,6 +239,13 @@ def low_rank():
     quartet.Linear.__init__ = init
     in_4_bits(low_rank_forward)
     around_updates(after=find_branches)
+
+
+# ---- 4. The rows -------------------------------------------------------------------------------------------
+
+def sr_46(x, R, seed):
+    """SR with 4/6, which is biased, as a quantizer of quartet.QUANTIZERS: experiments.py has rows of it."""
+    return demonstrate.sr_four_six(quartet.rotate(x, R), seed)
 
 
 IDEAS = {

@@ -22,6 +22,7 @@ def put_back(monkeypatch):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(quartet, "RECIPES", dict(quartet.RECIPES, exact=EXACT))
+    monkeypatch.setattr(quartet, "QUANTIZERS", dict(quartet.QUANTIZERS))
 
 
 def layer(recipe, out_features=128, in_features=256):
