@@ -2028,6 +2028,11 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
+        if WORLD > 1:
+            # All is written, and every process knows. As PyTorch's threads end they can abort one, and then
+            # torchrun waits for it on other machines: seen once, with gloo of torch 2.14. So they do not end.
+            sys.stdout.flush()
+            os._exit(0)
     except UserError as e:
         sys.exit(f"train_gpt.py: {e}")
     except KeyboardInterrupt:

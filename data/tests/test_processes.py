@@ -398,12 +398,18 @@ def test_killed_at_any_moment_a_whole_checkpoint_is_there(parts, monkeypatch):
 def torchrun(directory):
     command = words(**KNOBS | dict(steps=1, corpus="python"))
     module = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
-    return python(*module, ROOT / "train_gpt.py", *command, cwd=directory)
+    # What comes after the end of a run may abort.
+    site = directory / "site"
+    site.mkdir()
+    abort = "import atexit, os\nif 'RANK' in os.environ: atexit.register(os.abort)"
+    (site / "sitecustomize.py").write_text(abort)
+    return python(*module, ROOT / "train_gpt.py", *command, cwd=directory, PYTHONPATH=str(site))
 
 
-def test_the_documented_command_works(torchrun):
+def test_the_documented_command_works_whatever_happens_after_the_end(torchrun):
     assert torchrun.returncode == 0, torchrun.stderr
     assert torchrun.stdout.count("step 1/1") == 1
+    assert "written to runs/" in torchrun.stdout
 
 
 def family(process):
