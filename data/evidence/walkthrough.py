@@ -302,8 +302,9 @@ def browser():
 
 def browse(address, *options):
     """Open an address in a browser without a window, for ten of its seconds -> CompletedProcess."""
-    command = [browser(), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-               "--virtual-time-budget=10000", *options, address]
+    # In a container there may be little shared memory, and no sandbox.
+    command = [browser(), "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
+               "--hide-scrollbars", "--virtual-time-budget=10000", *options, address]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
