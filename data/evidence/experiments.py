@@ -142,7 +142,7 @@ ROWS = {
     "quartet2_46": both("four_six", EDEN_46),
     "quartet2_dy": both("four_six", Gemm("rht128x2", dy="ms_eden", other="four_six")),
     # To pull w towards its quantized value is CAGE's idea, arXiv:2510.18784. The first grows by a ramp of
-    # this project's own, 10 (t/T)^4, the second by CAGE's (RAMPS).
+    # this project's own, 10 (t/T)^4, the second by CAGE's (CHANGES).
     "quartet2_dampen": QUARTET2._replace(dampen=10.0),
     "quartet2_cage": QUARTET2._replace(dampen=10.0),
     # Backward from x and w in bf16, not from what the forward pass stored.
@@ -161,16 +161,6 @@ KNOBS = {    # row: its recipe, its knobs
     **{row: (recipe,) for row, (recipe, _) in ideas.IDEAS.items()}
 }
 
-
-def cage_ramp(t):
-    """How dampening grows with the share t of steps done in CAGE: silence, then a line.
-
-    The length of its silence is chosen so that end and integral over t are those of train_gpt.ramp, t^4.
-    """
-    return max(0.0, (t - 0.6) / 0.4)
-
-
-RAMPS = {"quartet2_cage": cage_ramp}                 # of all other rows: train_gpt.ramp
 
 GROUPS = {
     "rivals": "nvidia four_six tetrajet2 quartet2_dampen quartet2_cage quartet2_end quartet2_last"
@@ -351,6 +341,16 @@ def keep_checkpoints(keep, end):
     train_gpt.save = keeping
 
 
+# Some rows change train_gpt.py in the process that trains them: CHANGES has a function for each.
+
+def ramp_of_cage():
+    """Let dampening grow with the share t of steps done as in CAGE: silence, then a line.
+
+    The length of its silence is chosen so that end and integral over t are those of train_gpt.ramp, t^4.
+    """
+    train_gpt.ramp = lambda t: max(0.0, (t - 0.6) / 0.4)
+
+
 def nudge(model):
     """Make the embedding of a space larger by 1%. (Of a quantized weight such a change can round away.)"""
     with torch.no_grad():
@@ -368,6 +368,13 @@ def nudge_at_the_start():
         return model, *built
 
     train_gpt.build = nudging
+
+
+CHANGES = {
+    "quartet2_cage": ramp_of_cage,
+    "quartet2_nudged": nudge_at_the_start,
+    **{row: change for row, (_, change) in ideas.IDEAS.items()}
+}
 
 
 def refuse_other_losses(log, end):
@@ -394,12 +401,8 @@ def train_row(arguments):
     for word in own.keep:
         step, _, path = word.partition("=")
         keep[int(step)] = path
-    train_gpt.ramp = RAMPS.get(own.row, train_gpt.ramp)
-    if own.row == "quartet2_nudged":
-        nudge_at_the_start()
-    if own.row in ideas.IDEAS:
-        _, change = ideas.IDEAS[own.row]
-        change()
+    if own.row in CHANGES:
+        CHANGES[own.row]()
     keep_checkpoints(keep, own.end)
     train_gpt.main(arguments)
 

@@ -18,7 +18,8 @@ gap is 18:
     quartet2_low_rank      minus quartet2: 32 singular vectors of each weight in bf16: -3 (published: from
                            56% less of the gap to worse than none)
 
-Where an idea has state of its own, a run that is stopped and goes on loses at most 200 steps of it.
+A run that is stopped and goes on loses what an idea has gathered by itself: up to 200 steps of the paths of
+weights, the average so far, and one step of the low-rank branch.
 """
 import math
 import sys

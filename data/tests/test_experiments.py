@@ -293,6 +293,17 @@ def test_a_nudged_run_starts_with_another_embedding_and_loss_and_no_other_row_do
         experiments.main(["tiny", "quartet2@5+quartet2_nudged"])
 
 
+def test_the_ramp_of_cage_ends_as_ours_with_the_same_integral(monkeypatch):
+    shares = [(i + 0.5) / 1000 for i in range(1000)]
+    ours = train_gpt.ramp
+    monkeypatch.setattr(train_gpt, "ramp", ours)      # to be put back
+    experiments.CHANGES["quartet2_cage"]()
+    cage = train_gpt.ramp
+    assert cage(1.0) == ours(1.0) == 1.0 and cage(0.5) == 0.0
+    # Both are 1/5, but for the rule of midpoints.
+    assert abs(sum(map(cage, shares)) - sum(map(ours, shares))) < 0.01
+
+
 def test_sigterm_waits_for_the_running_ones_and_starts_no_others(results, monkeypatch):
     done = []
 
