@@ -129,8 +129,8 @@ def test_where_the_mean_token_dominates_4_bits_lose_far_less_without_it():
     def error():
         return ((linear(x) - exact).norm() / exact.norm()).item()
 
-    # The rest, which alone is rounded to 4 bits, is a 30th of the whole; the mean, its product and the sum are
-    # rounded to bf16.
+    # The rest, which alone is rounded to 4 bits, is a 30th of the whole; the mean, its product and the sum
+    # are rounded to bf16.
     before = error()
     ideas.in_4_bits(ideas.partial(ideas.split_forward, of_dy=False))
     assert error() < before / 25 + 3 * 2.0**-9
