@@ -286,11 +286,12 @@ def test_a_nudged_run_starts_with_another_embedding_and_loss_and_no_other_row_do
     before = loss()
     assert changed("quartet2", {}) == 0
     assert loss() == before
-    assert changed("quartet2_nudged", {"step": 1}) == 0      # it goes on
-    assert changed("quartet2_nudged", {}) == 128
+    assert changed("quartet2_nudged", {"log": {"text": '{"step": 1'}}) == 0      # it goes on
+    assert changed("quartet2_nudged", {"log": {"text": ""}}) == 128              # a branch begins
     assert loss() != before
-    with pytest.raises(UserError, match="differs at the start"):
-        experiments.main(["tiny", "quartet2@5+quartet2_nudged"])
+    nudged = model.embedding.weight.clone()
+    changed("quartet2_nudged", {})
+    assert (model.embedding.weight != nudged).sum() == 128
 
 
 def test_the_ramp_of_cage_ends_as_ours_with_the_same_integral(monkeypatch):
