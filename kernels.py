@@ -645,14 +645,20 @@ def load_tile(
 
 
 @jit
+def dot(a, b):
+    """a (M, K) bf16, b (K, N) bf16 -> a b (M, N) float32."""
+    if INTERPRET:                                      # Triton's interpreter multiplies bf16 as integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b)
+
+
+@jit
 def rotate_tile(x, R):
     """x (128, 128) bf16, R (128, W) bf16: W columns of a `permuted` R -> blocks of x R, (8 W, 16) float32."""
     # The products are exact. These float32 sums have the order of the tensor cores: here, and only here,
     # codes and scales may differ from quartet.py's.
-    if INTERPRET:                                      # Triton's interpreter multiplies bf16 as integers
-        x = x.to(tl.float32)
-        R = R.to(tl.float32)
-    y = tl.dot(x, R)
+    y = dot(x, R)
     # Column 64 g + 8 i + 2 t + j of y is column 64 g + 16 t + 2 i + j of x R: see the drawing above.
     y = y.reshape(128, R.shape[1] // 64, 8, 4, 2).permute(0, 1, 3, 2, 4)
     return y.reshape(8 * R.shape[1], 16)
@@ -947,6 +953,59 @@ def gemm_kernel(
     tl.store(y_ptr + m.to(tl.int64) * N + n, y.to(tl.bfloat16), (m < M) & (n < N))
 
 
+@jit
+def add_toward_zero(a, b):
+    """quartet.add_toward_zero."""
+    total = a + b
+    b_there = total - a
+    lost = (a - (total - b_there)) + (b - b_there)
+    # What has lost something of the other sign has grown. Its bits less one are those of the float before it.
+    grown = (lost != 0) & ((bits(lost) ^ bits(total)) < 0)
+    return from_bits(bits(total) - grown.to(tl.int32))
+
+
+@jit
+def emulated_gemm_kernel(
+    # load
+    a_decoded_ptr,
+    b_decoded_ptr,
+    # store
+    total_ptr,
+    # shape
+    M,
+    N,
+    K,
+    # known when it is compiled
+    BM: tl.constexpr,
+    BN: tl.constexpr
+):
+    """A BM x BN tile of total = a b^T (M, N) float32, a (M, K), b (N, K) bf16, added as by quartet.fp4_gemm.
+
+    a and b are codes times block scales, without tensor scales.
+    """
+    # Tiles go along a row of tiles: those share rows of a in the L2 cache.
+    tiles = tl.cdiv(N, BN)
+    m = tl.program_id(0) // tiles * BM + down(BM)
+    n = tl.program_id(0) % tiles * BN + across(BN)
+    k = tl.arange(0, 16)
+    a_decoded_ptr += m.to(tl.int64) * K + k[None, :]
+    b_decoded_ptr += n.to(tl.int64) * K + k[:, None]
+
+    total = tl.zeros((BM, BN), tl.float32)
+    for k0 in tl.range(0, K, 64):
+        # Products of two blocks of 16 share a scale of 8 bits, and beside it are multiples of 1/4 up to 36.
+        # So their sum, and any part of it, has 12 + 8 bits: float32 holds it, in whatever order it was added.
+        # The sum of four needs float64.
+        group = tl.zeros((BM, BN), tl.float64)
+        for block in tl.static_range(4):
+            at = k0 + 16 * block
+            a = tl.load(a_decoded_ptr + at, (m < M) & (k[None, :] < K - at), 0.0)
+            b = tl.load(b_decoded_ptr + at, (n < N) & (k[:, None] < K - at), 0.0)
+            group += dot(a, b).to(tl.float64)
+        total = add_toward_zero(total, group.to(tl.float32))
+    tl.store(total_ptr + m.to(tl.int64) * N + n, total, (m < M) & (n < N))
+
+
 # ---- 7. Launching ------------------------------------------------------------------------------------------
 #
 # Two kernels make an operand: the first quantizes, the second encodes the scales. To torch.compile each pair
@@ -979,6 +1038,7 @@ def tile_options(major):
     return options
 
 
+EMULATED_GEMM_OPTIONS = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 3}
 GEMM_OPTIONS = {
     10: {"BM": 128, "BN": 256, "BK": 256, "num_warps": 4, "num_stages": 3},    # tcgen05
     12: {"BM": 128, "BN": 128, "BK": 128, "num_warps": 8, "num_stages": 3},    # mma.sync
@@ -1247,10 +1307,35 @@ def gemm(a, b):
     return y
 
 
+@library.custom_op("quartet::fp4_gemm", mutates_args=())
+def fp4_gemm(a: Tensor, a_tensor_scale: Tensor, b: Tensor, b_tensor_scale: Tensor, n: int = 1) -> Tensor:
+    """quartet.fp4_gemm of a (M, K), b (N, K), decoded values in bf16, and () float32 tensor scales."""
+    M, K = a.shape
+    N = len(b)
+    # As tensor cores take them. Tensor scales are powers of two, so these divisions are exact.
+    a = (a / a_tensor_scale).contiguous()
+    b = (b / b_tensor_scale).contiguous()
+    total = a.new_empty(M, N, dtype=torch.float32)
+    options = EMULATED_GEMM_OPTIONS
+    tiles = cdiv(M, options["BM"]) * cdiv(N, options["BN"])
+    with torch.cuda.device_of(a):
+        emulated_gemm_kernel[(tiles,)](a, b, total, M, N, K, **options, **LAUNCH)
+    return (total * (a_tensor_scale * b_tensor_scale / n)).bfloat16()
+
+
+@fp4_gemm.register_fake
+def _(a, a_tensor_scale, b, b_tensor_scale, n=1):
+    return a.new_empty(len(a), len(b))
+
+
 def matmul(a, b, n=1):
     """Operands a (M, K), b (N, K or more) -> a b^T / n (M, N) bf16: of decoded values if there, else FP4."""
     if a.decoded.dim() == 2:
-        return quartet.gemm(a.decoded, b.decoded[:, :a.decoded.shape[1]], n)
+        b_decoded = b.decoded[:, :a.decoded.shape[1]]
+        # What is not quantized has no scales, and needs quartet.py's float64.
+        if quartet.GEMM == "blackwell" and a.block_scale.numel() and b.block_scale.numel():
+            return fp4_gemm(a.decoded, a.tensor_scale, b_decoded, b.tensor_scale, n)
+        return quartet.gemm(a.decoded, b_decoded, n)
     if n > 1:
         b = b._replace(tensor_scale=b.tensor_scale / n)
     return scaled_mm(list(a[:3]), list(b[:3]))

@@ -90,7 +90,7 @@ class Config:
     # how to multiply
     recipe: str = "quartet2"        # rows of quartet.RECIPES, by commas: how hidden linear layers multiply
     backend: str = "auto"           # auto | torch | triton: who quantizes; auto is triton with a GPU
-    gemm: str = "plain"             # plain | blackwell: sums in float32, or as FP4 tensor cores add: slow
+    gemm: str = "plain"             # plain | blackwell: sums in float32, or as FP4 tensor cores add, slower
     # the model
     layers: int = 6                 # Transformer blocks
     width: int = 640                # of the residual stream
@@ -653,9 +653,6 @@ def build(c, directory, checkpoint, device, compiled):
             # All share one program. Of a block only `forward` is compiled: FSDP2's hooks stay outside.
             block.forward = torch.compile(block.forward, fullgraph=True)
         model.predict = torch.compile(model.predict, fullgraph=True)
-        if c.gemm == "blackwell":
-            # To these programs a GEMM is one op, so its sums, which are slow, are compiled apart.
-            quartet.add_toward_zero = torch.compile(quartet.add_toward_zero, dynamic=True)
     net = model
     if WORLD > 1:
         net = distribute(model, c)

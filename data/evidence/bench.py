@@ -134,6 +134,7 @@ TYPES = {
     "b_scale": "*fp8e4nv",
     "b_tensor_scale": "*fp32",
     "y": "*bf16",
+    "total": "*fp32",
     **dict.fromkeys(("count", "columns", "size", "M", "N", "K"), "i32")
 }
 
@@ -217,12 +218,11 @@ def encode_configurations(native):
             {}, BLOCK * kernels.SCALES, SCALE + 1 / BLOCK)
 
 
-def gemm_configurations(major):
-    """The configuration of gemm_kernel, per value of y; bytes of y alone."""
-    options = dict(kernels.GEMM_OPTIONS.get(major, kernels.GEMM_OPTIONS[10]))
-    constants = {name: options.pop(name) for name in ("BM", "BN", "BK")}
-    values = constants["BM"] * constants["BN"]
-    yield Configuration("gemm", kernels.gemm_kernel, constants, options, values, BF16)
+def gemm_configuration(name, kernel, options, size):
+    """A Configuration per value of y or of its sum, each of size bytes; others are not counted."""
+    constants = {name: value for name, value in options.items() if name.isupper()}
+    options = {name: value for name, value in options.items() if name not in constants}
+    return Configuration(name, kernel, constants, options, constants["BM"] * constants["BN"], size, False)
 
 
 def configurations(major):
@@ -232,7 +232,10 @@ def configurations(major):
     yield from tile_configurations(major)
     yield from encode_configurations(native)
     if native:
-        yield from gemm_configurations(major)
+        options = kernels.GEMM_OPTIONS.get(major, kernels.GEMM_OPTIONS[10])
+        yield gemm_configuration("gemm", kernels.gemm_kernel, options, BF16)
+    yield gemm_configuration(
+        "emulated gemm", kernels.emulated_gemm_kernel, kernels.EMULATED_GEMM_OPTIONS, 4.0)
 
 
 def argument_type(name, c):
@@ -648,7 +651,11 @@ def gemms(native):
     def packed(t):
         return [t.codes, t.block_scale.view(torch.uint8), t.tensor_scale]
 
-    found = {"in float32": quartet.matmul}
+    def emulated(a, b):
+        values = [quartet.decode(t, torch.bfloat16) for t in (a, b)]
+        return kernels.fp4_gemm(values[0], a.tensor_scale, values[1], b.tensor_scale)
+
+    found = {"in float32": quartet.matmul, "emulated": emulated}
     if native:
         found["scaled_mm"] = lambda a, b: kernels.scaled_mm(packed(a), packed(b))
         found["in Triton"] = lambda a, b: kernels.gemm(packed(a), packed(b))
@@ -660,7 +667,7 @@ def check_gemms(report, device, native, shapes):
 
     Another order of summation than the published one is no fault. Outputs that no order explains are one. The
     GEMM in float32 is quartet.matmul itself: its second column is 100%, and its first tells how much it
-    matters how a GEMM adds.
+    matters how a GEMM adds. The emulated one is fp4_matmul in Triton: its first column must be 100%.
     """
     print(f"{'of all outputs, these are equal to those of':70}{'fp4_matmul':>12}{'float32 sums':>14}")
     for what, make in operands(device).items():
@@ -687,6 +694,8 @@ def check_sums(report, title, a, b, native):
         print(f"{named:70}{as_probed:12.4%}{as_plain:14.4%}", flush=True)
         report.keep("gemm", gemm=name, of=title, outputs=y.numel(), as_fp4_matmul=as_probed,
                     as_float32=as_plain)
+        if name == "emulated" and as_probed < 1:
+            report.fault(f"{named}: not the bits of quartet.fp4_matmul")
         if not ((y.double() - expected.double()).abs() <= allowed).all():
             report.fault(f"{named}: some outputs are far from quartet.fp4_matmul's")
 
