@@ -355,6 +355,11 @@ def test_the_long_account_has_the_numbers_of_other_sums():
         mean, half = figures.interval(found)
         line, = [line for line in account.splitlines() if line.startswith(f"| {row}: ")]
         assert line.endswith(f"| {len(found)} | {mean:.1f} +- {half:.1f} |")
+    # From a common start
+    rows = figures.read()["10m_short", "installed", "quartet2-from-200"]
+    for row in "quartet2_blackwell", "quartet2_nudged":
+        found = figures.paired(rows, row, "quartet2", figures.final)
+        assert f"{row} {' and '.join(f'{difference:.1f}' for difference in found)}" in account
 
 
 def test_the_long_account_has_the_numbers_of_d12():
