@@ -7,6 +7,9 @@ Pictures take matplotlib. Losses are in nats: of validation, at the end; in trai
 tenth of the steps (each 20th is kept). A gap is to bf16 of the same seed, batches and last step, in 1e-3
 nats, with the 95% interval of its mean over seeds (Student's t). Speed and memory: of runs with a GPU alone
 (--jobs=1). Tables have every log in data/evidence/results/; pictures have the rows that can be trained today.
+A second table tells what rows close of the base's gap (Fieller's interval), after which share of the steps
+they have the last losses of the base and of bf16 (median over seeds, and in how many of these), and how far
+above them they are in equal time. Between two validations losses are taken to fall evenly.
 data/evidence/results/bias-*.jsonl, of data/evidence/bias.py --out, become a picture too.
 """
 import argparse
@@ -99,24 +102,29 @@ def training(run):
 
 
 def pairs(rows, row, base):
-    """Runs of row and base, a pair a seed, if last validated at one step; training losses of common steps."""
-    found = []
+    """{seed: [Run of row, of base]}, if last validated at one step; training losses of common steps."""
+    found = {}
     for seed, other in rows.get(base, {}).items():
-        run = rows[row].get(seed)
+        run = rows.get(row, {}).get(seed)
         if run is None:
             continue
         if run.validated and other.validated and max(run.validated) != max(other.validated):
             continue
         common = run.trained.keys() & other.trained.keys()
-        found.append([r._replace(trained={step: r.trained[step] for step in r.trained if step in common})
-                      for r in (run, other)])
+        found[seed] = [r._replace(trained={step: r.trained[step] for step in r.trained if step in common})
+                       for r in (run, other)]
     return found
 
 
+def differences(rows, row, base, value=final):
+    """{seed: row - base}, in 1e-3 nats, of each of their pairs that has that value."""
+    found = {seed: 1e3 * (value(run) - value(other)) for seed, (run, other) in pairs(rows, row, base).items()}
+    return {seed: difference for seed, difference in found.items() if math.isfinite(difference)}
+
+
 def paired(rows, row, base, value=final):
-    """Differences row - base in 1e-3 nats, one for each of their pairs that has that value."""
-    differences = [value(run) - value(other) for run, other in pairs(rows, row, base)]
-    return [1e3 * difference for difference in differences if math.isfinite(difference)]
+    """`differences`, [row - base, ...]."""
+    return list(differences(rows, row, base, value).values())
 
 
 def interval(values):
@@ -125,8 +133,66 @@ def interval(values):
     mean = sum(values) / n
     if n == 1:
         return mean, math.nan
-    t = T[min(n - 2, len(T) - 1)]
-    return mean, t * statistics.stdev(values) / math.sqrt(n)
+    return mean, quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
+
+
+def quantile(freedom):
+    """T of so many degrees of freedom."""
+    return T[min(freedom, len(T)) - 1]
+
+
+def share_closed(rows, row, base):
+    """The share of base's gap to bf16 that row closes -> share, low, high: its 95% interval, Fieller's.
+
+    Over seeds that have all three. Low and high are NaN of one seed, or if the gap may be 0.
+    """
+    gap = differences(rows, base, "bf16")
+    less = differences(rows, base, row)
+    seeds = sorted(gap.keys() & less.keys())
+    gap = [gap[seed] for seed in seeds]
+    less = [less[seed] for seed in seeds]
+    mean = statistics.mean(gap)
+    closed = statistics.mean(less)
+    n = len(seeds)
+    if n == 1:
+        return closed / mean, math.nan, math.nan
+
+    # All shares s for which Student's test of the mean of less - s gap against 0 does not reject:
+    # a s^2 - 2 b s + c <= 0.
+    t2 = quantile(n - 1) ** 2 / n
+    a = mean**2 - t2 * statistics.variance(gap)
+    b = mean * closed - t2 * statistics.covariance(gap, less)
+    c = closed**2 - t2 * statistics.variance(less)
+    if mean <= 0 or a <= 0:
+        return closed / mean, math.nan, math.nan
+    root = math.sqrt(b * b - a * c)
+    return closed / mean, (b - root) / a, (b + root) / a
+
+
+def step_of(run, loss):
+    """The step at which a Run's validation loss falls to `loss`; infinite if it stays above.
+
+    Between validations it is taken to fall evenly.
+    """
+    before = None
+    for step, found in sorted(run.validated.items()):
+        if found <= loss:
+            if before is None:
+                return step
+            earlier, higher = before
+            return earlier + (step - earlier) * (higher - loss) / (higher - found)
+        before = step, found
+    return math.inf
+
+
+def loss_at(run, step):
+    """The validation loss of a Run at a step, between validations in proportion; NaN before the first."""
+    steps = sorted(run.validated)
+    for earlier, later in zip(steps, steps[1:]):
+        if earlier <= step <= later:
+            share = (step - earlier) / (later - earlier)
+            return (1 - share) * run.validated[earlier] + share * run.validated[later]
+    return math.nan
 
 
 def binned(losses, base, width):
@@ -177,6 +243,54 @@ def cell(differences):
     if not differences:
         return " " * 17
     return "{:9.2f} +-{:5.2f}".format(*interval(differences))
+
+
+def progress(start, rows, base="quartet2"):
+    """Print what each row closes of base's gap to bf16; how soon it is where base and bf16 end; and where it
+    is when they end, at the speeds of `fastest`. Nothing if no row has two seeds in common with both.
+    """
+    gap = differences(rows, base, "bf16")
+    shown = [row for row in rows if row not in (base, "bf16")
+             and len(gap.keys() & differences(rows, row, base).keys()) > 1]
+    if not shown:
+        return
+    print(f"{'':20}{'share of that':>20}{'steps to the last loss of':>38}{'above it, in the time of':>36}\n"
+          f"{'':20}{'gap closed':>20}{base:>20}{'bf16':>18}{base:>18}{'bf16':>18}")
+    for row in ("bf16", base, *shown):
+        closed = ""
+        if row in shown:
+            share, low, high = share_closed(rows, row, base)
+            closed = f"{share:.0%}"
+            if not math.isnan(low):
+                closed += f", {low:.0%} to {high:.0%}"
+        cells = [f"{row:20}{closed:>20}"]
+        cells += [f"{steps_to(rows, row, goal):>{width}}" for goal, width in ((base, 20), ("bf16", 18))]
+        if not start:
+            cells += [f"{cell(in_time(rows, row, goal)):>18}" for goal in (base, "bf16")]
+        print(*cells, sep="")
+
+
+def steps_to(rows, row, goal):
+    """After which share of the steps a row has another's last loss: the median, and in how many seeds."""
+    shares = [step_of(run, final(other)) / max(run.validated)
+              for run, other in pairs(rows, row, goal).values() if run.validated]
+    if row == goal or not shares:
+        return ""
+    reached = sum(map(math.isfinite, shares))
+    share = statistics.median(shares)
+    when = f"{share:.0%}" if math.isfinite(share) else "never"
+    return f"{when} ({reached} of {len(shares)})"
+
+
+def in_time(rows, row, goal):
+    """Differences, in 1e-3 nats, of a row on its way to the last loss of a faster one, when that one ends."""
+    speeds = [fastest(rows.get(name, {})).get("tokens_per_s", math.nan) for name in (row, goal)]
+    share = speeds[0] / speeds[1]
+    if row == goal or not share <= 1:
+        return []
+    found = [loss_at(run, share * max(run.validated)) - final(other)
+             for run, other in pairs(rows, row, goal).values() if run.validated]
+    return [1e3 * difference for difference in found if math.isfinite(difference)]
 
 
 # ---- 3. What pictures share --------------------------------------------------------------------------------
@@ -306,7 +420,7 @@ def draw_gaps(plt, key, rows):
         for row in COLORS | quartet.RECIPES:
             if row in gaps:
                 curves = [binned(getattr(run, field), getattr(base, field), width)
-                          for run, base in pairs(rows, row, "bf16")]
+                          for run, base in pairs(rows, row, "bf16").values()]
                 draw_curve(ax, [curve for curve in curves if curve], row)
         ax.set_title(title)
         ax.set_xlabel("step")
@@ -789,6 +903,8 @@ def tabulate(base):
         sys.exit(f"figures.py: no row {base!r}: {', '.join(names)}")
     for key, rows in runs.items():
         table(*key, rows, base or "quartet2")
+        _, _, start = key
+        progress(start, rows, base or "quartet2")
     draw(runs)
 
 

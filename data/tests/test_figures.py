@@ -150,6 +150,70 @@ def test_pairs_have_the_same_steps():
     assert figures.paired(rows, "long", "bf16") == pytest.approx([-2])
 
 
+def rows_of(**losses):
+    """{row: {seed: Run}}, a Run of 100 steps for each last loss, which falls evenly from 2 at step 50."""
+    def run(loss):
+        return Run({50: 2.0, 100: loss}, {}, dict(val_loss=loss, jobs=1, peak_gib=1.0, tokens_per_s=1.0))
+
+    return {row: {seed: run(loss) for seed, loss in enumerate(values)} for row, values in losses.items()}
+
+
+def test_ends_of_the_share_closed_are_where_students_test_begins_to_reject():
+    generator = torch.Generator().manual_seed(0)
+    for seeds in 3, 5, 9, 40:
+        noise = 0.002 * torch.randn(3, seeds, generator=generator)
+        bf16, quartet2, quintet = (noise + torch.tensor([[1.0], [1.02], [1.015]])).tolist()
+        rows = rows_of(bf16=bf16, quartet2=quartet2, quintet=quintet)
+        share, low, high = figures.share_closed(rows, "quintet", "quartet2")
+        gap = statistics.mean(quartet2) - statistics.mean(bf16)
+        assert share == pytest.approx((statistics.mean(quartet2) - statistics.mean(quintet)) / gap)
+        def rejects(s):
+            left = [q2 - q - s * (q2 - b) for b, q2, q in zip(bf16, quartet2, quintet)]
+            mean, half = figures.interval(left)
+            return abs(mean) > half
+
+        assert low < share < high
+        for end, outward in (low, -1e-6), (high, 1e-6):
+            assert rejects(end + outward) and not rejects(end - outward)
+
+    # A gap that may be 0, and one seed
+    rows = rows_of(bf16=[1.0, 1.1, 0.9], quartet2=[1.01, 1.0, 1.02], quintet=[1.0, 1.0, 1.0])
+    assert all(map(math.isnan, figures.share_closed(rows, "quintet", "quartet2")[1:]))
+    rows = rows_of(bf16=[1.0], quartet2=[1.02], quintet=[1.015])
+    share, *ends = figures.share_closed(rows, "quintet", "quartet2")
+    assert share == pytest.approx(0.25) and all(map(math.isnan, ends))
+
+
+def test_steps_and_losses_between_validations():
+    run = Run({10: 3.0, 20: 2.0, 40: 1.0}, {}, {})
+    found = [figures.step_of(run, loss) for loss in (4.0, 3.0, 2.5, 1.25, 1.0, 0.9)]
+    assert found == [10, 10, 15, 35, 40, math.inf]
+    assert [figures.loss_at(run, step) for step in (10, 15, 30, 40)] == [3.0, 2.5, 1.5, 1.0]
+    assert math.isnan(figures.loss_at(run, 9))
+
+
+def test_progress_tells_what_is_closed_in_how_many_steps_and_in_equal_time(capsys):
+    rows = rows_of(bf16=[1.0, 1.0, 1.0], quartet2=[1.2, 1.201, 1.199], quintet=[1.1, 1.101, 1.3], one=[1.15])
+    # Quintet at 3/4 of the speed of quartet2, which has half of bf16's
+    for row, speed in dict(bf16=8.0, quartet2=4.0, quintet=3.0).items():
+        for run in rows[row].values():
+            run.result["tokens_per_s"] = speed
+    figures.progress("", rows)
+    *_, bf16, quartet2, quintet = capsys.readouterr().out.splitlines()
+    assert bf16.split() == "bf16 90% (3 of 3)".split()
+    assert quartet2.split() == "quartet2 never (0 of 3) 1000.00 +- 0.00".split()
+    # Half way from 2.0 to its end, quintet is 0.35, 0.3495, 0.451 above quartet2's. When bf16 ends, it has no
+    # validation yet.
+    assert quintet.split() == (
+        "quintet 16%, -129% to 159% 94% (2 of 3) never (0 of 3) 383.50 +-145.23".split())
+
+    # Of branches steps are told, times are not; of a row that shares one seed nothing.
+    figures.progress("quartet2-from-50", rows)
+    assert "383.50" not in capsys.readouterr().out
+    figures.progress("", dict(bf16=rows["bf16"], quartet2=rows["quartet2"], one=rows["one"]))
+    assert not capsys.readouterr().out
+
+
 def test_bins_end_at_multiples_of_their_width_and_at_the_last_step():
     losses = {1: 1.0, 2: 2.0, 3: 4.0, 5: 9.0}
     assert figures.binned(losses, {1: 0.0, 2: 0.0, 3: 1.0}, 2) == {2: 1500, 3: 3000}
@@ -345,6 +409,28 @@ def test_readme_and_the_long_account_have_the_numbers_from_scratch():
     assert f"{seeds} of\n  24 seeds" in readme
     differences = figures.paired(runs, "quintet", "quartet2", figures.final)
     assert f"lower in {sum(d < 0 for d in differences)} of {seeds} pairs" in readme
+
+    # In steps and in time
+    def late(row, goal):
+        mean, half = figures.interval(figures.in_time(runs, row, goal))
+        return f"{mean:.1f} +- {half:.1f}"
+
+    closed = "{:.0%}, {:.0%} to {:.0%}".format(*figures.share_closed(runs, "quintet", "quartet2"))
+    steps = {row: figures.steps_to(runs, row, "quartet2") for row in ("bf16", "quintet")}
+    late_quintet = late("quintet", "quartet2")
+    assert f"| bf16 | | {steps['bf16']} | | |" in account
+    assert f"| quartet2 | | | | {late('quartet2', 'bf16')} |" in account
+    quintet = f"| quintet | {closed} | {steps['quintet']} | {late_quintet} | {late('quintet', 'bf16')} |"
+    assert quintet in account
+    assert f"({late_quintet.replace('+-', '±')} above)" in readme
+    assert {figures.steps_to(runs, row, "bf16")[:9] for row in ("quartet2", "quintet")} == {"never (0 "}
+
+
+def test_the_long_account_has_what_quintet_closed_in_the_stated_test():
+    account = (Path(figures.__file__).parent / "README.md").read_text()
+    runs = figures.read()["10m", "novels", "quartet2-from-1000"]
+    closed = "{:.0%}, {:.0%} to {:.0%}".format(*figures.share_closed(runs, "quintet_x2", "quartet2"))
+    assert f"a third of quartet2's gap: {closed} by Fieller's interval" in account
 
 
 def test_the_long_account_has_the_numbers_of_other_sums():
