@@ -405,7 +405,8 @@ def test_readme_and_the_long_account_have_the_numbers_from_scratch():
         gaps = [shown(row, "bf16", value) for value in (figures.final, figures.training)]
         assert f"| {row} | {seeds} | {gaps[0]} | {gaps[1]} | {last}|" in account
     below = between.removeprefix("-").replace("+-", "±")
-    assert f"quintet is below quartet2 by {below} so far" in readme
+    closed = "{:.0%} ({:.0%} to {:.0%})".format(*figures.share_closed(runs, "quintet", "quartet2"))
+    assert f"quintet is below quartet2 by {below} so far, {closed} of its gap" in readme
     assert f"{seeds} of\n  24 seeds" in readme
     differences = figures.paired(runs, "quintet", "quartet2", figures.final)
     assert f"lower in {sum(d < 0 for d in differences)} of {seeds} pairs" in readme
