@@ -14,7 +14,8 @@ encodes the block scales as E4M3.
 
 What a GEMM takes depends on the GPU. FP4 tensor cores (compute capability 10 and up) take codes and encoded
 scales. (Section 10 of quartet.py says how they add.) Elsewhere the first kernel also writes the decoded
-values, which bf16 holds exactly, and cuBLAS multiplies those.
+values, which bf16 holds exactly, and cuBLAS multiplies those; or, by train_gpt.py's --gemm=blackwell, a
+kernel that adds as FP4 tensor cores do.
 """
 import math
 import os
@@ -959,8 +960,9 @@ def add_toward_zero(a, b):
     total = a + b
     b_there = total - a
     lost = (a - (total - b_there)) + (b - b_there)
-    # What has lost something of the other sign has grown. Its bits less one are those of the float before it.
-    grown = (lost != 0) & ((bits(lost) ^ bits(total)) < 0)
+    # If what was lost has the other sign, the total was rounded away from zero. One less in its bits is the
+    # next float toward zero, whatever its sign.
+    grown = (tl.abs(lost) > 0) & ((bits(lost) ^ bits(total)) < 0)
     return from_bits(bits(total) - grown.to(tl.int32))
 
 
@@ -969,6 +971,7 @@ def emulated_gemm_kernel(
     # load
     a_decoded_ptr,
     b_decoded_ptr,
+    unit_ptr,
     # store
     total_ptr,
     # shape
@@ -979,11 +982,11 @@ def emulated_gemm_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr
 ):
-    """A BM x BN tile of total = a b^T (M, N) float32, a (M, K), b (N, K) bf16, added as by quartet.fp4_gemm.
+    """A BM x BN tile of total = a b^T unit (M, N) float32, added as by quartet.fp4_gemm.
 
-    a and b are codes times block scales, without tensor scales.
+    a (M, K), b (N, K) bf16 are codes times block scales; unit () float64 is both tensor scales over n.
     """
-    # Tiles go along a row of tiles: those share rows of a in the L2 cache.
+    # Neighbouring programs take the tiles of one row: they share rows of a in the L2 cache.
     tiles = tl.cdiv(N, BN)
     m = tl.program_id(0) // tiles * BM + down(BM)
     n = tl.program_id(0) % tiles * BN + across(BN)
@@ -993,9 +996,9 @@ def emulated_gemm_kernel(
 
     total = tl.zeros((BM, BN), tl.float32)
     for k0 in tl.range(0, K, 64):
-        # Products of two blocks of 16 share a scale of 8 bits, and beside it are multiples of 1/4 up to 36.
-        # So their sum, and any part of it, has 12 + 8 bits: float32 holds it, in whatever order it was added.
-        # The sum of four needs float64.
+        # The 16 products of two blocks share one scale, a product of block scales, which has 8 bits. Beside
+        # it they are multiples of 1/4 up to 36, so that sums of them have 12 bits more. These 20 bits fit
+        # float32 in whatever order tensor cores add. Four such sums need up to 49 bits: float64.
         group = tl.zeros((BM, BN), tl.float64)
         for block in tl.static_range(4):
             at = k0 + 16 * block
@@ -1003,6 +1006,7 @@ def emulated_gemm_kernel(
             b = tl.load(b_decoded_ptr + at, (n < N) & (k[:, None] < K - at), 0.0)
             group += dot(a, b).to(tl.float64)
         total = add_toward_zero(total, group.to(tl.float32))
+    total = (total.to(tl.float64) * tl.load(unit_ptr)).to(tl.float32)
     tl.store(total_ptr + m.to(tl.int64) * N + n, total, (m < M) & (n < N))
 
 
@@ -1309,31 +1313,38 @@ def gemm(a, b):
 
 @library.custom_op("quartet::fp4_gemm", mutates_args=())
 def fp4_gemm(a: Tensor, a_tensor_scale: Tensor, b: Tensor, b_tensor_scale: Tensor, n: int = 1) -> Tensor:
-    """quartet.fp4_gemm of a (M, K), b (N, K), decoded values in bf16, and () float32 tensor scales."""
+    """quartet.fp4_gemm in Triton: a (M, K), b (N, K), decoded values in bf16, and their tensor scales ()
+    float32 -> a b^T / n (M, N) bf16.
+    """
     M, K = a.shape
     N = len(b)
-    # As tensor cores take them. Tensor scales are powers of two, so these divisions are exact.
+    if b.shape[1] != K:
+        raise ValueError(f"a sums over {K} values, b over {b.shape[1]}: fp4_gemm takes (M, K) and (N, K)")
+    # Tensor cores know nothing of tensor scales. These are powers of two, so to divide by them is exact.
     a = (a / a_tensor_scale).contiguous()
     b = (b / b_tensor_scale).contiguous()
+    unit = a_tensor_scale.double() * b_tensor_scale.double() / n
     total = a.new_empty(M, N, dtype=torch.float32)
     options = EMULATED_GEMM_OPTIONS
     tiles = cdiv(M, options["BM"]) * cdiv(N, options["BN"])
     with torch.cuda.device_of(a):
-        emulated_gemm_kernel[(tiles,)](a, b, total, M, N, K, **options, **LAUNCH)
-    return (total * (a_tensor_scale * b_tensor_scale / n)).bfloat16()
+        emulated_gemm_kernel[(tiles,)](a, b, unit, total, M, N, K, **options, **LAUNCH)
+    return total.bfloat16()
 
 
 @fp4_gemm.register_fake
 def _(a, a_tensor_scale, b, b_tensor_scale, n=1):
-    return a.new_empty(len(a), len(b))
+    return a.new_empty(len(a), len(b), dtype=torch.bfloat16)
 
 
-def matmul(a, b, n=1):
-    """Operands a (M, K), b (N, K or more) -> a b^T / n (M, N) bf16: of decoded values if there, else FP4."""
+def matmul(row, a, b, n=1):
+    """Operands a (M, K), b (N, K or more) of a row -> a b^T / n (M, N) bf16: of decoded values if there, else
+    by FP4 tensor cores.
+    """
     if a.decoded.dim() == 2:
         b_decoded = b.decoded[:, :a.decoded.shape[1]]
-        # What is not quantized has no scales, and needs quartet.py's float64.
-        if quartet.GEMM == "blackwell" and a.block_scale.numel() and b.block_scale.numel():
+        # Values that are not quantized have more bits than the kernel can add exactly.
+        if quartet.GEMM == "blackwell" and "bf16" not in quantizers_of(row):
             return fp4_gemm(a.decoded, a.tensor_scale, b_decoded, b.tensor_scale, n)
         return quartet.gemm(a.decoded, b_decoded, n)
     if n > 1:
@@ -1412,7 +1423,7 @@ class QuantizedMatmul(torch.autograd.Function):
             w_q = Operand(*w_q, w_q[0].new_empty(0))
             if ctx.parts == BF16_PARTS:
                 w_q = with_values(w_q)
-        y = matmul(x_q, w_q)                                                           # (M, N)
+        y = matmul(row, x_q, w_q)                                                      # (M, N)
 
         # Kept for the backward pass: NVFP4 as it was multiplied, or, where the recipe says so, bf16.
         w_kept = operand("bf16", w, None, BF16_PARTS) if row.original and row.dx.other else w_q
@@ -1451,14 +1462,14 @@ class QuantizedMatmul(torch.autograd.Function):
                         saved[:3], "", None, None, row.dx.other, R_dx, noise_dx.other, *parts))
                 else:
                     w_q = transposed(Operand(*saved[:3], None), parts)
-                dx = matmul(dy_dx, w_q, n_dx)                                          # (M, K)
+                dx = matmul(row, dy_dx, w_q, n_dx)                                     # (M, K)
 
             # --- dw = dy^T x, summed over M ---
             if need_dw:
                 dy_dw = Operand(*dy_q[-4:])                                            # (N, M)
                 x_q = Operand(*rotate_quantize(                                        # (K, M)
                     saved[3:], "", None, None, row.dw.other, R_dw, noise_dw.other, *parts))
-                dw = matmul(dy_dw, x_q, n_dw)                                          # (N, K)
+                dw = matmul(row, dy_dw, x_q, n_dw)                                     # (N, K)
         return dx, dw, None, None, None, None
 
 

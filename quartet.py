@@ -707,7 +707,7 @@ def quantize(quantizer, x, R=None, seed=None):
 def matmul(a, b, n=1):
     """a NVFP4 (M, K), b NVFP4 (N, K), n a power of two -> a b^T / n (M, N) bf16: an FP4 GEMM, emulated.
 
-    Decoded values are exact, so this multiplies what FP4 tensor cores multiply; its sums are float32.
+    Decoded values are exact, so this multiplies what FP4 tensor cores multiply. Its sums are float32.
     """
     dtype = CPU_DTYPE if a.codes.device.type == "cpu" else torch.bfloat16
     return gemm(decode(a, dtype), decode(b, dtype), n)    # in the appendix
@@ -722,7 +722,7 @@ def matmul(a, b, n=1):
 # several programs share.
 
 def add_toward_zero(a, b):
-    """a + b of float32 tensors; a sum that is not exact is rounded toward zero."""
+    """a + b of float32 tensors. A sum that is not exact is rounded toward zero; one that overflows is not."""
     # What rounding to nearest has lost, exactly (2Sum). If the sum has grown by it, step back.
     total = a + b
     b_there = total - a
@@ -747,7 +747,7 @@ def fp4_gemm(a, b, n=1):
     total = torch.zeros(len(a), len(b), device=a.device)
     for a_part, b_part in zip(a.split(64, 1), b.split(64, 1)):
         total = add_toward_zero(total, (a_part @ b_part.T).float())
-    return (total * (a_unit * b_unit / n)).bfloat16()
+    return (total.double() * (a_unit * b_unit / n)).bfloat16()
 
 
 def fp4_matmul(a, b, n=1):
@@ -964,7 +964,7 @@ GEMM = "plain"      # or "blackwell": how every emulated GEMM adds
 
 @library.custom_op("quartet::gemm", mutates_args=())
 def gemm(a: Tensor, b: Tensor, n: int = 1) -> Tensor:
-    """a (M, K), b (N, K) of bf16 values -> a b^T / n (M, N) bf16, from sums in float32 throughout."""
+    """a (M, K), b (N, K) of bf16 values -> a b^T / n (M, N) bf16, from sums in float32, or as GEMM says."""
     if GEMM == "blackwell":
         return fp4_gemm(a, b, n)
     cublas = torch.backends.cuda.matmul

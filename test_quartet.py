@@ -1068,47 +1068,98 @@ def twice(t, sign=0):
     return t._replace(codes=codes, block_scale=scale)
 
 
-@parametrize("M, N, K", [(1, 1, 16), (66, 33, 80), (130, 40, 512)])
+@parametrize("M, N, K", [(1, 1, 48), (66, 33, 80), (130, 40, 512)])
 def test_the_emulated_gemm_has_the_bits_of_fp4_matmul(M, N, K):
     # Half of the products cancel the others: what is left are the roundings of every step.
     a = twice(varied(M, K, 18, seed=1))
     b = twice(varied(N, K, 18, seed=2), sign=8)
-    for tensor_scale in 1.0, 2.0**-60, 2.0**-110:
-        a = a._replace(tensor_scale=tensor(tensor_scale))
-        assert equal(emulated(a, b, 128), quartet.fp4_matmul(a, b, 128))
+    for power, n in (0, 1), (-60, 128), (-110, 128), (-112, 2**21), (110, 128):
+        a = a._replace(tensor_scale=tensor(2.0**power))
+        assert equal(emulated(a, b, n), quartet.fp4_matmul(a, b, n))
     if K == 512:
         a = a._replace(tensor_scale=tensor(1.0))
         expected = quartet.fp4_matmul(a, b)
         assert (quartet.matmul(a, b) != expected).float().mean() > 0.5
 
 
-@parametrize("recipe, backend", [*((recipe, "torch") for recipe in FORWARD), ("quartet2", "triton")])
-def test_a_linear_adds_as_fp4_tensor_cores_do_if_asked(recipe, backend, monkeypatch):
+def heard_in(module, monkeypatch):
+    """What fp4_gemm of quartet or kernels will be called with, [(arguments, result), ...]."""
     heard = []
-    module = kernels if backend == "triton" else quartet
     fp4_gemm = module.fp4_gemm
-    monkeypatch.setattr(module, "fp4_gemm", lambda *args: heard.append(args) or fp4_gemm(*args))
-    linear, x, dy = layer(recipe, 128, 128, device=DEVICE)
+
+    def hearing(*args):
+        y = fp4_gemm(*args)
+        heard.append((args, y))
+        return y
+
+    monkeypatch.setattr(module, "fp4_gemm", hearing)
+    return heard
+
+
+@parametrize("backend", ["torch", "triton"])
+@parametrize("recipe", FORWARD)
+def test_a_linear_adds_as_fp4_tensor_cores_do_if_asked(recipe, backend, monkeypatch):
+    heard = heard_in(quartet, monkeypatch)
+    heard_by_kernels = heard_in(kernels, monkeypatch)
+    linear, x, dy = layer(recipe, 40, 128, device=DEVICE)
+    if RECIPES[recipe].dx.rotation is None:
+        # Then N need not be whole tiles, and of what was padded a GEMM takes a part.
+        linear = Linear(128, 48, recipe=recipe, device=DEVICE)
+        dy = dy[:, :48].contiguous()
     quartet.check(recipe, backend)      # which imports the kernels
     linear.backend = backend
     plain = step(linear, x, dy)
-    assert not heard
+    assert not heard and not heard_by_kernels
     monkeypatch.setattr(quartet, "GEMM", "blackwell")
     found = step(linear, x, dy)
-    assert len(heard) == 3
+    assert (len(heard), len(heard_by_kernels)) == ((3, 0) if backend == "torch" else (0, 3))
     # Sums that differ in float32's last bits are the same in bf16, or neighbours, 2^-7 of themselves apart.
     for y, expected in zip(found, plain):
         assert ((y - expected).abs() <= 2.0**-7 * expected.abs()).all()
+    for (a, _, b, _, n), y in heard_by_kernels:
+        assert equal(y, quartet.fp4_gemm(a, b, n))
 
 
-def test_a_gemm_of_what_is_not_quantized_is_not_left_to_the_kernel(monkeypatch):
+@parametrize("backend", ["torch", "triton"])
+def test_gemms_of_what_is_not_quantized_are_added_in_float64(backend, monkeypatch):
+    exact = Gemm(None, dy="bf16", other="bf16")
+    monkeypatch.setitem(RECIPES, "forward", RECIPES["rtn"]._replace(dx=exact, dw=exact, original=True))
     monkeypatch.setattr(quartet, "GEMM", "blackwell")
-    monkeypatch.setattr(kernels, "fp4_gemm", None)
-    x = normal(20, 64).to(DEVICE).bfloat16()
-    a = kernels.operand("bf16", x, None, kernels.BF16_PARTS)
-    b = kernels.operand("rtn", x, None, kernels.BF16_PARTS)
-    for left, right in (a, a), (a, b), (b, a):
-        assert equal(kernels.matmul(left, right), quartet.fp4_gemm(left.decoded, right.decoded))
+    linear, x, dy = layer("forward", 128, 128, device=DEVICE)
+    linear.backend = backend
+    with torch.no_grad():
+        x.zero_()
+        x[:3] = tensor([[2.0**24], [1.0], [-2.0**24]])
+    _, _, dw = step(linear, x, torch.ones_like(dy))
+    assert (dw == 1).all()
+
+
+def test_fp4_gemms_scale_with_their_operands():
+    a = rtn(normal(64, 256))
+    b = rtn(normal(32, 256, seed=1))
+    for f in quartet.fp4_matmul, emulated:
+        y = f(a, b)
+        for power, n in (100, 1), (90, 2**21), (-100, 1), (-110, 2**11):
+            larger = a._replace(tensor_scale=a.tensor_scale * 2.0**power)
+            assert equal(f(larger, b, n), y * (2.0**power / n))
+
+
+@parametrize("sign", [1, -1])
+def test_the_emulated_gemm_leaves_infinity(sign):
+    one = torch.ones((), device=DEVICE)
+    b = torch.ones(2, 128, device=DEVICE, dtype=bfloat16)
+    a = b.clone()
+    a[0, 0] = sign * math.inf
+    assert kernels.fp4_gemm(a, one, b, one).tolist() == [[sign * math.inf] * 2, [128.0] * 2]
+
+
+def test_torch_knows_what_the_emulated_gemm_returns():
+    a = rtn(normal(20, 32).to(DEVICE))
+    b = rtn(normal(3, 32, seed=1).to(DEVICE))
+    args = decode(a, bfloat16), a.tensor_scale, decode(b, bfloat16), b.tensor_scale, 2
+    torch.library.opcheck(kernels.fp4_gemm, args)
+    with pytest.raises(ValueError, match="a sums over 32 values, b over 16"):
+        kernels.fp4_gemm(*args[:2], args[2][:, :16], *args[3:])
 
 
 # ---- 11. The linear layer ----------------------------------------------------------------------------------
@@ -1733,7 +1784,9 @@ def test_the_check_of_gemms_tells_another_order_from_a_wrong_sum(fp4_tensor_core
         bench.check_gemms(report, DEVICE, True, [(128, 128, 2048)])
         return [line for line in capsys.readouterr().out.splitlines() if "in Triton" in line]
 
-    # One adds as the probe says, two in float32: no fault.
+    # One adds as the probe says, two in float32: no fault. In the interpreter the emulated one takes long.
+    emulated = kernels.fp4_gemm
+    monkeypatch.setattr(kernels, "fp4_gemm", lambda a, _, b, __: quartet.fp4_gemm(a, b))
     report = bench.Report()
     lines = lines_by(as_probed)
     assert len(lines) == 3 and all(" 100.0000% " in line for line in lines) and report.good
@@ -1741,6 +1794,13 @@ def test_the_check_of_gemms_tells_another_order_from_a_wrong_sum(fp4_tensor_core
     assert len(lines) == 6 and " 99.9939% " in lines[0] and not report.good
     assert lines[1] == "WRONG: 128 x 128 x 2048, 4/6 of N(0, 1), in Triton: some outputs are far from " \
                        "quartet.fp4_matmul's"
+
+    # The emulated one must be what it emulates.
+    monkeypatch.setattr(kernels, "fp4_gemm", lambda *args: emulated(*args) * (1 + 2.0**-8))
+    report = bench.Report()
+    bench.check_gemms(report, DEVICE, False, [(32, 32, 128)])
+    assert capsys.readouterr().out.count(", emulated: not the bits of quartet.fp4_matmul") == 3
+    assert not report.good
 
 
 # For other GPUs: data/tests/test_bench.py

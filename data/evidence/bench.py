@@ -134,6 +134,7 @@ TYPES = {
     "b_scale": "*fp8e4nv",
     "b_tensor_scale": "*fp32",
     "y": "*bf16",
+    "unit": "*fp64",
     "total": "*fp32",
     **dict.fromkeys(("count", "columns", "size", "M", "N", "K"), "i32")
 }
@@ -219,14 +220,16 @@ def encode_configurations(native):
 
 
 def gemm_configuration(name, kernel, options, size):
-    """A Configuration per value of y or of its sum, each of size bytes; others are not counted."""
+    """The Configuration of a GEMM, per output of size bytes; what it reads is not counted."""
     constants = {name: value for name, value in options.items() if name.isupper()}
     options = {name: value for name, value in options.items() if name not in constants}
     return Configuration(name, kernel, constants, options, constants["BM"] * constants["BN"], size, False)
 
 
 def configurations(major):
-    """Yield what training launches, and the GEMM beside it, on GPUs of a compute capability `major`.x."""
+    """Yield what training launches on GPUs of a compute capability `major`.x; with FP4 tensor cores also the
+    GEMM in Triton; and the one of --gemm=blackwell.
+    """
     native = major >= 10
     yield from flat_configurations(native)
     yield from tile_configurations(major)
