@@ -413,6 +413,22 @@ def train_row(arguments):
         CHANGES[own.row]()
     keep_checkpoints(keep, own.end)
     train_gpt.main(arguments)
+    if Path("runs/run/result.json").exists():
+        add_loss_in_bf16(Path("runs/run"))
+
+
+def add_loss_in_bf16(run):
+    """Add val_loss_in_bf16 to a result: the last validation loss, had the forward pass been in bf16.
+
+    What is left of a gap by it is in the weights; the rest is what 4 bits lose in validation alone.
+    """
+    model, c = train_gpt.load_model(str(run), recipe="bf16")
+    data = train_gpt.Shards(c, train_gpt.find_corpus(c), "val", model.rope.device.type)
+    loss = train_gpt.evaluate(model, data, c)
+    path = run / "result.json"
+    result = json.loads(path.read_text())
+    result["val_loss_in_bf16"] = loss if math.isfinite(loss) else None
+    path.write_text(json.dumps(result))
 
 
 # ---- 4. All runs -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Pictures take matplotlib. Losses are in nats: of validation, at the end; in trai
 tenth of the steps (each 20th is kept). A gap is to bf16 of the same seed, batches and last step, in 1e-3
 nats, with the 95% interval of its mean over seeds (Student's t). Speed and memory: of runs with a GPU alone
 (--jobs=1). Tables have every log in data/evidence/results/; pictures have the rows that can be trained today.
+Validated in bf16: the gap if neither forward pass is in 4 bits, which is what the weights have.
 A second table tells what rows close of the base's gap (Fieller's interval), after which share of the steps
 they have the last losses of the base and of bf16 (median over seeds, and in how many of these), and how far
 above them they are in equal time. Between two validations losses are taken to fall evenly.
@@ -93,6 +94,11 @@ def after(run, first):
 def final(run):
     """The validation loss at the end."""
     return run.result["val_loss"]
+
+
+def in_bf16(run):
+    """The validation loss at the end, of a forward pass in bf16; NaN of a run that was not validated so."""
+    return run.result.get("val_loss_in_bf16", math.nan)
 
 
 def training(run):
@@ -218,7 +224,7 @@ def table(size, corpus, start, rows, base="quartet2"):
     title = ", ".join(filter(None, [size, corpus, start.replace("-", " ")]))
     print(f"\n{title}: differences in 1e-3 nats, by seed, +- 95%")
     print(f"row                  seeds  val loss deviates      gap to bf16{'to ' + base:>17}"
-          "  bf16 in training  ktok/s   GiB")
+          "  bf16 in training  validated in bf16  ktok/s   GiB")
 
     losses = {row: [final(run) for run in runs.values()] for row, runs in rows.items()}
     mean = {row: statistics.mean(values) for row, values in losses.items()}
@@ -231,6 +237,7 @@ def table(size, corpus, start, rows, base="quartet2"):
             cell(paired(rows, row, "bf16")),
             cell(paired(rows, row, base)),
             cell(paired(rows, row, "bf16", training)),
+            "  " + cell(paired(rows, row, "bf16", in_bf16)),
         ]
         best = fastest(rows[row])
         if best:

@@ -123,6 +123,10 @@ def test_runs_are_kept_not_repeated_and_paired_by_seed(results, forked, monkeypa
     for row, runs in rows.items():
         loss[row] = {seed: run.result["val_loss"] for seed, run in runs.items()}
         assert all(run.result["jobs"] == 2 for run in runs.values())
+        # By a forward pass in bf16, which is bf16's own.
+        in_bf16 = {seed: figures.in_bf16(run) for seed, run in runs.items()}
+        assert (in_bf16 == loss[row]) == (row == "bf16")
+        assert all(abs(in_bf16[seed] - loss[row][seed]) < 0.1 for seed in in_bf16)
     assert loss["bf16"][1] != loss["bf16"][2]
     assert loss["bf16"][1] != loss["fwd_rtn"][1]
     expected = [1e3 * (loss["fwd_rtn"][seed] - loss["bf16"][seed]) for seed in (1, 2)]
