@@ -707,7 +707,8 @@ def quantize(quantizer, x, R=None, seed=None):
 def matmul(a, b, n=1):
     """a NVFP4 (M, K), b NVFP4 (N, K), n a power of two -> a b^T / n (M, N) bf16: an FP4 GEMM, emulated.
 
-    Decoded values are exact, so this multiplies what FP4 tensor cores multiply. Its sums are float32.
+    Decoded values are exact, so this multiplies what FP4 tensor cores multiply. Its sums are float32,
+    unless GEMM says otherwise.
     """
     dtype = CPU_DTYPE if a.codes.device.type == "cpu" else torch.bfloat16
     return gemm(decode(a, dtype), decode(b, dtype), n)    # in the appendix

@@ -90,7 +90,7 @@ class Config:
     # how to multiply
     recipe: str = "quartet2"        # rows of quartet.RECIPES, by commas: how hidden linear layers multiply
     backend: str = "auto"           # auto | torch | triton: who quantizes; auto is triton with a GPU
-    gemm: str = "plain"             # plain | blackwell: emulation adds in float32, or slower, as FP4 cores do
+    gemm: str = "plain"             # plain | blackwell: emulation adds in float32 or, slower, as FP4 cores do
     # the model
     layers: int = 6                 # Transformer blocks
     width: int = 640                # of the residual stream

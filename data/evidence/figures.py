@@ -147,13 +147,13 @@ def quantile(freedom):
     return T[min(freedom, len(T)) - 1]
 
 
-def share_closed(rows, row, base):
+def share_closed(rows, row, base, value=final):
     """The share of base's gap to bf16 that row closes -> share, low, high: its 95% interval, Fieller's.
 
     Over seeds that have all three. Low and high are NaN of one seed, or if the gap may be 0.
     """
-    gap = differences(rows, base, "bf16")
-    less = differences(rows, base, row)
+    gap = differences(rows, base, "bf16", value)
+    less = differences(rows, base, row, value)
     seeds = sorted(gap.keys() & less.keys())
     gap = [gap[seed] for seed in seeds]
     less = [less[seed] for seed in seeds]

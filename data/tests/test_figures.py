@@ -434,6 +434,28 @@ def test_the_long_account_has_what_quintet_closed_in_the_stated_test():
     assert f"a third of quartet2's gap: {closed} by Fieller's interval" in account.replace("\n", " ")
 
 
+def test_the_reviewer_is_answered_by_the_numbers_of_the_logs():
+    account = " ".join((Path(figures.__file__).parent / "README.md").read_text().split())
+    runs = figures.read()
+
+    def in_training(size, start):
+        rows = runs[size, "novels", start]
+        share, _, _ = figures.share_closed(rows, "quintet_x2", "quartet2", figures.training)
+        return f"{share:.0%}"
+
+    small = in_training("10m", "quartet2-from-1000")
+    middle = in_training("30m", "quartet2-from-700")
+    large = in_training("100m", "quartet2-from-180")
+    assert f"In training it is {small}." in account and f"closes {middle} of quartet2's gap" in account
+    assert f"gap at 10.6M, {middle} at 30M (2 seeds) and {large} at 103M" in account
+    assert f"quintet closed {small} of" in account
+
+    rows = runs["10m", "novels", "quartet2-from-3400"]
+    costs = {row: f"{statistics.mean(figures.paired(rows, row, 'bf16')):.2f}" for row in rows}
+    assert f"SR costs {costs['bwd_sr']}, SR with 4/6, which is biased, {costs['bwd_sr_46']}" in account
+    assert f"rounding to nearest after rotations {costs['bwd_four_six']}." in account
+
+
 def test_the_long_account_has_the_numbers_of_other_sums():
     account = (Path(figures.__file__).parent / "README.md").read_text()
     rows = figures.read()["cpu", "python", ""]
