@@ -1,7 +1,7 @@
 """Tests of experiments.py: runs are kept and not repeated; figures.py pairs them by seeds."""
 import contextlib
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import runpy
@@ -43,6 +43,10 @@ def results(tmp_path, monkeypatch):
 
 SERVER = multiprocessing.get_context("forkserver")
 
+# Process.start() looks which other processes have ended. If it did so while another thread waits for one of
+# them, only one of the two would get the exit status, and the other 255.
+STATUS = threading.Lock()
+
 
 @pytest.fixture(scope="module")
 def server():
@@ -73,10 +77,13 @@ class Forked:
         assert arguments[:2] == [experiments.__file__, "train"]
         self.output = cwd / "output"
         self.process = SERVER.Process(target=be_a_run, args=(arguments, cwd, self.output))
-        self.process.start()
+        with STATUS:
+            self.process.start()
 
     def communicate(self):
-        self.process.join()
+        multiprocessing.connection.wait([self.process.sentinel])
+        with STATUS:
+            self.process.join()
         self.returncode = self.process.exitcode
         return self.output.read_text(), None
 
