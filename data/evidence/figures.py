@@ -11,6 +11,7 @@ Validated in bf16: the gap if neither forward pass is in 4 bits, which is what t
 A second table tells what rows close of the base's gap (Fieller's interval), after which share of the steps
 they have the last losses of the base and of bf16 (median over seeds, and in how many of these), and how far
 above them they are in equal time. Between two validations losses are taken to fall evenly.
+A last table has the tests that experiments.py states for corpus `installed`.
 data/evidence/results/bias-*.jsonl, of data/evidence/bias.py --out, become a picture too.
 """
 import argparse
@@ -37,11 +38,6 @@ FIGURES = HERE / "figures"
 
 
 # ---- 1. Runs and their differences -------------------------------------------------------------------------
-
-# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom. Beyond 30 the last is taken, a little wide.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-
 
 class Run(NamedTuple):
     """One run."""
@@ -142,9 +138,56 @@ def interval(values):
     return mean, quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
 
 
+def outside(t, freedom):
+    """The probability that Student's t, of so many degrees of freedom, is not between -t and t.
+
+    To 1e-14. Abramowitz and Stegun, 26.7.3 and 26.7.4: a finite sum of powers of a cosine.
+    """
+    angle = math.atan2(t, math.sqrt(freedom))
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for k in range(1 + odd, freedom, 2):
+        total += term
+        term *= k / (k + 1) * math.cos(angle) ** 2
+    inside = math.sin(angle) * total
+    if odd:
+        inside = 2 / math.pi * (angle + inside)
+    return 1 - inside
+
+
 def quantile(freedom):
-    """T of so many degrees of freedom."""
-    return T[min(freedom, len(T)) - 1]
+    """The t with `outside` it 5%: the 97.5% quantile of Student's t."""
+    low, high = 0.0, 100.0
+    for _ in range(60):
+        t = (low + high) / 2
+        if outside(t, freedom) > 0.05:
+            low = t
+        else:
+            high = t
+    return t
+
+
+def p_value(values):
+    """Of Student's test, on both sides, that the mean of values is 0. NaN of fewer than two."""
+    n = len(values)
+    if n < 2:
+        return math.nan
+    error = statistics.stdev(values) / math.sqrt(n)
+    return outside(abs(statistics.mean(values)) / error, n - 1)
+
+
+def holm(p):
+    """The p of a family of tests, by Holm's correction. One that is NaN, not known yet, counts as 1."""
+    # The smallest is multiplied by the number of tests, the next by one less, and so on; none gets smaller than
+    # one before it.
+    known = [1.0 if math.isnan(value) else value for value in p]
+    corrected = [0.0] * len(known)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(known)), key=known.__getitem__)):
+        largest = max(largest, (len(known) - rank) * known[index])
+        corrected[index] = min(1.0, largest)
+    return corrected
 
 
 def share_closed(rows, row, base, value=final):
@@ -298,6 +341,47 @@ def in_time(rows, row, goal):
     found = [loss_at(run, share * max(run.validated)) - final(other)
              for run, other in pairs(rows, row, goal).values() if run.validated]
     return [1e3 * difference for difference in found if math.isfinite(difference)]
+
+
+class Test(NamedTuple):
+    """A test of quintet's minus another row's last validation loss, as experiments.py states it."""
+    size: str
+    start: str         # ROW-from-STEP, from which both go on, or ""
+    other: str
+    seeds: range
+
+
+PRIMARY = Test("10m", "", "quartet2", range(31, 55))
+SECONDARY = (
+    Test("30m", "", "quartet2", range(31, 36)),
+    Test("30m", "quartet2-from-152", "quartet2", range(41, 47)),
+    Test("10m", "", "quartet2_dampen", range(31, 39)),
+    Test("10m", "", "quartet2_cage", range(31, 39)),
+)
+
+
+def verdicts(runs):
+    """Print the tests of the comparison that settles, with p by Student's test and by Holm's correction.
+
+    runs: of read(). Before all of a test's seeds are there, what is printed is no verdict.
+    """
+    found = []
+    for test in (PRIMARY, *SECONDARY):
+        rows = runs.get((test.size, "installed", test.start), {})
+        by_seed = differences(rows, "quintet", test.other)
+        found.append([by_seed[seed] for seed in test.seeds if seed in by_seed])
+    primary, *secondary = [p_value(values) for values in found]
+
+    print("\nthe comparison that settles: quintet in validation, in 1e-3 nats, +- 95%")
+    print(f"{'minus':40}{'seeds':>9}{'difference':>17}{'p':>9}{'by Holm':>9}")
+    corrected = [primary, *holm(secondary)]
+    for test, values, p, by_holm in zip((PRIMARY, *SECONDARY), found, [primary, *secondary], corrected):
+        name = f"{test.other}, {test.size} {test.start.replace('-', ' ')}"
+        cells = [f"{name:40}{len(values):3} of{len(test.seeds):3}"]
+        if len(values) > 1:
+            cells.append(f"{cell(values)}{p:9.2g}")
+            cells.append(f"{by_holm:9.2g}" if test in SECONDARY else "")
+        print(*cells, sep="")
 
 
 # ---- 3. What pictures share --------------------------------------------------------------------------------
@@ -912,6 +996,7 @@ def tabulate(base):
         table(*key, rows, base or "quartet2")
         _, _, start = key
         progress(start, rows, base or "quartet2")
+    verdicts(runs)
     draw(runs)
 
 

@@ -205,7 +205,7 @@ def test_progress_tells_what_is_closed_in_how_many_steps_and_in_equal_time(capsy
     # Half way from 2.0 to its end, quintet is 0.35, 0.3495, 0.451 above quartet2's. When bf16 ends, it has no
     # validation yet.
     assert quintet.split() == (
-        "quintet 16%, -129% to 159% 94% (2 of 3) never (0 of 3) 383.50 +-145.23".split())
+        "quintet 16%, -129% to 159% 94% (2 of 3) never (0 of 3) 383.50 +-145.22".split())
 
     # Of branches steps are told, times are not; of a row that shares one seed nothing.
     figures.progress("quartet2-from-50", rows)
@@ -220,22 +220,65 @@ def test_bins_end_at_multiples_of_their_width_and_at_the_last_step():
 
 
 def test_the_interval_is_students():
-    mean, half = figures.interval([1.0, 2.0, 3.0, 4.0])                  # deviation 1.291, t 3.182
+    mean, half = figures.interval([1.0, 2.0, 3.0, 4.0])                  # deviation 1.291, t 3.1824
     assert mean == 2.5
-    assert abs(half - 3.182 * 1.29099 / 2) < 1e-4
+    assert abs(half - 3.1824 * 1.29099 / 2) < 1e-4
 
 
-def test_the_quantiles_are_students():
-    """By the integral of its density, for every number of degrees of freedom."""
-    for n, t in enumerate(figures.T, 1):
-        scale = math.gamma((n + 1) / 2) / math.gamma(n / 2) / math.sqrt(n * math.pi)
-        width = t / 4000
-        density = [scale * (1 + (i * width) ** 2 / n) ** (-(n + 1) / 2) for i in range(4001)]
-        inside = 2 * width * (sum(density) - (density[0] + density[-1]) / 2)
-        assert abs(inside - 0.95) < 5e-5, n
-    values = [float(i % 2) for i in range(40)]
-    _, half = figures.interval(values)
-    assert half > 1.96 * statistics.stdev(values) / 40**0.5
+def test_probabilities_and_quantiles_are_students():
+    """By the integral of its density. Printed tables have 12.706, 3.182, 2.042 and 1.984."""
+    for n in (*range(1, 31), 99):
+        scale = math.exp(math.lgamma((n + 1) / 2) - math.lgamma(n / 2)) / math.sqrt(n * math.pi)
+        t = figures.quantile(n)
+        for end, expected in (t, 0.05), (0.7, figures.outside(0.7, n)), (6.0, figures.outside(6.0, n)):
+            width = end / 4000
+            density = [scale * (1 + (i * width) ** 2 / n) ** (-(n + 1) / 2) for i in range(4001)]
+            inside = 2 * width * (sum(density) - (density[0] + density[-1]) / 2)
+            assert abs(1 - inside - expected) < 3e-6, (n, end)
+    assert [round(figures.quantile(n), 3) for n in (1, 3, 30, 99)] == [12.706, 3.182, 2.042, 1.984]
+    assert figures.outside(0.0, 4) == 1
+
+    # The interval ends at 0 where p is 5%.
+    values = [1.0, 2.0, 4.0, 3.5]
+    mean, half = figures.interval(values)
+    assert figures.p_value([value - mean + half for value in values]) == pytest.approx(0.05)
+    assert figures.p_value([value - mean - half for value in values]) == pytest.approx(0.05)
+    assert math.isnan(figures.p_value([1.0])) and math.isnan(figures.p_value([]))
+
+
+def test_holms_correction():
+    """Of a family of m, the smallest p times m, the next times m - 1, ..., and never less than one before."""
+    assert figures.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert figures.holm([0.4, 0.5]) == pytest.approx([0.8, 0.8])
+    assert figures.holm([0.9, 0.2]) == pytest.approx([0.9, 0.4])
+    # What has not run yet is in the family.
+    assert figures.holm([0.01, math.nan]) == pytest.approx([0.02, 1.0])
+
+
+def test_stated_tests_take_their_seeds_and_no_others(capsys):
+    def rows(seeds, **losses):
+        return {row: {seed: Run({9: loss + seed % 3 * lift}, {}, dict(val_loss=loss + seed % 3 * lift))
+                      for seed in seeds} for row, (loss, lift) in losses.items()}
+
+    # Quintet is 10, 5, 0 below quartet2, seed by seed; dampening alone is known of three of 8 seeds.
+    whole = rows([*range(31, 54), 99], quintet=(1.0, 0.006), quartet2=(1.01, 0.001))
+    part = rows([31, 32, 33, 54], quartet2_dampen=(1.008, 0.001))
+    branch = rows([41], quintet=(1.0, 0.0), quartet2=(1.01, 0.0))
+    figures.verdicts({
+        ("10m", "installed", ""): whole | part,
+        ("30m", "installed", "quartet2-from-152"): branch,
+        ("10m", "novels", ""): rows(range(31, 54), quintet=(2.0, 0.0), quartet2=(1.0, 0.0)),
+    })
+    primary, scratch, one, dampen, cage = capsys.readouterr().out.splitlines()[3:]
+    expected = [-10 + 5 * (seed % 3) for seed in range(31, 54)]
+    mean, half = figures.interval(expected)
+    p = figures.p_value(expected)
+    assert primary == f"{'quartet2, 10m':40} 23 of 24{mean:9.2f} +-{half:5.2f}{p:9.2g}"
+    assert scratch == f"{'quartet2, 30m':40}  0 of  5"
+    assert one == f"{'quartet2, 30m quartet2 from 152':40}  1 of  6"
+    p = figures.p_value([-8 + 5 * (seed % 3) for seed in (31, 32, 33)])
+    assert dampen.split()[-2:] == [f"{p:.2g}", f"{min(1, 4 * p):.2g}"]
+    assert cage == f"{'quartet2_cage, 10m':40}  0 of  8"
 
 
 def test_pictures_of_runs_quantizers_and_means(results, monkeypatch):
