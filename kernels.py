@@ -2,7 +2,7 @@
 come from tensor cores, and their last bits may differ.)
 
     python kernels.py [--json=FILE]                     check against quartet.py, and time, on this GPU
-    python kernels.py --target=sm_100a [--dump=DIR]     compile for a GPU that need not be here; count
+    python kernels.py --target=sm_100a [--dump=DIR]     count what it takes on a GPU that need not be here
 
 Read quartet.py first: what a function computes is explained there. Functions that a comment here calls
 quartet's do the same, and the order is nearly that of quartet.py.
@@ -14,8 +14,8 @@ encodes the block scales as E4M3.
 
 What a GEMM takes depends on the GPU. FP4 tensor cores (compute capability 10 and up) take codes and encoded
 scales. (Section 10 of quartet.py says how they add.) Elsewhere the first kernel also writes the decoded
-values, which bf16 holds exactly, and cuBLAS multiplies those; or, by train_gpt.py's --gemm=blackwell, a
-kernel that adds as FP4 tensor cores do.
+values, which bf16 holds exactly, and cuBLAS multiplies those. With train_gpt.py's --gemm=blackwell a kernel
+multiplies them instead, and adds as FP4 tensor cores do.
 """
 import math
 import os
@@ -263,8 +263,8 @@ def divide_by(a, C):
     if INTERPRET:
         v = tl.div_rn(a, C)                            # numpy has no fused multiply-add
     else:
-        # Markstein: where 1/C is correctly rounded, one correction by the remainder, which fma finds exactly,
-        # makes the quotient so, too.
+        # Markstein: if 1/C is correctly rounded, then one correction by the remainder, which fma computes
+        # exactly, makes the quotient correctly rounded, too.
         v = a * (1.0 / C)
         v = tl.fma(tl.fma(-v, C, a), 1.0 / C, v)
     return v
@@ -274,12 +274,12 @@ def divide_by(a, C):
 
 @jit
 def reciprocal(s):
-    """1 / s, correctly rounded, of s (B, 1) in [2^-120, 2^120]. Of 0 and NaN nothing that may be used."""
+    """1 / s, correctly rounded, of s (B, 1) in [2^-120, 2^120]. For 0 and NaN callers drop the result."""
     if INTERPRET:
         r = tl.div_rn(1.0, s)
     else:
-        # One fast instruction, off by a unit in the last place at most. Then a step of Newton's is enough,
-        # but for a significand of ones, where theory cannot tell. On an H200 all 2^23 of them were right.
+        # One fast instruction, off by a unit in the last place at most, and one step of Newton's. Theory
+        # leaves open one significand, of ones only; on an H200 all 2^23 significands came out right.
         r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [s], tl.float32, True, 1)
         r = tl.fma(tl.fma(-s, r, 1.0), r, r)
     return r
@@ -424,12 +424,12 @@ def scale_search_blocks(b, amax, ROWS, BF16):
 
 @jit
 def larger_cosine(v, q6, v6):
-    """quartet.larger_cosine of q6 and what amax to 4 gives: v, q6 (B, 16), v6 = <v, q6> -> q, <v, q>."""
+    """quartet.larger_cosine of q6 and v rounded with amax at 4: v, q6 (B, 16), v6 = <v, q6> -> q, <v, q>."""
     # Cosines are compared by their squares, cross-multiplied: no root, no division.
     q4 = e2m1(v * TWO_THIRDS)
     v4 = tree(v * q4, False)
     four = v4 * v4 * tree(q6 * q6, False) > v6 * v6 * tree(q4 * q4, False)
-    q = e2m1(v * tl.where(four, TWO_THIRDS, 1.0))      # computed again: registers are scarcer
+    q = e2m1(v * tl.where(four, TWO_THIRDS, 1.0))      # again: to keep q4 takes 16 registers
     return q, tl.where(four, v4, v6)
 
 
@@ -535,6 +535,7 @@ def store_blocks(
         words = (codes_ptr + 8 * first).to(tl.pointer_type(tl.uint32))
         tl.store(words + (2 * i + across(2)), pack(q, FP4), mask)
     if decoded_ptr is not None:
+        # Exact, but for a rotated bf16 that was not quantized: that is rounded here.
         value = (q * s).to(tl.bfloat16)
         tl.store(decoded_ptr + 16 * first + (16 * i + across(16)), value, mask)
 
@@ -690,12 +691,14 @@ def quantize_tile(
 ):
     """Rotate and quantize x (128, 128) bf16, W columns of the result at a time.
 
-    Its first row is the result's row0 of `rows`, its first block block0 of `columns` in a row.
+    x's first row is row row0 of the result, which has `rows` rows; its first block is block0 of the `columns`
+    blocks in that row.
     """
     seed = 0
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    # W columns are W / 16 blocks of each row. These are their rows, and their numbers, if the first has 0.
+    # W columns are W / 16 blocks in each of 128 rows. row: the row of x that each of them lies in. i: its
+    # number, counted from the first.
     row = down(8 * W) // (W // 16)
     i = row * columns + down(8 * W) % (W // 16)
     first = row0.to(tl.int64) * columns + block0
@@ -769,7 +772,7 @@ def tile_kernel(
 @jit
 def block_at(i, columns, SWIZZLED):
     """Place i (...) int64 of an encoded scale -> the number of its block, and whether there is one."""
-    there = i >= 0
+    there = i >= 0                                     # all of them: in rows each place has its block
     if SWIZZLED:                                       # in the order of `swizzle`
         tile = i // 512
         j = (i % 512).to(tl.int32)
@@ -893,15 +896,17 @@ def encode_kernel(
 
 
 @jit
-def load_scales(ptr, row, k, rows, K, ROWS, BK):
-    """Swizzled scales of ROWS rows from row on, BK values from k on -> (ROWS, BK/16) E4M3, 0 outside."""
+def load_scales(ptr, m0, k0, M, K, BM, BK):
+    """Swizzled scales of (M, K), those of BM rows from m0 on and BK values from k0 on -> (BM, BK/16) E4M3; 0
+    outside.
+    """
     # A tile of 128 rows and 4 blocks, 64 values, has 512 bytes: 8 for each value of k.
-    tile = row // 128 + down(ROWS // 128)
-    byte = across(BK * 8) + k * 8
+    tile = m0 // 128 + down(BM // 128)
+    byte = across(BK * 8) + k0 * 8
     width = tl.cdiv(K, 64) * 512
-    scale = tl.load(ptr + tile * width + byte, (tile * 128 < rows) & (byte < width), 0.0)
+    scale = tl.load(ptr + tile * width + byte, (tile * 128 < M) & (byte < width), 0.0)
     # The order of `swizzle`, undone.
-    return scale.reshape(ROWS // 128, BK // 64, 32, 4, 4).trans(0, 3, 2, 1, 4).reshape(ROWS, BK // 16)
+    return scale.reshape(BM // 128, BK // 64, 32, 4, 4).trans(0, 3, 2, 1, 4).reshape(BM, BK // 16)
 
 
 @jit
@@ -961,7 +966,7 @@ def add_toward_zero(a, b):
     b_there = total - a
     lost = (a - (total - b_there)) + (b - b_there)
     # If what was lost has the other sign, the total was rounded away from zero. One less in its bits is the
-    # next float toward zero, whatever its sign.
+    # next float toward zero, whatever its sign. (Not lost != 0: after an overflow lost is NaN.)
     grown = (tl.abs(lost) > 0) & ((bits(lost) ^ bits(total)) < 0)
     return from_bits(bits(total) - grown.to(tl.int32))
 
@@ -969,8 +974,8 @@ def add_toward_zero(a, b):
 @jit
 def emulated_gemm_kernel(
     # load
-    a_decoded_ptr,
-    b_decoded_ptr,
+    a_ptr,
+    b_ptr,
     unit_ptr,
     # store
     total_ptr,
@@ -982,30 +987,33 @@ def emulated_gemm_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr
 ):
-    """A BM x BN tile of total = a b^T unit (M, N) float32, added as by quartet.fp4_gemm.
+    """A BM x BN tile of total = unit a b^T (M, N) float32, added as by quartet.fp4_gemm.
 
-    a (M, K), b (N, K) bf16 are codes times block scales; unit () float64 is both tensor scales over n.
+    a (M, K), b (N, K) bf16: E2M1 values times block scales. unit () float64: the product of both tensor
+    scales over n, which float32 might not hold.
     """
     # Neighbouring programs take the tiles of one row: they share rows of a in the L2 cache.
     tiles = tl.cdiv(N, BN)
     m = tl.program_id(0) // tiles * BM + down(BM)
     n = tl.program_id(0) % tiles * BN + across(BN)
     k = tl.arange(0, 16)
-    a_decoded_ptr += m.to(tl.int64) * K + k[None, :]
-    b_decoded_ptr += n.to(tl.int64) * K + k[:, None]
+    a_ptr += m.to(tl.int64) * K + k[None, :]
+    b_ptr += n.to(tl.int64) * K + k[:, None]
 
     total = tl.zeros((BM, BN), tl.float32)
     for k0 in tl.range(0, K, 64):
-        # The 16 products of two blocks share one scale, a product of block scales, which has 8 bits. Beside
-        # it they are multiples of 1/4 up to 36, so that sums of them have 12 bits more. These 20 bits fit
-        # float32 in whatever order tensor cores add. Four such sums need up to 49 bits: float64.
+        # One block of a meets one of b: 16 products of E2M1 values, which are multiples of 1/4 up to 36, all
+        # times the product of two block scales, a number of 8 bits. A sum of such products is below 2^12
+        # quarters, so 20 bits hold it, and float32 is exact in whatever order tensor cores add. Four blocks
+        # with scales of their own need up to 49 bits (quartet.fp4_gemm says why): float64.
         group = tl.zeros((BM, BN), tl.float64)
         for block in tl.static_range(4):
             at = k0 + 16 * block
-            a = tl.load(a_decoded_ptr + at, (m < M) & (k[None, :] < K - at), 0.0)
-            b = tl.load(b_decoded_ptr + at, (n < N) & (k[:, None] < K - at), 0.0)
+            a = tl.load(a_ptr + at, (m < M) & (k[None, :] < K - at), 0.0)
+            b = tl.load(b_ptr + at, (n < N) & (k[:, None] < K - at), 0.0)
             group += dot(a, b).to(tl.float64)
         total = add_toward_zero(total, group.to(tl.float32))
+    # PyTorch makes bf16 of it: Triton's interpreter would truncate.
     total = (total.to(tl.float64) * tl.load(unit_ptr)).to(tl.float32)
     tl.store(total_ptr + m.to(tl.int64) * N + n, total, (m < M) & (n < N))
 
@@ -1032,9 +1040,9 @@ def tile_options(major):
     """FP4, W and launch options of tile_kernel for `major`."""
     options = {"FP4": major > 9, "W": 64, "num_warps": 8, "num_stages": 1}
     if major == 9:
-        # wgmma. Within 128 registers two programs fit on a multiprocessor. The compiler may take more, or, to
-        # keep to 128, spill a little, as in sr and ms_eden_46. With 168 one fits, and an H200 takes 25 to 36%
-        # longer for sr and ms_eden (data/evidence/README.md, section 7).
+        # wgmma. With 128 registers a thread, two programs fit on a multiprocessor. Left alone, the compiler
+        # may take more, and then one fits. To keep to 128, sr and ms_eden_46 spill a little; but with 168 an
+        # H200 takes 25 to 36% longer for sr and ms_eden (data/evidence/README.md, section 7).
         options["maxnreg"] = 128
     if major == 10:
         # tcgen05 gives each of 128 threads a row, of 64 values, whose four blocks share a draw of Philox.
@@ -1042,6 +1050,7 @@ def tile_options(major):
     return options
 
 
+# Small tiles, as each sum takes three registers: a float64 of 64 products and a float32 of all.
 EMULATED_GEMM_OPTIONS = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 3}
 GEMM_OPTIONS = {
     10: {"BM": 128, "BN": 256, "BK": 256, "num_warps": 4, "num_stages": 3},    # tcgen05
@@ -1049,8 +1058,8 @@ GEMM_OPTIONS = {
 }
 
 
-# The parts an operand comes with: codes; decoded values; block scales in the order of `swizzle`. The ops take
-# these three as their last arguments.
+# What an operand comes with, the last three arguments of the ops: codes or none; decoded values or none;
+# block scales, which always come, in the order of `swizzle` or in rows.
 FP4_PARTS = (True, False, True)       # as FP4 tensor cores take it
 BF16_PARTS = (False, True, False)     # as a GEMM in bf16 takes it
 NVFP4_PARTS = (True, False, False)    # as quartet.py has it
@@ -1117,7 +1126,8 @@ def swizzle(scale):
 
 def encode(buffers, quantizer, seed):
     """Run encode_kernel on Buffers -> their `operand`."""
-    # One program at least: it stores the tensor scale, also that of an empty tensor. "bf16" is no mode.
+    # One program at least: it stores the tensor scale, also that of an empty tensor. "bf16", which has no row
+    # in MODES, draws no noise.
     size = buffers.block_scale.numel()
     encode_kernel[(max(1, cdiv(size, SCALES)),)](
         buffers.scale, buffers.largest, seed,
@@ -1174,12 +1184,12 @@ def rotate_quantize(
         codes: bool, decoded: bool, swizzled: bool = False) -> list[Tensor]:
     """One read of x -> Operand of x row_R by quantizer row, then Operand of x^T col_R by col; "" for none.
 
-    x: codes, block_scale, tensor_scale of an Operand (M, N), or one bf16 (M, N), alone or in the place of
-    codes. R (128, 128) bf16, `permuted`; seeds () int64. x^T (N, M) gets zeros up to M % 128 == 0. codes,
-    decoded, swizzled: the parts wanted of both.
+    x: codes, block_scale, tensor_scale of an Operand (M, N); or first a bf16 (M, N), and what follows it, as
+    in operand("bf16", ...), is not read. R (128, 128) bf16, `permuted`; seeds () int64. x^T (N, M) gets zeros
+    up to M % 128 == 0. codes, decoded, swizzled: the parts wanted of both.
     """
     M, N, first, second = tile_buffers(x, row, col, codes, decoded, swizzled)
-    # An Operand has three parts; a bf16 tensor is one, and the kernel takes None for the others.
+    # NVFP4 comes as three tensors. Of bf16 the first counts, and the kernel takes None for the others.
     packed = x[0].dtype == torch.uint8
     if not packed:
         x = x[:1]
@@ -1207,14 +1217,16 @@ def _(x, row, row_R, row_seed, col, col_R, col_seed, *parts):
 
 
 def quantizers_of(row):
-    """Names of quantizers in a row of RECIPES; of x and w without _16x16, which no backward operand has."""
+    """Names of quantizers in a row of RECIPES. The kernels make 16x16 blocks forward only: there that ending
+    is left out.
+    """
     forward = {str(q).removesuffix("_16x16") for q in (row.x, row.w)}
     return forward | {row.dx.dy, row.dx.other, row.dw.dy, row.dw.other}
 
 
 def supports(row):
     """Whether the kernels have a mode for every quantizer of a row of RECIPES (None: bf16)."""
-    # quartet.check_row refuses what is no quantizer at all, such as None for x.
+    # A None for x or w, which comes as "None", passes here: quartet.check_row then names the fault.
     return row is None or quantizers_of(row) <= {*MODES, "bf16", "None", None}
 
 
@@ -1314,13 +1326,14 @@ def gemm(a, b):
 @library.custom_op("quartet::fp4_gemm", mutates_args=())
 def fp4_gemm(a: Tensor, a_tensor_scale: Tensor, b: Tensor, b_tensor_scale: Tensor, n: int = 1) -> Tensor:
     """quartet.fp4_gemm in Triton: a (M, K), b (N, K), decoded values in bf16, and their tensor scales ()
-    float32 -> a b^T / n (M, N) bf16.
+    float32 -> a b^T / n (M, N) bf16. ValueError for another K of b.
     """
     M, K = a.shape
     N = len(b)
     if b.shape[1] != K:
         raise ValueError(f"a sums over {K} values, b over {b.shape[1]}: fp4_gemm takes (M, K) and (N, K)")
-    # Tensor cores know nothing of tensor scales. These are powers of two, so to divide by them is exact.
+    # Take the tensor scales out, exactly, as they are powers of two. So the kernel adds numbers of moderate
+    # size, as tensor cores do, and unit comes last.
     a = (a / a_tensor_scale).contiguous()
     b = (b / b_tensor_scale).contiguous()
     unit = a_tensor_scale.double() * b_tensor_scale.double() / n
@@ -1338,16 +1351,20 @@ def _(a, a_tensor_scale, b, b_tensor_scale, n=1):
 
 
 def matmul(row, a, b, n=1):
-    """Operands a (M, K), b (N, K or more) of a row -> a b^T / n (M, N) bf16: of decoded values if there, else
-    by FP4 tensor cores.
+    """Operands a (M, K), b (N, K or more) of a row of RECIPES -> a b^T / n (M, N) bf16.
+
+    Of decoded values, where they are there, added as quartet.GEMM says; else by FP4 tensor cores.
     """
     if a.decoded.dim() == 2:
+        # In dx without a rotation w was padded with zeros to whole groups of 128, and dy was not.
         b_decoded = b.decoded[:, :a.decoded.shape[1]]
-        # Values that are not quantized have more bits than the kernel can add exactly.
+        # Values that are not quantized have more bits than the kernel can add exactly. Operands do not tell,
+        # so in a row with any such values quartet.gemm adds, in float64.
         if quartet.GEMM == "blackwell" and "bf16" not in quantizers_of(row):
             return fp4_gemm(a.decoded, a.tensor_scale, b_decoded, b.tensor_scale, n)
         return quartet.gemm(a.decoded, b_decoded, n)
     if n > 1:
+        # To divide by n, a power of two, is to divide a tensor scale.
         b = b._replace(tensor_scale=b.tensor_scale / n)
     return scaled_mm(list(a[:3]), list(b[:3]))
 

@@ -173,7 +173,7 @@ TINY = 2.0**-120       # blocks of a smaller amax become zeros: scales stay clea
 
 
 def blocks(x, block=(1, BLOCK)):
-    """Cut x into blocks, and measure each in a unit of its own, a power of two: a quarter of that below amax.
+    """Cut x into blocks, and measure each in a unit of its own: a quarter of the power of two below its amax.
 
     x (..., M, K) -> b (M/rows, rows, K/16, 16) float32, the values, rows being block[0];
                      amax (M/rows, 1, K/16, 1), the largest magnitude in units: 0 below TINY, else in [4, 8);
@@ -197,7 +197,7 @@ def divide_by(a, constant):
 
 
 def ratio(b, s):
-    """b / s; where s is 0 or NaN, 0, but NaN if b is NaN or infinite."""
+    """b / s. Where s is 0 or NaN: 0 of a finite b, else NaN."""
     return b / torch.where(s > 0, s, math.inf)
 
 
@@ -317,8 +317,8 @@ def scale_search(x, block=(1, BLOCK)):
     """A search like 4/6: of five scales, amax / 6 and neighbours in E4M3, the one of least squared error.
 
     x (..., K) of any float dtype, K % 16 == 0 -> NVFP4; block as in rtn. Deterministic, hence biased. NMSE
-    6.7e-3; with 16x16 blocks 11.6e-3. amax / 4 is 4 to 6 steps up, and 6 is not tried: so plain 4/6 errs less
-    in 1% of blocks.
+    6.7e-3; with 16x16 blocks 11.6e-3. In 1% of blocks plain 4/6 errs less: its amax / 4 is 4, 5 or 6 steps
+    up, and six steps are not tried here.
     """
     b, amax, unit = blocks(x, block)
     six = round_scale(divide_by(amax, E2M1_MAX))
@@ -714,17 +714,21 @@ def matmul(a, b, n=1):
     return gemm(decode(a, dtype), decode(b, dtype), n)    # in the appendix
 
 
-# How do FP4 tensor cores add? By the published probe of one, a GB200's (arXiv:2609.02846), they take 64
-# products at a time along the summed axis and round their exact sum to float32, to nearest, ties to even.
-# These totals they add in order, from 0 on, each sum rounded toward zero. Then come the tensor scales, and
-# bf16. An emulation by these rules gave what the hardware gave in 258 of 258 tests of the order, in 1.29
-# billion gradients of a model, and through 100 steps of AdamW. On random codes with random scales only 366 of
-# 512 sums were equal in float32, all of them in bf16. Nothing is known of sm_120, and of a summed axis that
-# several programs share.
+# How do FP4 tensor cores add? A published probe of one, a GB200's (arXiv:2609.02846), says: they take 64
+# products at a time along the summed axis, and round their exact sum to float32, to nearest, ties to even.
+# They add these sums one after another, starting from 0, and round each result toward zero. The tensor scales
+# and the rounding to bf16 come last. An emulation by these rules gave what the hardware gave in 258 of 258
+# tests of the order, in 1.29 billion gradients of a model, and through 100 steps of AdamW. That is not the
+# whole truth: on random codes with random scales 146 of 512 sums differed in float32, though none in bf16.
+# Nothing is known of sm_120, nor of GEMMs that split the summed axis among programs (split-K).
 
 def add_toward_zero(a, b):
-    """a + b of float32 tensors. A sum that is not exact is rounded toward zero; one that overflows is not."""
-    # What rounding to nearest has lost, exactly (2Sum). If the sum has grown by it, step back.
+    """a + b of float32 tensors, rounded toward zero; one that overflows is infinite.
+
+    Example: 1 + 0.75 * 2^-23 -> 1, where rounding to nearest gives 1 + 2^-23.
+    """
+    # lost is a + b - total, exactly (2Sum). If it has the other sign, total was rounded away from zero: take
+    # the next float toward zero. After an overflow lost is NaN, and total stays.
     total = a + b
     b_there = total - a
     lost = (a - (total - b_there)) + (b - b_there)
@@ -733,8 +737,12 @@ def add_toward_zero(a, b):
 
 
 def fp4_gemm(a, b, n=1):
-    """a (M, K), b (N, K), decoded NVFP4 -> a b^T / n (M, N) bf16, added as FP4 tensor cores do. Slow."""
-    # Divided by a power of two, which changes no digit, all sums are far below 2^128.
+    """a (M, K), b (N, K), decoded NVFP4 -> a b^T / n (M, N) bf16, added as FP4 tensor cores do. Slow.
+
+    Of other values the sums of 64 products are as exact as float64 makes them.
+    """
+    # Decoded values do not tell their tensor scales any more. So divide by powers of two above the sums of
+    # all |a| and of all |b|: that changes no digit, and no sum reaches 1.
     a = a.double()
     b = b.double()
     a_unit = 2.0 ** a.abs().sum().frexp().exponent.double()
@@ -808,8 +816,8 @@ def wgrad_gemm(row, dy, x_kept, noise):
 #     tetrajet2                 17.98    56.68    56.63
 #     quartet2                  15.06    26.46    26.34
 #     quintet                   13.38    25.50    25.45
-#     262144 sums of 2048 products by 4/6, added as FP4 tensor cores add instead of in float32:
-#     in bf16 0 are others; 5 if columns of x are multiplied by exp(4 N(0, 1))
+#     262144 sums of 2048 products by 4/6, added as FP4 tensor cores add and in float32:
+#     in bf16 0 differ; 5 if columns of x are multiplied by exp(4 N(0, 1))
 
 
 # ---- 11. The linear layer ----------------------------------------------------------------------------------
@@ -942,9 +950,9 @@ CLOCK = torch.zeros(1)
 
 def draw(like, words):
     """(words,) int64 of random bits from the default generator of like's device, the same compiled or not."""
-    # Of two calls with equal arguments the compiler would make one, or exchange them, whatever their tag
-    # says: two layers whose outputs are added have one dy. If each seems to change the clock, none is equal
-    # to another, and they stay in order.
+    # Two layers whose outputs are added have the same dy, so their calls have equal arguments. The compiler
+    # would make one of them, or exchange them, even if the op were tagged as random. Calls that seem to
+    # change a clock are neither merged nor exchanged.
     clock = torch.empty(0)
     if torch.compiler.is_compiling():
         clock = CLOCK

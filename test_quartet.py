@@ -1126,6 +1126,7 @@ def test_gemms_of_what_is_not_quantized_are_added_in_float64(backend, monkeypatc
     monkeypatch.setitem(RECIPES, "forward", RECIPES["rtn"]._replace(dx=exact, dw=exact, original=True))
     monkeypatch.setattr(quartet, "GEMM", "blackwell")
     linear, x, dy = layer("forward", 128, 128, device=DEVICE)
+    quartet.check("forward", backend)      # which imports the kernels
     linear.backend = backend
     with torch.no_grad():
         x.zero_()

@@ -75,7 +75,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A run whose gradients are not finite any more."""
+    """Losses or gradients of a run are not finite."""
 
 
 # ---- 1. Config: one knob a line ----------------------------------------------------------------------------
@@ -97,8 +97,8 @@ class Config:
     heads: int = 5                  # attention heads
     kv_heads: int = 0               # heads of keys and values, which queries share; 0: as many as heads
     qk_norm: str = "false"          # true: queries and keys are normalised after their rotation
-    mlp: str = "swiglu"             # swiglu | relu2: what stands between a block's last two layers
-    hidden: int = 1792              # width of that
+    mlp: str = "swiglu"             # swiglu | relu2: the nonlinearity of the MLP
+    hidden: int = 1792              # width of the MLP, between its two layers
     vocab_size: int = 256           # 256 for bytes, 50304 for GPT-2 tokens (fineweb)
     sequence: int = 512             # tokens of context
     # what is left in bf16
@@ -123,7 +123,7 @@ class Config:
     weight_decay: float = 0.1       # on the weights of linear layers
     clip: float = 1.0               # largest gradient norm; 0: any
     seed: int = 1                   # of initialisation, data order and rounding noise
-    init_from: str = ""             # a run to take weights from; by its --seed, its batches come again
+    init_from: str = ""             # a run to take weights from; with its --seed, its batches come again
     # reports
     eval_every: int = 250           # steps between validations
     eval_tokens: int = 2**20        # tokens of a validation, at most
@@ -150,7 +150,7 @@ PRESETS = {
     "50m": dict(layers=7, width=768, heads=6, hidden=2048, steps=4768),
     "100m": dict(layers=8, width=1024, heads=8, hidden=2816, lr=9e-4, steps=9536),
     "200m": dict(layers=10, width=1280, heads=10, hidden=3584, lr=7.2e-4, steps=19073),
-    # GPT-2's shape (its head is not tied here: 162 million parameters), and a large one, for its tokens
+    # GPT-2's shape (its head is not tied here: 162 million parameters), and a large model; of GPT-2's tokens
     "124m": dict(layers=12, width=768, heads=12, hidden=2048, vocab_size=50304, sequence=1024, batch=32,
                  tokens_per_step=2**19, lr=6e-4, steps=19073, corpus="fineweb"),
     "1.9b": dict(layers=32, width=2048, heads=16, hidden=5632, vocab_size=50304, sequence=2048, batch=8,
@@ -198,7 +198,7 @@ class Block(nn.Module):
     def __init__(self, c, quantized):
         super().__init__()
 
-        # The last blocks of a model may keep plain layers.
+        # The first and last blocks of a model may keep plain layers.
         linear = partial(nn.Linear, bias=False)
         if quantized:
             linear = partial(quartet.Linear, recipe="bf16")      # until GPT.use_recipe names another
@@ -218,8 +218,8 @@ class Block(nn.Module):
         self.down = linear(c.hidden, c.width)
 
     def forward(self, x, rope):
-        # Attention, (B, heads, T, D / heads) each. Keys may have fewer heads, each of which serves several.
-        B, T, D = x.shape
+        # Attention: (B, heads, T, D) each, D = width / heads. Keys may have fewer heads, each for several.
+        B, T, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, self.heads + 2 * self.kv_heads, -1).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
         q = rotary(q, rope)
@@ -228,7 +228,7 @@ class Block(nn.Module):
             q = F.rms_norm(q, q.shape[-1:], eps=1e-5)
             k = F.rms_norm(k, k.shape[-1:], eps=1e-5)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads < self.heads)
-        x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, width))
 
         # SwiGLU, or the square of ReLU.
         up = self.up(self.norm2(x))
@@ -302,9 +302,10 @@ class GPT(nn.Module):
 
 # ---- 3. Data -----------------------------------------------------------------------------------------------
 #
-# A corpus is a few large files of tokens, which are mapped into memory and read where a batch needs them. A
-# batch is windows at random places, a function of seed, step and the number of a window: so all recipes see
-# the same batches, and a resumed run those that it would have seen without the stop.
+# A corpus is a few large files of tokens, mapped into memory. All of it is checked at the start, and then
+# read where a batch needs it. A batch is windows at random places, a function of seed, step and the number of
+# a window: so all recipes see the same batches, and a resumed run those that it would have seen without the
+# stop.
 
 class Corpus(NamedTuple):
     """What there is of a corpus, before any of it is read."""
@@ -328,7 +329,7 @@ def find_corpus(c):
 
 
 def look_for(c):
-    """The Corpus that CORPUS.json lists, prepare.py's manifest, which is empty while shards are replaced.
+    """The Corpus that prepare.py's manifest, CORPUS.json, lists; without shards while these are replaced.
 
     UserError if it is damaged.
     """
@@ -371,7 +372,8 @@ class Shards:
     """The tokens of a split: data/CORPUS_SPLIT_000000.bin and so on, in the format of llm.c.
 
     A file is 256 int32, of which 20240520, 1 and the number of tokens come first, then the tokens as uint16.
-    `digest` is a hash of all the tokens. UserError for files that are missing, damaged, or do not fit c.
+    `digest` is a hash of all tokens, and of where windows can start. UserError for files that are missing,
+    damaged, or do not fit c.
     """
 
     def __init__(self, c, corpus, split, device):
@@ -397,10 +399,10 @@ class Shards:
 
         # Cut the windows, one token longer than the inputs: each token's target is the next one.
         windows = np.stack([self.shards[i][j:j + self.c.sequence + 1] for i, j in zip(shard, start)])
-        window = torch.from_numpy(windows.astype(np.int64))
+        batch = torch.from_numpy(windows.astype(np.int64))
         if self.device == "cuda":
-            window = window.pin_memory().to("cuda", non_blocking=True)
-        return window[:, :-1], window[:, 1:]
+            batch = batch.pin_memory().to("cuda", non_blocking=True)
+        return batch[:, :-1], batch[:, 1:]
 
     def random(self, step, micro):
         """This process's micro-batch of a step, as `at` returns it."""
@@ -514,7 +516,8 @@ def before_decay(c):
 
 
 def recipe_of(c, step):
-    """The recipe of a step, and of the forward pass after it: another one in the last steps."""
+    """The recipe that trains a step, and validates after it: another one in the last steps."""
+    # A model may have done more steps than the --steps that it is read with.
     step = min(step, c.steps)
     if step > c.steps - c.steps * c.bf16_end:
         return "bf16"
@@ -564,8 +567,8 @@ def train(c, data, directory, stop, checkpoint=None):
     compiled = pick_compile(c, device)
     model, net, optimizers = build(c, directory, checkpoint, device, compiled)
     log = Log(c, directory, checkpoint, model, data, device)
-    # A step may have more tokens than a forward pass can take. Then gradients of micro-batches add up, and
-    # each weight is quantized once for them all; else the only forward pass does that, within its CUDA graph.
+    # A step may have more tokens than a forward pass can take. Then gradients of several micro-batches add
+    # up, and each weight is quantized once for them all. A single one quantizes them in its forward pass.
     accumulate = c.tokens_per_step // (c.batch * c.sequence * WORLD)
     quantized = partial(quartet.quantized_weights, model) if accumulate > 1 else contextlib.nullcontext
     total = torch.zeros((), device=device)      # the loss of a step
@@ -583,12 +586,12 @@ def train(c, data, directory, stop, checkpoint=None):
         if recipe != recipe_of(c, step):
             recipe = recipe_of(c, step)
             model.use_recipe(recipe, c.backend)
-            run = micro_step
+            forward_backward = micro_step
             if compiled and device == "cuda" and WORLD == 1:
                 # A graph of micro-batches takes quantized weights from their place, as later steps will.
                 with quantized():
-                    run = as_graph(micro_step, *train_data.random(step, 0))
-                model.zero_grad(set_to_none=False)      # of what the steps before the recording have left
+                    forward_backward = as_graph(micro_step, *train_data.random(step, 0))
+                model.zero_grad(set_to_none=False)      # as_graph has run micro_step before it recorded it
 
         # Set the learning rate of each group of parameters.
         lr = learning_rate(c, step - 1)
@@ -600,7 +603,7 @@ def train(c, data, directory, stop, checkpoint=None):
             for micro in range(accumulate):
                 if WORLD > 1:
                     net.require_backward_grad_sync = micro == accumulate - 1      # DDP: average only once
-                run(*train_data.random(step, micro))
+                forward_backward(*train_data.random(step, micro))
 
         # Clip the gradient, and update the weights. A gradient that is not finite leaves all as it is.
         norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip or math.inf)
@@ -610,7 +613,8 @@ def train(c, data, directory, stop, checkpoint=None):
         if step % DAMPEN_EVERY == 0:
             share = DAMPEN_EVERY * pull(c, lr) * ramp(step / c.steps)
             quartet.dampen(model, share * norm.isfinite())
-        model.zero_grad(set_to_none=run is micro_step)      # a graph's gradients stay where they are
+        # A graph's gradients stay where they are.
+        model.zero_grad(set_to_none=forward_backward is micro_step)
 
         # Report and validate; save, unless the step was bad. A signal ends the run after this step, saved.
         last = step == c.steps
@@ -678,7 +682,7 @@ def set_rates(optimizers, lr):
 
 
 def update(optimizers, norm):
-    """A step of all optimizers, or of none if norm () float32, that of the gradient, is not finite."""
+    """Step all optimizers, or none of them if the gradient's norm, () float32, is not finite."""
     # A fused optimizer looks at found_inf on the GPU. For any other the CPU must wait for the norm.
     fused = all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in optimizers)
     if fused or norm.isfinite():
@@ -708,9 +712,8 @@ def evaluate(model, data, c):
 
 
 def bits_per_byte(data, loss):
-    """A loss on the Shards data as ', x bits per byte' of text, the end of a document counted as one.
-
-    Models of different tokens can be compared by it. Nothing if the manifest does not tell the bytes.
+    """A loss in nats a token -> ', x bits per byte' of the text of the Shards data, by which models of other
+    tokens can be compared. The end of a document is a byte. Nothing if the manifest does not tell the bytes.
     """
     if math.isnan(data.bytes_per_token):
         return ""
@@ -804,17 +807,18 @@ STABLE = "stable.pt"                               # that of the step before the
 HEAD = "head.pt"      # of a checkpoint that is a directory: what it holds but for weights and moments
 BROKEN = "is not a whole checkpoint: remove it, and previous.pt beside it, if it is there, is taken instead"
 
-# What files of a run hold, {name: type}, or kinds of what is in there. Files come from other machines and
-# other versions, too: `fits` looks at all of it before any is used.
+# What the files of a run hold, {name: type}; for a dict in one, again {name: type}. Files come from other
+# machines and other versions, too: `fits` looks at all of it before any is used.
 NUMBER = int, float
-OR_NULL = int, float, type(None)
+NUMBER_OR_NULL = int, float, type(None)
 KNOBS = {name: NUMBER if kind is float else kind for name, kind in Config.__annotations__.items()}
 LOG = dict(text=str, skipped=int, val_loss=NUMBER)
 SHARD = dict(file=str, tokens=int, sha256=str)
-MANIFEST = dict(train=list, val=list, tokenizer=str, bytes=dict(train=OR_NULL, val=OR_NULL))
+MANIFEST = dict(train=list, val=list, tokenizer=str, bytes=dict(train=NUMBER_OR_NULL, val=NUMBER_OR_NULL))
 COMPARISON = dict(config=KNOBS, corpus=str, code=str, processes=int)
 CHECKPOINT = COMPARISON | dict(step=int, log=LOG, model=dict, optimizer=dict, generators=list, files=dict)
-RESULT = dict(recipe=str, val_loss=OR_NULL, skipped=OR_NULL, tokens_per_s=OR_NULL, peak_gib=OR_NULL)
+RESULT = dict(recipe=str)
+RESULT |= dict.fromkeys(["val_loss", "skipped", "tokens_per_s", "peak_gib"], NUMBER_OR_NULL)
 
 SOURCES = [Path(__file__).with_name(name) for name in ("quartet.py", "kernels.py", "train_gpt.py")]
 CODE = digest(*[path.read_bytes() for path in SOURCES if path.exists()])
@@ -828,11 +832,12 @@ def identity(data):
 def refuse_another(saved, data, directory):
     """UserError if what a run in a directory has saved is of another corpus or code."""
     for what, now in identity(data).items():
-        if what == "processes" and saved[what] != now:
-            print(f"{saved[what]} processes before, {now} now: the same data, other noise")
-        elif saved[what] != now:
-            raise UserError(f"{directory} began with {what} {saved.get(what)}, and here is {now}: put it "
-                            "back, or start a new run, which may take weights from one, --init_from=RUN")
+        if saved[what] == now:
+            continue
+        if what != "processes":
+            raise UserError(f"{directory} began with {what} {saved[what]}, and here is {now}: put it back, "
+                            "or start a new run, which may take weights from one, --init_from=RUN")
+        print(f"{saved[what]} processes before, {now} now: the same data, other noise")
 
 
 @contextlib.contextmanager
@@ -845,16 +850,20 @@ def writing(path):
                         "written; then start again, or, if there is a checkpoint, resume the run")
 
 
+def outline(c):
+    """The model of c, of tensors that have a shape and take no memory."""
+    with torch.device("meta"):
+        return GPT(c)
+
+
 def need_room(directory, c):
     """UserError if the disk has no room for the checkpoints of a run, or of all runs of a comparison."""
     if RANK:
         return
-    with torch.device("meta"):
-        model = GPT(c)
     # Of each run the last two, perhaps that before a decay, and one that is written; in each, of every
     # parameter, weight and two moments in float32. What is there already will be replaced.
     checkpoints = (2 + bool(before_decay(c))) * len(c.recipe.split(",")) + 1
-    needed = checkpoints * 12 * sum(p.numel() for p in model.parameters())
+    needed = checkpoints * 12 * sum(p.numel() for p in outline(c).parameters())
     there = sum(path.stat().st_size for path in directory.rglob("*.*") if path.is_file())
     room = shutil.disk_usage(directory).free + there
     if room < needed:
@@ -917,7 +926,7 @@ def fits(record, kinds):
     if isinstance(kinds, dict):
         return (isinstance(record, dict) and record.keys() == kinds.keys()
                 and all(fits(record[name], kind) for name, kind in kinds.items()))
-    # What Python can hold, and a float, or UTF-8, cannot
+    # Python's integers have no end, and its strings may hold half a character, which UTF-8 refuses.
     too_large = isinstance(record, int) and abs(record) >= 2**63
     no_text = isinstance(record, str) and re.search("[\ud800-\udfff]", record)
     return isinstance(record, kinds) and not too_large and not no_text
@@ -946,7 +955,7 @@ def save_record(path, record, previous=None):
 
 
 def copy(path, target):
-    """Copy a checkpoint, a file or a directory; target is whole or not there."""
+    """Copy a checkpoint, a file or a directory. If the process is killed, target is whole or not there."""
     part = target.with_name(f"{target.name}.part")
     with writing(part):
         remove(part)
@@ -1033,9 +1042,7 @@ def load_checkpoint(word, names=CHECKPOINTS, whole=True):
         checkpoint["model"] = load_whole(path, checkpoint, c)
 
     # The model is not built unless the file holds it: a config alone could ask for any memory.
-    with torch.device("meta"):
-        model = GPT(c).state_dict()
-    if shapes(checkpoint["model"]) != shapes(model):
+    if shapes(checkpoint["model"]) != shapes(outline(c).state_dict()):
         raise UserError(f"{path} holds other weights than its config says, or than the model has now "
                         f"(code {checkpoint['code']} then, {CODE} now)")
     if not plain(checkpoint):
@@ -1053,12 +1060,13 @@ def plain(value):
     if not isinstance(value, torch.Tensor):
         return True
     # Any other tensor may have fewer numbers than its shape says, or none.
-    return value.device.type == "cpu" and value.layout == torch.strided and not value.is_quantized and (
-        value.is_contiguous())
+    return (value.device.type == "cpu" and value.layout == torch.strided and not value.is_quantized
+            and value.is_contiguous())
 
 
 def config_in(path, record, kinds):
     """The Config in a record that was read from a file. UserError unless it could be that of a run."""
+    # A comparison has several recipes, a checkpoint one.
     if not fits(record, kinds) or ("," in record["config"]["recipe"]) != (kinds is COMPARISON):
         raise UserError(f"{path} was not written by this version of train_gpt.py")
     # Each knob alone has the right type by now. Whether they make sense is asked as of a new run.
@@ -1071,7 +1079,7 @@ def config_in(path, record, kinds):
 
 
 def shapes(tensors):
-    """{name: tensor} -> {name: its shape and dtype, or None of what is no tensor}."""
+    """{name: tensor} -> {name: (its shape, its dtype), or False for what is no tensor}."""
     return {name: isinstance(t, torch.Tensor) and (t.shape, t.dtype) for name, t in tensors.items()}
 
 
@@ -1174,7 +1182,7 @@ class Log:
     text = ""             # of the file
     val_loss = math.nan
     skipped = 0           # steps without a finite gradient
-    bad_in_a_row = 0      # the last of these; from 10 on it stays, to end the run
+    bad_in_a_row = 0      # the last steps in a row without one; at 10 it stays, so that the run ends
 
     def __init__(self, c, directory, saved, model, data, device):
         # What a run logs, and the records that are there if it goes on.
@@ -1186,7 +1194,8 @@ class Log:
         if saved:
             self.start = saved["step"]
             vars(self).update(saved["log"])
-        # Drop what is done again, also from the first step on, and what a crash has torn.
+        # Write the file anew from the checkpoint's text: later steps are done again, and a crash may have
+        # torn it.
         write(self.path, self.text)
 
         # Print and write the header: all that the numbers of a run depend on.
@@ -1356,7 +1365,6 @@ def start_processes(device, shard):
 
 def gather(value):
     """A picklable value of each process -> all of them, a list by rank. Waits for all."""
-    # With gloo or NCCL; alone there is nothing to do.
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -1401,7 +1409,7 @@ def restore(model, optimizers, saved, directory):
     """Undo `snapshot`. saved loses weights and moments, so that no process keeps a copy of them."""
     try:
         weights, moments = get_state_dict(model, optimizers)
-        settings = [dict(group) for optimizer in optimizers for group in optimizer.param_groups]
+        settings = [optimizer.param_groups for optimizer in optimizers]
         if "path" in saved:
             # Each process reads its part, however many have written it.
             load_parts(saved["path"], saved, dict(model=weights, optimizer=moments["state"]), together=True)
@@ -1414,8 +1422,8 @@ def restore(model, optimizers, saved, directory):
             moments = saved.pop("optimizer")
         set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=moments)
         # Settings are those of the code, whatever the file says.
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group.update({name: value for name, value in settings.pop(0).items() if name != "params"})
+        for optimizer, groups in zip(optimizers, settings):
+            optimizer.param_groups = groups
         restore_noise(model, saved)
     except UserError:
         raise
@@ -1438,7 +1446,7 @@ def restore_noise(model, saved):
 
 
 def form_of(moments):
-    """What optimizers' state is of: parameters and settings of groups, and the shapes that it keeps."""
+    """The parameters and the names of settings of each group, and the shape of each moment."""
     groups = [(group["params"], group.keys()) for group in moments["param_groups"]]
     return groups, {name: shapes(state) for name, state in moments["state"].items()}
 
@@ -1517,9 +1525,7 @@ def load_parts(path, saved, tensors, together):
 
 def load_whole(path, saved, c):
     """The weights in a checkpoint that is a directory, {name: tensor}, on the CPU."""
-    with torch.device("meta"):
-        model = GPT(c)
-    weights = {name: torch.empty_like(t, device="cpu") for name, t in model.state_dict().items()}
+    weights = {name: torch.empty_like(t, device="cpu") for name, t in outline(c).state_dict().items()}
     load_parts(path, saved, dict(model=weights), together=False)
     return weights
 
@@ -1686,17 +1692,18 @@ def compare(c, data, directory, stop, saved):
 # A mistake is refused before anything is trained, in one line that names the value and the way out. From argv
 # the way goes through parse, load and check to run_training, or, to evaluate and sample, to read_out.
 
-# What a knob can be, what weights are made for, and what a resumed run may change.
+# What a knob can be
 CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"),
                device=("auto", "cpu", "cuda"), shard=("true", "false"), qk_norm=("true", "false"),
                mlp=("swiglu", "relu2"), schedule=("cosine", "wsd"), optimizer=("adamw", "muon"),
                tokenizer=("auto", "bytes", "gpt2"), gemm=("plain", "blackwell"))
-NUMBERS = {int: (1, 10**12), float: (0, 1e38)}                    # bounds, if a knob has no others
+BOUNDS = {int: (1, 10**12), float: (0, 1e38)}                     # of a knob that has no others
 LIMITS = dict(layers=(1, 1000), seed=(0, 10**12))
 LIMITS |= dict.fromkeys(["width", "hidden", "vocab_size", "sequence"], (1, 2**20))
 LIMITS |= dict.fromkeys(["bf16_end", "bf16_forward_end", "warmup", "decay", "final_lr"], (0, 1))
 # What weights are made for
 SHAPE = {"layers", "width", "heads", "kv_heads", "qk_norm", "mlp", "hidden", "vocab_size", "tokenizer"}
+# What a resumed run may change. (Another device changes the last bits, and it is for you to say.)
 HARMLESS = {"log_every", "save_every", "device", "prompt", "sample_tokens", "temperature", "top_k"}
 FIXED = Config.__annotations__.keys() - HARMLESS
 
@@ -1755,7 +1762,7 @@ def check_knobs(c):
     bounds = LIMITS | dict(kv_heads=(0, c.heads), bf16_first=(0, c.layers), bf16_last=(0, c.layers))
     for name, kind in Config.__annotations__.items():
         if kind is not str:
-            least, most = bounds.get(name, NUMBERS[kind])
+            least, most = bounds.get(name, BOUNDS[kind])
             if not least <= getattr(c, name) <= most:
                 raise UserError(f"--{name}={getattr(c, name)}: it must be from {least} to {most}")
 
@@ -1786,8 +1793,7 @@ def check(c):
         raise UserError("--prompt: it takes text in UTF-8")
 
     # Every recipe must fit the shapes of the layers, which a model without memory tells.
-    with torch.device("meta"):
-        model = GPT(c)
+    model = outline(c)
 
     # Its weights, in float32, must fit into this machine, whether training or only evaluating.
     weights = 4 * sum(p.numel() for p in model.parameters())
@@ -1828,7 +1834,7 @@ def load(mode, word, knobs):
     names = (*CHECKPOINTS, ".")
     path = None
 
-    # To resume, nothing may change a number. A comparison has compare.json.
+    # To resume, hardly anything may change. A comparison has compare.json.
     if mode == "resume":
         fixed = FIXED
         names = CHECKPOINTS
@@ -1902,6 +1908,7 @@ def fitting(model, backend):
 def read_out(mode, run, knobs):
     """Evaluate a run by all recipes that fit, or sample by that of its last step, unless knobs name some."""
     if mode == "eval":
+        # By bf16, which fits any model, to see which others do.
         model, c = load_model(run, **dict(recipe="bf16") | knobs)
         if "recipe" not in knobs:
             c = dataclasses.replace(c, recipe=fitting(model, c.backend))
@@ -1960,7 +1967,8 @@ def run_training(c, preset, directory, saved):
         print(f"without a sample: {e}")
 
     # Machines may have files of their own.
-    if len(set(map(str, gather(identity(data))))) > 1:
+    mine = identity(data)
+    if gather(mine) != [mine] * WORLD:
         raise UserError(f"not all processes have the same corpus {c.corpus}, or the same code: give all "
                         "machines the same")
 

@@ -228,8 +228,8 @@ def gemms():
     for size in torch.ones(2048), (4 * normal(2048, seed=6)).exp():
         a_q = four_six(a * size)
         differ.append((quartet.matmul(a_q, b) != quartet.fp4_matmul(a_q, b)).sum())
-    print("262144 sums of 2048 products by 4/6, added as FP4 tensor cores add instead of in float32:")
-    print(f"in bf16 {differ[0]} are others; {differ[1]} if columns of x are multiplied by exp(4 N(0, 1))")
+    print("262144 sums of 2048 products by 4/6, added as FP4 tensor cores add and in float32:")
+    print(f"in bf16 {differ[0]} differ; {differ[1]} if columns of x are multiplied by exp(4 N(0, 1))")
 
 
 def layer():
