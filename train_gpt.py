@@ -1123,11 +1123,13 @@ def held(directory):
 
 def recipes_by_step(c):
     """What recipe_of says of all steps, in words. Example: quartet2; from step 91 on bf16"""
-    words = [c.recipe]
-    for share in (c.bf16_forward_end, c.bf16_end):
+    recipe = c.recipe
+    words = [recipe]
+    for share in sorted([c.bf16_forward_end, c.bf16_end], reverse=True):
         first = int(c.steps - c.steps * share) + 1
-        if share:
-            words.append(f"from step {first} on {recipe_of(c, first)}")
+        if recipe != recipe_of(c, first):
+            recipe = recipe_of(c, first)
+            words.append(f"from step {first} on {recipe}")
     return "; ".join(words)
 
 
@@ -1663,6 +1665,7 @@ def compare(c, data, directory, stop, saved):
                 print(e)
                 if not (run / "result.json").exists():
                     write(run / "result.json", as_json(**dict.fromkeys(RESULT) | dict(recipe=recipe)))
+                gather(None)      # rank 0 writes it, all read it
 
         # Its result may be from before.
         result = read_json(run / "result.json", RESULT)

@@ -146,8 +146,9 @@ def main():
         assert not any(run(f"muon-{name}", processes, recipe="bf16", optimizer="muon", lr=0.02, shard=shard))
     assert not any(resume_from_step_3("muon-resumed", "muon-shared", 2))
 
-    # A comparison; gradients between micro-batches; then what goes wrong in rank 1 alone.
+    # Comparisons; gradients between micro-batches; then what goes wrong in rank 1 alone.
     assert not any(run("compared", 2, recipe="bf16,rtn", steps=2))
+    assert all(run("diverged", 2, recipe="bf16,rtn", steps=11, lr=1e30))
     assert not any(run("accumulated", 2, random=accumulate, recipe="bf16", shard="true", steps=2))
     for shard in ("false", "true"):
         assert all(run(f"spoil-{shard}", 2, random=spoil, recipe="bf16", steps=11, shard=shard))
@@ -269,6 +270,12 @@ def test_only_rank_0_prints_and_writes(trained):
         assert files == {"log.jsonl", "checkpoint.pt", "previous.pt", "result.json", "sample.txt"}
     assert "gap to bf16" in Path("compared-0.out").read_text()
     assert len(Path("runs/compared/compare.txt").read_text().splitlines()) == 3
+
+
+def test_a_recipe_that_diverges_does_not_end_the_others_of_a_comparison(trained):
+    table = Path("runs/diverged/compare.txt").read_text().splitlines()
+    assert [line.split()[:3] for line in table[1:]] == [["bf16", "nan", "nan"], ["rtn", "nan", "nan"]]
+    assert trained.count("Diverged: runs/diverged: bf16, rtn has no finite validation loss") == 2
 
 
 def test_a_process_that_fails_ends_the_others_and_one_that_gets_a_signal_stops_them_all_at_one_step(trained):

@@ -931,6 +931,21 @@ def test_a_run_keeps_what_its_tokens_are_whatever_its_vocabulary(monkeypatch, ca
 
 # ---- What a run says at its start --------------------------------------------------------------------------
 
+@pytest.mark.parametrize("forward_end, end, expected", [
+    (0, 0, "rtn"),
+    (0.5, 0, "rtn; from step 6 on rtn+bf16_forward"),
+    (0.5, 0.2, "rtn; from step 6 on rtn+bf16_forward; from step 9 on bf16"),
+    (0.2, 0.5, "rtn; from step 6 on bf16"),
+    (0.2, 0.2, "rtn; from step 9 on bf16"),
+    (0, 1, "rtn; from step 1 on bf16"),
+    (0, 1e-20, "rtn"),
+])
+def test_the_header_says_which_steps_train_by_another_recipe(forward_end, end, expected, monkeypatch):
+    monkeypatch.setattr(quartet, "RECIPES", dict(RECIPES))
+    c = train_gpt.Config(recipe="rtn", steps=10, bf16_forward_end=forward_end, bf16_end=end)
+    assert train_gpt.recipes_by_step(c) == expected
+
+
 def test_the_header_lists_which_layers_are_quantized_how_and_when(capsys):
     train(layers=3, bf16_first=1, steps=4, bf16_end=0.25, bf16_forward_end=0.5, sample_tokens=1)
     header = records()[0]
