@@ -340,13 +340,13 @@ def look_for(c):
     if manifest.is_file() and not manifest.stat().st_size:
         return Corpus([], [], c.tokenizer, math.nan)
 
-    # A bit that is wrong anywhere in it is refused.
+    # It must have the form that prepare.py writes; what is in the shards, their sha256 tells.
     way_out = "is damaged, or no list of shards: move it away, and run data/prepare.py again"
     made = read_json(manifest, MANIFEST, way_out)
     known(made["tokenizer"], CHOICES["tokenizer"][1:], f"{manifest}: tokenizer {made['tokenizer']!r}")
     splits = []
     for split in (made["train"], made["val"]):
-        if not split or not all(fits(shard, SHARD) for shard in split):
+        if not split or not all(fits(shard, SHARD) and Path(shard["file"]).name for shard in split):
             raise UserError(f"{manifest} {way_out}")
         splits.append([(corpus.with_name(Path(shard["file"]).name), shard["sha256"]) for shard in split])
 
@@ -976,8 +976,8 @@ def remove(path):
 
 
 def begun(directory):
-    """Whether a run, or a comparison, has a checkpoint to go on from."""
-    return any(directory.rglob(CHECKPOINTS[0]))
+    """Whether a run, or a comparison, has something to go on from: a checkpoint, or a result."""
+    return any(path.name in (*CHECKPOINTS, "result.json") for path in directory.rglob("*.*"))
 
 
 def find(word, names):
@@ -1006,9 +1006,9 @@ def load_checkpoint(word, names=CHECKPOINTS, whole=True):
     if not path and find(word, ["."]):
         raise UserError(f"{word} is a file of a run: name the run, or start a new one, --init_from={word}")
     if not path:
-        runs = {str(path.parent.relative_to("runs")) for path in Path("runs").rglob(CHECKPOINTS[0])
-                if path.is_file() or (path / HEAD).is_file()}
-        known(word, sorted(runs), f"no checkpoint of {word}: in runs/")
+        runs = {str(path.parent.relative_to("runs")) for path in Path("runs").rglob("*.pt")
+                if path.name in CHECKPOINTS and (path.is_file() or (path / HEAD).is_file())}
+        known(word, sorted(runs), f"no run {word} with a checkpoint: in runs/")
     file = path
     if path.is_dir():
         file = path / HEAD
@@ -1770,8 +1770,11 @@ def check_knobs(c):
                 raise UserError(f"--{name}={getattr(c, name)}: it must be from {least} to {most}")
 
     # Knobs together
-    if not c.corpus:
-        raise UserError("--corpus=: it takes a name, such as python")
+    if not Path(c.corpus).name:
+        raise UserError(f"--corpus={c.corpus}: it takes a name, such as python")
+    if not c.lr and (c.embedding_lr or c.head_lr):
+        raise UserError(f"--lr=0 --embedding_lr={c.embedding_lr} --head_lr={c.head_lr}: the schedule scales "
+                        "these as it scales lr, which must not be 0")
     if c.width % (2 * c.heads):
         raise UserError(f"--width={c.width} --heads={c.heads}: width must be a multiple of twice the heads")
     if c.kv_heads and c.heads % c.kv_heads:

@@ -549,12 +549,13 @@ def manifest_of(train, val, **others):
     manifest_of([{"file": GOOD["file"]}], [GOOD]),
     manifest_of([GOOD | {"sha256": None}], [GOOD]),
     manifest_of([GOOD | {"file": 3}], [GOOD]),
+    manifest_of([GOOD | {"file": ""}], [GOOD]),
     manifest_of([GOOD], [GOOD], tokenizer=3),
     manifest_of([GOOD], [GOOD], bytes=3),
     manifest_of([GOOD], [GOOD], bytes=dict(train=3)),
     manifest_of([GOOD], []),
     manifest_of([], [GOOD]),
-], ids=range(20))
+], ids=range(21))
 def test_a_damaged_manifest_is_named_with_the_way_out(tmp_path, manifest):
     corpus = tmp_path / "in" / "t"
     corpus.parent.mkdir()

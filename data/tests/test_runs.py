@@ -139,6 +139,34 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_not_said_to_go_on(
     refused("runs/a exists: it has no checkpoint, remove it, or take another --name", *words())
 
 
+def test_a_run_of_which_only_the_checkpoint_before_is_left_goes_on(finished):
+    LAST.unlink()
+    refused("runs/a exists: resume it", *words())
+    refused("no run other with a checkpoint: in runs/: there are a$", "resume", "other")
+    resume()
+
+
+def test_a_comparison_that_is_interrupted_keeps_a_recipe_that_has_diverged(monkeypatch):
+    """Though there is no checkpoint yet."""
+    train = train_gpt.train
+
+    def interrupted(c, *others):
+        if c.recipe == "rtn":
+            raise KeyboardInterrupt
+        train(c, *others)
+
+    monkeypatch.setattr(train_gpt, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_gpt.main(words(recipe="bf16,rtn", lr=1e30, steps=14))
+    assert not list(RUN.rglob("*.pt"))
+    assert result("a/bf16")["val_loss"] is None
+    assert records("a/bf16")
+
+    # The other one still trains if it goes on.
+    monkeypatch.setattr(train_gpt, "train", train)
+    refused("runs/a: bf16, rtn has no finite validation loss", "resume", "a")
+
+
 def test_a_command_that_is_printed_is_one_for_a_shell(capsys):
     with pytest.raises(SystemExit):
         train_gpt.leave(Path("my runs/a$b"), 3, [])
@@ -517,7 +545,7 @@ def test_what_is_no_file_is_no_checkpoint(place):
     refused("runs/a/checkpoint.pt is no file: remove it", "eval", "a")
     LAST.unlink()
     refused("runs/a/previous.pt is no file: remove it", "eval", "a")
-    refused("no checkpoint of /dev/zero", "eval", "/dev/zero")
+    refused("no run /dev/zero with a checkpoint", "eval", "/dev/zero")
 
 
 def test_what_cannot_be_read_now_is_not_said_to_be_broken(finished, monkeypatch):
