@@ -166,7 +166,7 @@ KNOBS = {    # row: its recipe, its knobs
     "quintet_forward_end": ("quintet", "--bf16_forward_end=0.1"),
     **{f"{recipe}_linear": (recipe, "--schedule=wsd", "--decay=0.9", "--final_lr=0")     # linear decay to 0
        for recipe in ("bf16", "quartet2", "quintet")},
-    **{row: (recipe,) for row, (recipe, _) in ideas.IDEAS.items()}
+    **{row: (recipe, *knobs) for row, (recipe, _, *knobs) in ideas.IDEAS.items()}
 }
 
 
@@ -381,7 +381,7 @@ def nudge_at_the_start():
 CHANGES = {
     "quartet2_cage": ramp_of_cage,
     "quartet2_nudged": nudge_at_the_start,
-    **{row: change for row, (_, change) in ideas.IDEAS.items()}
+    **{row: change for row, (_, change, *_) in ideas.IDEAS.items()}
 }
 
 

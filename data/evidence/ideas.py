@@ -18,6 +18,16 @@ gap is 18:
     quartet2_low_rank      minus quartet2: 32 singular vectors of each weight in bf16: -3 (published: from
                            56% less of the gap to worse than none)
 
+Late in training most of what quintet leaves comes from x: the pull makes w nearly exact. So these aim at x:
+
+    quintet_two            x in two terms, the second 4 bits of what the first has lost, forward only: a
+                           fourth GEMM. -7
+    quintet_two_end        that in the last tenth of the steps: -5
+    quintet_x_end          x in bf16 in the last tenth, w in 4 bits, as models are served whose weights alone
+                           are in 4 bits: -5, as before, for a second term loses next to nothing
+    quintet_forward_end    (a row of experiments.py) x and w in bf16 then: -6
+    quintet_rest           what x has lost, along 32 singular vectors of each weight, in bf16: -1.5
+
 A run that is stopped and goes on loses what an idea has gathered by itself: up to 200 steps of the paths of
 weights, the average so far, and one step of the low-rank branch.
 """
@@ -229,8 +239,8 @@ def largest(w):
     return U[:, :RANK] * s[:RANK] @ V[:RANK]
 
 
-def low_rank():
-    """`low_rank_forward`; the first step has no branch yet."""
+def low_rank(forward):
+    """Multiply by a `forward` that takes layer.branch, of `find_branches`; the first step has none yet."""
     plain = quartet.Linear.__init__
 
     def init(layer, *args, **kwargs):
@@ -238,18 +248,70 @@ def low_rank():
         layer.register_buffer("branch", torch.zeros_like(layer.weight.detach()), persistent=False)
 
     quartet.Linear.__init__ = init
-    in_4_bits(low_rank_forward)
+    in_4_bits(forward)
     around_updates(after=find_branches)
 
 
-# ---- 4. The rows -------------------------------------------------------------------------------------------
+# ---- 4. What x has lost ------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def lost(layer, x):
+    """x (..., K) minus its quantized values, (..., K) bf16. For recipes that quantize x as they do w."""
+    tokens = x.reshape(-1, x.shape[-1]).bfloat16()
+    rest = tokens - quartet.backend_of(layer, layer.weight).on_grid(tokens, layer.recipe)
+    return rest.view(x.shape)
+
+
+def two_terms(plain, layer, x):
+    """y of x and of what it has lost, which is quantized like it. The backward pass knows the first only."""
+    y = plain(layer, x)
+    with torch.no_grad():
+        second = plain(layer, lost(layer, x))
+    return y + second
+
+
+def rest_forward(plain, layer, x):
+    """y of x, and of what it has lost, along RANK singular vectors of the weight, in bf16."""
+    y = plain(layer, x)
+    with torch.no_grad():
+        rest = F.linear(lost(layer, x), layer.branch.bfloat16())
+    return y + rest.to(y.dtype)
+
+
+def late(change):
+    """Let the last steps, those of --bf16_forward_end, train by change(row) of the recipe's row instead."""
+    def name_of(recipe):
+        name = f"{recipe}+late"
+        quartet.RECIPES[name] = change(quartet.RECIPES[recipe])
+        return name
+
+    train_gpt.in_bf16_forward = name_of
+
+
+def x_in_bf16_late():
+    """Late x is in bf16, and w in 4 bits."""
+    late(lambda row: row._replace(x="bf16"))
+
+
+def two_terms_late():
+    """Late x is in two terms."""
+    def forward(plain, layer, x):
+        if layer.recipe.endswith("+late"):
+            return two_terms(plain, layer, x)
+        return plain(layer, x)
+
+    late(lambda row: row)
+    in_4_bits(forward)
+
+
+# ---- 5. The rows -------------------------------------------------------------------------------------------
 
 def sr_46(x, R, seed):
     """SR with 4/6, which is biased, as a quantizer of quartet.QUANTIZERS: experiments.py has rows of it."""
     return demonstrate.sr_four_six(quartet.rotate(x, R), seed)
 
 
-IDEAS = {
+IDEAS = {    # row: its recipe, what changes train_gpt.py or quartet.py, its knobs
     "quintet_reset": ("quintet", partial(around_updates, after=reset)),
     "quintet_reset_alone": ("quintet", reset_alone),
     "quintet_coupled": ("quintet", coupled),
@@ -258,5 +320,9 @@ IDEAS = {
     "quintet_average": ("quintet", partial(around_updates, after=average)),
     "quintet_mean": ("quintet", partial(in_4_bits, partial(split_forward, of_dy=False))),
     "quintet_mean_dy": ("quintet", partial(in_4_bits, partial(split_forward, of_dy=True))),
-    "quartet2_low_rank": ("quartet2", low_rank),
+    "quartet2_low_rank": ("quartet2", partial(low_rank, low_rank_forward)),
+    "quintet_two": ("quintet", partial(in_4_bits, two_terms)),
+    "quintet_two_end": ("quintet", two_terms_late, "--bf16_forward_end=0.1"),
+    "quintet_x_end": ("quintet", x_in_bf16_late, "--bf16_forward_end=0.1"),
+    "quintet_rest": ("quintet", partial(low_rank, rest_forward)),
 }

@@ -18,7 +18,8 @@ EXACT = quartet.Recipe("bf16", "bf16", dx=experiments.EXACT, dw=experiments.EXAC
 @pytest.fixture(autouse=True)
 def put_back(monkeypatch):
     """What an idea changes is as before after a test."""
-    for module, names in ((train_gpt, ("build", "update", "ramp", "save")), (quartet, ("dampen", "RECIPES")),
+    for module, names in ((train_gpt, ("build", "update", "ramp", "save", "in_bf16_forward")),
+                          (quartet, ("dampen", "RECIPES")),
                           (quartet.Linear, ("forward", "__init__"))):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name))
@@ -154,6 +155,68 @@ def test_a_low_rank_branch_is_what_4_bits_need_not_hold():
     # Both parts of the weight, both products and their sum are rounded to bf16; no part is larger than the
     # whole.
     assert (after - before).norm() < 5 * 2.0**-9 * before.norm()
+
+
+def linear_and_exact():
+    """A layer of quintet, an x, and their product in float64."""
+    linear = layer("quintet")
+    linear.weight.data = quartet.on_grid(linear.weight.detach().bfloat16(), "quintet").float()
+    x = torch.randn(4, 32, 256).bfloat16()
+    return linear, x, x.double() @ linear.weight.detach().double().T
+
+
+def test_a_second_term_leaves_of_the_error_of_x_what_4_bits_lose_of_it():
+    linear, x, exact = linear_and_exact()
+    dy = torch.randn(4, 32, 128).bfloat16()
+
+    def products():
+        torch.manual_seed(0)
+        y = linear(x.requires_grad_())
+        return y, *torch.autograd.grad(y, (x, linear.weight), dy)
+
+    before = products()
+    ideas.in_4_bits(ideas.two_terms)
+    after = products()
+    # A value loses 8% of its size, a second term 8% of that; the products and their sum are rounded to bf16.
+    rest = (before[0] - exact).norm() / exact.norm()
+    assert 0.07 < rest < 0.1
+    assert (after[0] - exact).norm() / exact.norm() < 0.1 * rest + 3 * 2.0**-9
+    # Gradients are as before.
+    assert all(map(torch.equal, after[1:], before[1:]))
+
+
+def test_along_all_singular_vectors_nothing_of_x_is_lost():
+    linear, x, exact = linear_and_exact()
+    linear.register_buffer("branch", linear.weight.detach())
+    before = linear(x)
+    ideas.in_4_bits(ideas.rest_forward)
+    assert (linear(x) - exact).norm() < 4 * 2.0**-9 * exact.norm() < (before - exact).norm()
+
+    # Along none nothing changes.
+    linear.branch = torch.zeros_like(linear.branch)
+    assert torch.equal(linear(x), before)
+
+
+@pytest.mark.parametrize("row", ["quintet_two_end", "quintet_x_end"])
+def test_late_x_is_nearly_exact_and_w_in_4_bits(row):
+    linear, x, exact = linear_and_exact()
+    _, change, knob = ideas.IDEAS[row]
+    change()
+    assert knob == "--bf16_forward_end=0.1"
+    c = train_gpt.Config(recipe="quintet", steps=10, bf16_forward_end=0.1)
+    errors = []
+    for step in 9, 10:
+        linear.recipe = train_gpt.recipe_of(c, step)
+        errors.append(((linear(x) - exact).norm() / exact.norm()).item())
+    assert 0.07 < errors[0] < 0.1
+    assert errors[1] < 0.015
+
+    # The weight is still pulled, and rounded: another one has another product.
+    assert quartet.RECIPES[linear.recipe].dampen == 10
+    linear.weight.data += 1e-3 * torch.randn(linear.weight.shape)
+    y = linear(x)
+    on_grid = quartet.on_grid(linear.weight.detach().bfloat16(), "quintet").double()
+    assert (y - x.double() @ on_grid.T).norm() < 0.015 * y.norm()
 
 
 def test_a_pull_by_another_power():
