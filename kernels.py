@@ -974,8 +974,8 @@ def add_toward_zero(a, b):
 @jit
 def emulated_gemm_kernel(
     # load
-    a_ptr,
-    b_ptr,
+    a_values_ptr,
+    b_values_ptr,
     unit_ptr,
     # store
     total_ptr,
@@ -989,16 +989,16 @@ def emulated_gemm_kernel(
 ):
     """A BM x BN tile of total = unit a b^T (M, N) float32, added as by quartet.fp4_gemm.
 
-    a (M, K), b (N, K) bf16: E2M1 values times block scales. unit () float64: the product of both tensor
-    scales over n, which float32 might not hold.
+    a, b: values (M, K), (N, K) bf16, which are E2M1 times block scales. unit () float64: the product of both
+    tensor scales over n, which float32 might not hold.
     """
     # Neighbouring programs take the tiles of one row: they share rows of a in the L2 cache.
     tiles = tl.cdiv(N, BN)
     m = tl.program_id(0) // tiles * BM + down(BM)
     n = tl.program_id(0) % tiles * BN + across(BN)
     k = tl.arange(0, 16)
-    a_ptr += m.to(tl.int64) * K + k[None, :]
-    b_ptr += n.to(tl.int64) * K + k[:, None]
+    a_values_ptr += m.to(tl.int64) * K + k[None, :]
+    b_values_ptr += n.to(tl.int64) * K + k[:, None]
 
     total = tl.zeros((BM, BN), tl.float32)
     for k0 in tl.range(0, K, 64):
@@ -1009,8 +1009,8 @@ def emulated_gemm_kernel(
         group = tl.zeros((BM, BN), tl.float64)
         for block in tl.static_range(4):
             at = k0 + 16 * block
-            a = tl.load(a_ptr + at, (m < M) & (k[None, :] < K - at), 0.0)
-            b = tl.load(b_ptr + at, (n < N) & (k[:, None] < K - at), 0.0)
+            a = tl.load(a_values_ptr + at, (m < M) & (k[None, :] < K - at), 0.0)
+            b = tl.load(b_values_ptr + at, (n < N) & (k[:, None] < K - at), 0.0)
             group += dot(a, b).to(tl.float64)
         total = add_toward_zero(total, group.to(tl.float32))
     # PyTorch makes bf16 of it: Triton's interpreter would truncate.

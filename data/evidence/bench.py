@@ -124,6 +124,7 @@ TYPES = {
     "scale": "*bf16",
     "largest": "*i32",
     "decoded": "*bf16",
+    "values": "*bf16",
     "block_scale": "*u8",
     "tensor_scale": "*fp32",
     "n": "fp32",
