@@ -76,6 +76,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"                           # logs of runs that have finished
 RUNS = HERE.parents[1] / "runs" / "experiments"      # runs that have not, and steps that others start from
 CHILDREN = []                                        # the processes that train
+STOPPING = threading.Event()                         # whether a signal has come that stops them
 
 
 # ---- 1. What is compared -----------------------------------------------------------------------------------
@@ -293,6 +294,8 @@ def train(size, corpus, row, seed, gpu, jobs, knobs, keep=()):
         text=True,
     )
     CHILDREN.append(child)
+    if STOPPING.is_set():      # it came while this one was started
+        child.send_signal(signal.SIGTERM)
     printed, _ = child.communicate()
 
     # What it must leave
@@ -508,11 +511,13 @@ def train_all(todo, ready, train_it, gpus):
                     training.remove(run)
 
     def stop(signum, frame):
+        STOPPING.set()
         with lock:
             todo.clear()
         for child in CHILDREN:
             child.send_signal(signal.SIGTERM)        # saves, also after a Ctrl-C of its own
 
+    STOPPING.clear()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus]

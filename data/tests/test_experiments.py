@@ -30,6 +30,7 @@ def results(tmp_path, monkeypatch):
     for module in experiments, figures:
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(experiments, "CHILDREN", [])      # no signal to those of another test
     monkeypatch.setattr(figures, "FIGURES", tmp_path / "figures")
     for name in "QUANTIZERS", "RECIPES":
         monkeypatch.setattr(quartet, name, dict(getattr(quartet, name)))
@@ -255,7 +256,7 @@ def test_a_run_goes_on_from_a_step_as_soon_as_that_is_there(results, monkeypatch
         for step in keep:
             experiments.start_of(size, corpus, f"{row}@{step}", seed).touch()
         if keep:
-            other_has_ended.wait(10)
+            other_has_ended.wait(300)
         ended.append(row)
         other_has_ended.set()
 
@@ -317,18 +318,45 @@ def test_the_ramp_of_cage_ends_as_ours_with_the_same_integral(monkeypatch):
 
 
 def test_sigterm_waits_for_the_running_ones_and_starts_no_others(results, monkeypatch):
+    both_train = threading.Barrier(2)
+    told = threading.Event()
     done = []
 
     def train(size, corpus, row, seed, gpu, *rest):
-        time.sleep(1)
+        # When two train, one sends the signal. Both go on until what handles it has come to their processes.
+        if not told.is_set() and not both_train.wait(300):
+            os.kill(os.getpid(), signal.SIGTERM)
+        told.wait(300)
         done.append((row, gpu))
 
     monkeypatch.setattr(experiments, "train", train)
+    monkeypatch.setattr(experiments, "CHILDREN", [SimpleNamespace(send_signal=lambda signum: told.set())])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")                   # of more: these alone
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     experiments.main(["tiny", "bf16,rtn,quartet2"])
     assert sorted(row for row, _ in done) == ["bf16", "rtn"]
     assert sorted(gpu for _, gpu in done) == ["2", "3"]
+
+
+def test_a_run_that_is_being_started_when_a_signal_comes_is_stopped_too(results, monkeypatch):
+    handled = threading.Event()
+    signals = []
+
+    class Starting:
+        def __init__(self, *_, **__):
+            os.kill(os.getpid(), signal.SIGTERM)
+            handled.wait(300)
+
+        def send_signal(self, signum):
+            signals.append(signum)
+
+        def communicate(self):
+            self.returncode = -signal.SIGTERM
+            return "", None
+
+    replace_popen(monkeypatch, Starting)
+    monkeypatch.setattr(experiments, "CHILDREN", [SimpleNamespace(send_signal=lambda signum: handled.set())])
+    assert experiments.main(["tiny", "bf16", *SHORT]).startswith("experiments.py: not finished: 1 of")
+    assert signals == [signal.SIGTERM]
 
 
 def test_sigterm_to_this_process_alone_lets_the_running_ones_save(results, forked, capsys):
