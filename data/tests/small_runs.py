@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,12 @@ ROOT = TESTS.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "data/evidence"), str(TESTS)]
 
 import prepare
+import quartet
 import train_gpt
+
+# Held by work in the background (background.py) that writes files in this process, and by a test that makes
+# writing fail, or counts it, for a moment: that is so in all threads.
+WRITING = threading.Lock()
 
 # Knobs of a run that takes a fraction of a second.
 SMALL = dict(layers=1, width=128, heads=2, hidden=128, sequence=32, batch=2, tokens_per_step=64, steps=4,
@@ -62,6 +68,7 @@ def training_in(directory):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "DATA", directory)
+        patch.setattr(quartet, "RECIPES", dict(quartet.RECIPES))      # --bf16_forward_end adds a row
         patch.chdir(directory)
         yield
     for number, handler in handlers.items():

@@ -5,7 +5,7 @@ import shlex
 import shutil
 
 from background import in_background, python
-from small_runs import ROOT
+from small_runs import ROOT, WRITING
 
 pytest_plugins = ["background"]
 README = (ROOT / "README.md").read_text()
@@ -44,19 +44,20 @@ def fork_of_the_repo(directory):
     The commands: the README's two; a test of a kernel that is wrong; and to resume a run of the comparison.
     """
     fork = directory / "fork"
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py"), ROOT / "README.md"]:
-        copy = fork / path.relative_to(ROOT)
-        copy.parent.mkdir(exist_ok=True, parents=True)
-        shutil.copy(path, copy)
-    (fork / "wandb.py").write_text(WANDB)
-    for diff in DIFFS:
-        apply(diff, fork)
+    with WRITING:
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py"), ROOT / "README.md"]:
+            copy = fork / path.relative_to(ROOT)
+            copy.parent.mkdir(exist_ok=True, parents=True)
+            shutil.copy(path, copy)
+        (fork / "wandb.py").write_text(WANDB)
+        for diff in DIFFS:
+            apply(diff, fork)
 
-    # A fork of the fork where the kernel is wrong on some shapes: the test must see it.
-    wrong = directory / "wrong"
-    shutil.copytree(fork, wrong)
-    line = '    elif QUANTIZER == "four"'
-    apply(f"@@ kernels.py,\n-{line}:\n+{line} and ROWS > 1:\n", wrong)
+        # A fork of the fork where the kernel is wrong on some shapes: the test must see it.
+        wrong = directory / "wrong"
+        shutil.copytree(fork, wrong)
+        line = '    elif QUANTIZER == "four"'
+        apply(f"@@ kernels.py,\n-{line}:\n+{line} and ROWS > 1:\n", wrong)
     test = "test_quantizers_and_kernels_give_the_same_bits_on_every_device[ragged-four]"
 
     # The README's commands, the second with a smaller model
@@ -69,8 +70,9 @@ def fork_of_the_repo(directory):
 
     # The last run goes on from its first step.
     run = fork / "runs/a/mine"
-    (run / "result.json").unlink()
-    (run / "previous.pt").replace(run / "checkpoint.pt")
+    with WRITING:
+        (run / "result.json").unlink()
+        (run / "previous.pt").replace(run / "checkpoint.pt")
     resumed = python("train_gpt.py", "resume", "a", cwd=fork)
     return fork, good, trained, bad, resumed
 

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import pytest
 
 import prepare
 import train_gpt
-from small_runs import shards
+from small_runs import WRITING, shards
 
 
 def shard(tokens=(1, 2, 3), magic=20240520, version=1, n=None):
@@ -53,9 +54,10 @@ def test_shard_round_trip_and_an_interrupted_write_leaves_the_old_one(tmp_path, 
     with pytest.raises(ValueError, match=f"^{path} is missing: run python data/prepare.py python$"):
         prepare.check_shard(path)
     prepare.write_shard(path, tokens)
-    monkeypatch.delattr(prepare.os, "replace")
-    with pytest.raises(AttributeError):
-        prepare.write_shard(path, np.arange(9))
+    with WRITING, monkeypatch.context() as patch:
+        patch.delattr(prepare.os, "replace")
+        with pytest.raises(AttributeError):
+            prepare.write_shard(path, np.arange(9))
     assert prepare.check_shard(path) == 5 and path.read_bytes() == shard(tokens)
 
 
@@ -429,13 +431,13 @@ def test_the_same_corpus_once_more_can_be_read_all_the_time(tmp_path, monkeypatc
         calls.append(arguments)
         assert read(tmp_path / "t") == first
 
-    monkeypatch.setattr(os, "replace", look)
-    prepare.prepare(text, tmp_path)
+    with WRITING, monkeypatch.context() as patch:
+        patch.setattr(os, "replace", look)
+        prepare.prepare(text, tmp_path)
     assert len(calls) > 2
 
     # It also repairs a shard.
     train.write_bytes(shard())
-    monkeypatch.setattr(os, "replace", replace)
     prepare.prepare(text, tmp_path)
     assert read(tmp_path / "t") == first
 
@@ -461,13 +463,15 @@ def test_a_file_of_the_users_is_not_taken_for_a_manifest(tmp_path):
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_corpus(tmp_path, monkeypatch):
     old, _ = old_and_new(tmp_path, monkeypatch)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024 + 30, limits[1]))
-    try:
-        with pytest.raises(ValueError, match=f"^cannot write to {tmp_path} .*too large.: make room") as error:
-            prepare.prepare(tmp_path / "t.txt", tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with WRITING:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024 + 30, limits[1]))
+        try:
+            message = f"^cannot write to {tmp_path} .*too large.: make room"
+            with pytest.raises(ValueError, match=message) as error:
+                prepare.prepare(tmp_path / "t.txt", tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(error.value)
     assert read(tmp_path / "t") == old
     assert ".new" not in files_in(tmp_path)
@@ -703,6 +707,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         s = self.server
         s.asked += 1
+        s.was_asked.set()
 
         # The last entry of the script is for good.
         how = s.script[0]
@@ -718,7 +723,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for i in range(0, len(how), 5):
                 self.wfile.write(how[i:i + 5])
                 if s.pause:
-                    threading.Event().wait(s.pause)
+                    s.ended.wait(s.pause)
 
 
 TEXT = b"A:\nspeak.\n\nB:\nno.\n"
@@ -733,15 +738,20 @@ def server(monkeypatch):
     """
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as s:
         s.asked = 0
+        s.was_asked = threading.Event()
+        s.ended = threading.Event()
         s.waits = []
         s.pause = 0
         monkeypatch.setattr(prepare, "SHAKESPEARE", f"http://127.0.0.1:{s.server_port}/")
         monkeypatch.setattr(prepare, "SHAKESPEARE_SIZE", len(TEXT))
         monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT).hexdigest())
-        monkeypatch.setattr(prepare.time, "sleep", s.waits.append)
+        # Only in prepare.py: other threads of this process sleep, too.
+        clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=s.waits.append)
+        monkeypatch.setattr(prepare, "time", clock)
         monkeypatch.setenv("no_proxy", "*")
         threading.Thread(target=s.serve_forever, args=[0.01], daemon=True).start()
         yield s
+        s.ended.set()
         s.shutdown()
 
 
@@ -772,10 +782,11 @@ def test_shakespeare_is_that_text_or_an_error_and_leaves_only_shards(server, tmp
 
 def test_a_download_that_drips_ends_after_a_while(server, tmp_path, monkeypatch):
     server.script = [TEXT]
-    server.pause = 0.2
+    server.pause = 10      # less than TIMEOUT; all of it would take four times as long
     monkeypatch.setattr(prepare, "PATIENCE", 0.3)
     with pytest.raises(ValueError, match=r"not all of it came in 0.3 seconds"):
         prepare.prepare("shakespeare", tmp_path)
+    assert server.was_asked.wait(60)      # the request of a slow machine may still be on its way
     assert server.asked == 1
 
 

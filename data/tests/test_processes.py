@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 import socket
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -18,12 +19,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from background import in_background, python, start
-from small_runs import ROOT, checkpoint, records, same, words, write_corpus
+from small_runs import ROOT, WRITING, checkpoint, records, same, words, write_corpus
 import quartet
 import train_gpt
 
 pytest_plugins = ["background"]
 KNOBS = dict(batch=1, tokens_per_step=128, steps=6, eval_every=3, save_every=3, sample_tokens=1, log_every=1)
+PATIENCE = 1800      # seconds after which what waits for ever is ended; a machine may be slow
 
 
 # ---- The runs, all from one process, whose imports take longer than a run: this file as a script -----------
@@ -31,13 +33,14 @@ KNOBS = dict(batch=1, tokens_per_step=128, steps=6, eval_every=3, save_every=3, 
 def be_a_process(rank, processes, port, name, command, random):
     """What a forked process does: it is one of those that torchrun starts, prints to a file, and ends."""
     status = 1
-    signal.alarm(300)      # a process that waits for the other for ever is ended
+    signal.alarm(PATIENCE)      # a process that waits for the other for ever is ended
     try:
         train_gpt.RANK = rank
         train_gpt.WORLD = processes
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         os.dup2(os.open(f"{name}-{rank}.out", os.O_WRONLY | os.O_CREAT), 1)
+        sys.stdout.reconfigure(line_buffering=True)      # os._exit, below, writes nothing that is left
         if random and rank == 1:
             train_gpt.Shards.random = random
         train_gpt.main(command)
@@ -50,22 +53,32 @@ def be_a_process(rank, processes, port, name, command, random):
         os._exit(status)
 
 
+@contextlib.contextmanager
+def free_port():
+    """A port that within this goes to no other program, but to one that is told it and listens there.
+
+    Both reuse addresses, as PyTorch's stores do, and this socket never listens: so they do not collide.
+    """
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(("127.0.0.1", 0))
+        yield s.getsockname()[1]
+
+
 def run(name, processes, command=None, random=None, **knobs):
     """Train in forked processes -> their exit statuses, by rank.
 
     command: arguments of train_gpt.py, or else knobs are. random: what rank 1 calls for Shards.random.
     """
     command = command or words(**KNOBS | dict(name=name) | knobs)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
     children = []
-    for rank in range(processes):
-        child = os.fork()
-        if not child:
-            be_a_process(rank, processes, port, name, command, random)
-        children.append(child)
-    return [os.waitpid(child, 0)[1] for child in children]
+    with free_port() as port:
+        for rank in range(processes):
+            child = os.fork()
+            if not child:
+                be_a_process(rank, processes, str(port), name, command, random)
+            children.append(child)
+        return [os.waitpid(child, 0)[1] for child in children]
 
 
 def resume_from_step_3(name, other, processes):
@@ -386,7 +399,7 @@ def test_killed_at_any_moment_a_whole_checkpoint_is_there(parts, monkeypatch):
             replace(*arguments)
 
         others = {key: saved[key] for key in ("log", "model", "generators", "corpus", "code", "processes")}
-        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        with WRITING, monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             patch.setattr(os, "replace", deadly)
             train_gpt.save(parts.parent, c, 1, optimizer=dict(state={}), **others)
         _, found = train_gpt.load_checkpoint("shared-bf16")
@@ -430,26 +443,32 @@ def on_two_machines(directory, *arguments, kill=None):
 
     kill: when it returns true, the second machine ends, with all of its processes.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-               f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
-    command += [ROOT / "train_gpt.py", *arguments]
-    machines = [start(*command, cwd=directory, output=directory / f"{i}.out") for i in range(2)]
-    deadline = time.monotonic() + 240
-    while kill and machines[0].poll() is None and time.monotonic() < deadline:
-        if kill():
-            for process in family(machines[1].pid):
-                os.kill(process, signal.SIGKILL)
-            break
-        time.sleep(0.1)
-    return [machine.wait(deadline - time.monotonic()) for machine in machines]
+    with free_port() as port:
+        command = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+                   f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
+        command += [ROOT / "train_gpt.py", *arguments]
+        machines = [start(*command, cwd=directory, output=directory / f"{i}.out") for i in range(2)]
+        try:
+            # No test of speed: only what would never end is ended.
+            deadline = time.monotonic() + PATIENCE
+            while kill and machines[0].poll() is None and time.monotonic() < deadline:
+                if kill():
+                    for process in family(machines[1].pid):
+                        os.kill(process, signal.SIGKILL)
+                    break
+                time.sleep(0.1)
+            return [machine.wait(max(deadline - time.monotonic(), 0)) for machine in machines]
+        finally:
+            for machine in machines:
+                if machine.poll() is None:
+                    for process in family(machine.pid):
+                        os.kill(process, signal.SIGKILL)
 
 
 def two_machines(directory):
     """A run that goes on from step 3 of shared-bf16; one whose second machine is lost -> exit statuses."""
-    train_gpt.copy(directory / "runs/shared-bf16/previous.pt", directory / "runs/machines/checkpoint.pt")
+    with WRITING:
+        train_gpt.copy(directory / "runs/shared-bf16/previous.pt", directory / "runs/machines/checkpoint.pt")
     went_on = on_two_machines(directory, "resume", "machines")
 
     log = directory / "runs/lost/log.jsonl"

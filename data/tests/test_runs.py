@@ -14,7 +14,8 @@ import torch
 import prepare
 import train_gpt
 from small_runs import (
-    checkpoint, go_back, logged, records, result, same, shards, spoil_losses, train, training_in, words
+    WRITING, checkpoint, go_back, logged, records, result, same, shards, spoil_losses, train, training_in,
+    words
 )
 
 RUN = Path("runs/a")
@@ -353,7 +354,7 @@ def test_a_log_that_a_crash_has_damaged_is_whole_when_the_run_goes_on(finished, 
     def crash(*paths):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
+    with WRITING, monkeypatch.context() as patch:
         patch.setattr(os, "replace", crash)
         with pytest.raises(KeyboardInterrupt):
             resume()
@@ -559,14 +560,15 @@ def test_what_cannot_be_read_now_is_not_said_to_be_broken(finished, monkeypatch)
 
 def test_what_replaces_a_file_is_on_the_disk(monkeypatch):
     calls = []
-    for name in ("fsync", "replace"):
-        def note(*arguments, name=name, call=getattr(os, name)):
-            calls.append(name)
-            call(*arguments)
+    with WRITING, monkeypatch.context() as patch:
+        for name in ("fsync", "replace"):
+            def note(*arguments, name=name, call=getattr(os, name)):
+                calls.append(name)
+                call(*arguments)
 
-        monkeypatch.setattr(os, name, note)
-    train_gpt.write(Path("a.txt"), "a")
-    train_gpt.save(Path(), train_gpt.Config(), 1)
+            patch.setattr(os, name, note)
+        train_gpt.write(Path("a.txt"), "a")
+        train_gpt.save(Path(), train_gpt.Config(), 1)
     assert calls == ["fsync", "replace"] * 2
     assert Path("a.txt").read_text() == "a"
 

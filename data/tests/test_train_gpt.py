@@ -22,7 +22,7 @@ import train_gpt
 from quartet import RECIPES
 from background import in_background, python
 from small_runs import (
-    ROOT, checkpoint, go_back, logged, records, result, same, shards, spoil_losses, train, words,
+    ROOT, WRITING, checkpoint, go_back, logged, records, result, same, shards, spoil_losses, train, words,
     write_corpus
 )
 
@@ -477,13 +477,14 @@ def test_checkpoints_are_whole_or_not_there_and_the_last_two_are_kept():
     # The disk is full: what is there stays.
     shutil.copy(previous, last)
     before = last.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
-    try:
-        with pytest.raises(train_gpt.UserError, match="cannot write runs/a/.*too large.*make room"):
-            train_gpt.main(["resume", "a"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with WRITING:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+        try:
+            with pytest.raises(train_gpt.UserError, match="cannot write runs/a/.*too large.*make room"):
+                train_gpt.main(["resume", "a"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert last.read_bytes() == before
     assert not Path("runs/a/checkpoint.pt.part").exists()
 
@@ -883,12 +884,13 @@ def test_scripts_import_the_three_files_and_one_sibling_and_put_the_root_first()
 @in_background
 def beside_other_packages(directory):
     """What scripts print where a folder on Python's path has packages of our names, which end the process."""
-    write_corpus(directory)
-    for name in ("launch", "files", "data", "prepare", "perplexity", "demonstrate", "train_gpt", "quartet",
-                 "kernels"):
-        package = directory / "other" / name
-        package.mkdir(parents=True)
-        (package / "__init__.py").write_text("raise SystemExit(f'the other {__name__}')")
+    with WRITING:
+        write_corpus(directory)
+        for name in ("launch", "files", "data", "prepare", "perplexity", "demonstrate", "train_gpt", "quartet",
+                     "kernels"):
+            package = directory / "other" / name
+            package.mkdir(parents=True)
+            (package / "__init__.py").write_text("raise SystemExit(f'the other {__name__}')")
     evidence = ROOT / "data/evidence"
     path = f"sys.path[0] = {str(ROOT / 'data')!r}"
     commands = [
