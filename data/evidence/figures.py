@@ -179,8 +179,8 @@ def p_value(values):
 
 def holm(p):
     """The p of a family of tests, by Holm's correction. One that is NaN, not known yet, counts as 1."""
-    # The smallest is multiplied by the number of tests, the next by one less, and so on; none gets smaller than
-    # one before it.
+    # The smallest is multiplied by the number of tests, the next by one less, and so on; none gets smaller
+    # than one before it.
     known = [1.0 if math.isnan(value) else value for value in p]
     corrected = [0.0] * len(known)
     largest = 0.0
