@@ -11,10 +11,10 @@ error of the forward pass counts once, so we make its square small. Errors of gr
 steps, so we make their mean zero. Quartet II (arXiv:2601.22813) does the first by Four Over Six and the
 second by MS-EDEN.
 
-One decision shapes this code: the tensor scale is a power of two, and it is chosen last (section 3). A block
-of 16 is then final after one look at it. And a decoded value has at most 2 + 4 significant bits, of its value
-and its scale, where bfloat16 holds 8: a bf16 GEMM of decoded values multiplies exactly what an FP4 GEMM
-multiplies, on any device.
+One decision shapes this code. Besides the block scales, NVFP4 has a scale of the whole tensor. Here it is a
+power of two, and it is chosen last (section 3). So a block of 16 is final after one look at it. And a decoded
+value has at most 2 + 4 significant bits, of its value and its block scale, where bfloat16 holds 8: a bf16
+GEMM of decoded values multiplies exactly what an FP4 GEMM multiplies, on any device.
 
 What still rounds: x, w and dy are cast to bf16 first, sums are float32, the result is bf16. FP4 tensor cores
 add in a way of their own, which section 10 imitates; it hardly ever changes the result. What decides
@@ -49,10 +49,10 @@ E4M3_MAX = 448.0
 
 # ---- 1. The two small floats -------------------------------------------------------------------------------
 #
-# E2M1 is the 4-bit value: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign. E4M3 is the 8-bit block scale: 4 significant
-# bits between 2^-6 and 448, and fewer below, down to 2^-9 (its sub-normal numbers). Between two powers of
-# two, both grids are uniform. So rounding needs only the spacing of the grid around a value, and one function
-# serves both.
+# E2M1 is the 4-bit value: a sign and 0, 0.5, 1, 1.5, 2, 3, 4 or 6. Its code is its place in this list, from 0
+# to 7, plus 8 for a minus. E4M3 is the 8-bit block scale: 4 significant bits between 2^-6 and 448, and fewer
+# below, down to 2^-9 (its sub-normal numbers). Between two powers of two, both grids are uniform. So rounding
+# needs only the spacing of the grid around a value, and one function serves both.
 
 EXPONENT = 0x7F800000  # the 8 bits of a float32 that hold its exponent
 
@@ -77,8 +77,8 @@ def round_to_grid(v, u=None, mantissa_bits=3, min_exp=-126, max_val=math.inf):
     spacing = power_of_two_below(v).clamp_(min=2.0**min_exp)
     spacing *= 2.0**-mantissa_bits
     if u is None:
-        # From 2^23 on, float32 holds whole numbers only. So adding 1.5 * 2^23 spacings, and taking them away
-        # again, rounds v to whole spacings, ties to even.
+        # From 2^23 to 2^24, float32 holds just the whole numbers. So adding 1.5 * 2^23 spacings, and taking
+        # them away again, rounds v to whole spacings, ties to even. (With 1.0 a negative v would fall below.)
         spacing *= 1.5 * 2.0**23
         v += spacing
         v -= spacing
@@ -116,8 +116,9 @@ class NVFP4(NamedTuple):
 
 def pack(q):
     """q (..., K) float32, E2M1 values -> codes (..., K/2) uint8. Example: 1.5, -6 -> 0xF3, codes 3 and 15."""
-    # float16 has q * 2^-14 with the three bits of the code in a row, at 9 to 11: 0.5 is sub-normal in both.
-    # Times 9 = 2^3 + 1, they move up to 12 to 14, next to the sign at 15. Two neighbours make an int32.
+    # As float16, q * 2^-14 has the code's three low bits in a row, at 9 to 11 (0.5 is sub-normal in both).
+    # Times 9 = 8 + 1: times 8 moves them up to 12 to 14, and times 1 keeps the sign at 15. Then bits 12 to 15
+    # are the code. Two neighbours, read as one int32, have their codes at 12 to 15 and 28 to 31.
     bits = (q.half().contiguous() * 2.0**-14).view(torch.int16) * 9
     pair = bits.view(torch.int32)
     return (pair >> 12 & 15 | pair >> 24 & 240).to(torch.uint8)
@@ -147,7 +148,8 @@ def decode(t, dtype=torch.float32):
 
 
 def transpose(t):
-    """t NVFP4 (N, K) of 16x16 blocks -> its transpose, NVFP4 (K, N). Nothing is rounded."""
+    """t NVFP4 (N, K), a scale for each 16x16 values (section 4) -> its transpose, NVFP4 (K, N), exact."""
+    # The 16 rows of a block store the same scale. Take one, and repeat it for 16 rows of the transpose.
     scale = t.block_scale.view(torch.uint8)[::BLOCK].T.repeat_interleave(BLOCK, 0)
     return NVFP4(pack(unpack(t.codes).T), scale.view(torch.float8_e4m3fn), t.tensor_scale)
 
@@ -175,10 +177,10 @@ TINY = 2.0**-120       # blocks of a smaller amax become zeros: scales stay clea
 def blocks(x, block=(1, BLOCK)):
     """Cut x into blocks, and measure each in a unit of its own: a quarter of the power of two below its amax.
 
-    x (..., M, K) -> b (M/rows, rows, K/16, 16) float32, the values, rows being block[0];
-                     amax (M/rows, 1, K/16, 1), the largest magnitude in units: 0 below TINY, else in [4, 8);
-                     unit (M/rows, 1, K/16, 1): in units scales are near 1, and squares of values neither
-                     overflow nor vanish.
+    In units amax is in [4, 8) and scales are near 1, so that squares of values neither overflow nor vanish.
+    x (..., M, K) -> b (M/rows, rows, K/16, 16) float32, the values, not in units; rows is block[0];
+                     amax (M/rows, 1, K/16, 1), the largest magnitude, in units; 0 where it is below TINY;
+                     unit (M/rows, 1, K/16, 1).
     ValueError for other dtypes and shapes.
     """
     check_blocks(x, block)
@@ -344,7 +346,8 @@ def scale_search(x, block=(1, BLOCK)):
 # Nearest gives the same wrong answer every time. Stochastic rounding goes up with a probability equal to the
 # fraction, so the mean over many draws is right. Noise is an argument here: a seed, hashed with the index of
 # the element. So a draw can be replayed, and it is the same however a kernel cuts its work. Elements of a
-# tensor have draws of their own; each operand, layer and step gets a fresh seed.
+# tensor have draws of their own; each operand, layer and step gets a fresh seed. SR does not go with 4/6: to
+# draw with amax at 6 and at 4, and to keep the draw with the smaller error, is biased, as printed below.
 
 PHILOX_ROUNDS = 7      # the fewest that pass BigCrush: Salmon et al. 2011
 WORD = 0xFFFFFFFF      # 32 bits
@@ -413,8 +416,7 @@ def sr(x, seed):
 # and then replaces 128 values by 128 signed sums of them. Outliers are spread over the group, and errors
 # change with the signs from draw to draw. Signs must come first. Rounding commutes with a change of sign, so
 # signs after the sums would leave the same error in every draw. All of this can be repeated in rounds;
-# section 8 says why one should. R is a matrix of integers that bf16 holds (after three rounds in all but one
-# of 10^9 draws), and n is a power of two.
+# section 8 says why one should. R is a matrix of integers, and n is a power of two.
 
 ROTATIONS = {    # name: size of the Hadamard matrix, repeated along the diagonal of R; rounds
     "rht16": (16, 1),
@@ -426,10 +428,11 @@ ROTATIONS = {    # name: size of the Hadamard matrix, repeated along the diagona
 
 
 def hadamard(size, device):
-    """Sylvester's Hadamard matrix of a size, or its negative, along the diagonal of (128, 128) float32.
+    """Sylvester's Hadamard matrix of a size, along the diagonal of (128, 128) float32.
 
     Entries are 1 and -1, and 0 outside: -1 if i and j have an odd number of binary ones in common. Example: 3
-    and 5 share one, so entry (3, 5) is -1.
+    and 5 share one, so entry (3, 5) is -1. Below size 128 some of these blocks are the negative, which random
+    signs make no matter.
     """
     i = torch.arange(GROUP, device=device)[:, None]
     j = i.T
@@ -493,24 +496,24 @@ def rotate(x, R):
 # ---- 8. MS-EDEN --------------------------------------------------------------------------------------------
 #
 # SR pays for its right mean with 2.6 times the error of RTN. EDEN gets the mean for less. Rotate the vector
-# to v, and round it to nearest: q. This shrinks v on average: <q, v> < <v, v>. Multiply by the EDEN factor S
-# = <v, v> / <v, q>, and the part of S q along v is v exactly. The rest of the error has no direction of its
-# own, because the rotation is random, and averages out. MS-EDEN does so for each block: S goes into the block
-# scale, and only that scale is rounded stochastically (twice, where it becomes sub-normal in E4M3).
+# to v, and round it to nearest: q. On average <q, v> < <v, v>: q has too little of v. Multiply by the EDEN
+# factor S = <v, v> / <v, q>, and the part of S q along v is v exactly. What is left of the error is at right
+# angles to v. The random rotation turns it another way in every draw, so that it averages out. MS-EDEN does
+# so for each block: S goes into the block scale, and only that scale is rounded stochastically (twice, where
+# it becomes sub-normal in E4M3).
 #
 # The two operands of a GEMM share their rotation, so that it cancels in the product. That the mean of the
 # product is right, too, does not follow from this: it was measured (data/evidence/README.md, section 5).
 #
-# The argument holds as far as the rotated error has no direction, and one round of RHT is not always enough.
-# A group that one large value dominates becomes +-constant: all 128 values lie close to one grid point or its
-# negative, RTN erases the rest in every draw, and no averaging brings it back. (The paper's corollary, that
-# the mean is always right, overlooks that.) Two rounds leave next to nothing of this. But two near-equal
-# values, such as (1, 0.88) and 126 zeros, make half of the sums after the first round nearly zero, and a bias
-# of 1.3% of the norm stays. After three rounds none was seen in any input that was tried.
+# One round of RHT does not always turn the error enough. A group that one large value dominates becomes
+# +-constant: all 128 values lie close to one grid point or its negative, RTN erases the rest in every draw,
+# and no averaging brings it back. (The paper's corollary, that the mean is always right, overlooks that.) A
+# second round leaves next to nothing of this bias. But from two near-equal values, such as (1, 0.88), and 126
+# zeros, the first round makes 64 sums that are nearly zero, and after the second a bias of 1.3% of the norm
+# is left. After three rounds none was seen in any input that was tried.
 
-# amax maps to the paper's 6.07 = 6 * 16/17 / 0.93: to clip the largest value a little costs less than a
-# coarser grid for the others. (0.90 instead of 0.93 makes NMSE 1.6% larger. The 16/17 is the paper's; here,
-# where the first scale is not rounded, nothing needs it.)
+# amax maps to the paper's 6.07: to clip the largest value a little costs less than a coarser grid for the
+# others. (0.90 instead of 0.93 makes NMSE 1.6% larger.)
 EDEN_MAX = SR_MAX / 0.93
 
 
@@ -533,14 +536,13 @@ def ms_eden(x, R, seed, four_six=False):
 
     x (..., K) of any float dtype, K % 128 == 0; R of `rotation`, or None if x is rotated already; seed as in
     sr -> NVFP4 of x R, not normalised. NMSE 9.4e-3. Rotated back, its mean over draws of R and seed is x
-    where the rotated error has no direction. One round of RHT leaves a bias for groups that one large value
-    dominates, two rounds 1.3% of the norm for groups of two near-equal values, three none that was seen.
-    four_six: amax may map to 4 too. The angle to v decides, so the part along v stays exact, and EDEN's
-    argument holds. (A choice among draws of SR is biased: nothing makes up for it.) NMSE 8.1e-3.
+    where the rotated error has no direction. four_six: amax may map to 4 too, where that has the smaller
+    angle to v; the part along v stays exact, and EDEN's argument holds. NMSE 8.1e-3; no recipe here uses it.
     Source: arXiv:2601.22813, Algorithm 1.
     """
     b, amax, unit = blocks(rotate(x, R))
     s = divide_by(amax, EDEN_MAX)                      # this first scale is not rounded
+    # v = b / (s * unit), with one division for a block instead of 16
     v = b * (ratio(1.0, s) / unit)
     q = e2m1(v)
     if four_six:
@@ -691,7 +693,7 @@ class Noise(NamedTuple):
 def draw_noise(dy, row):
     """Fresh Noise for dx and for dw of a row of RECIPES, from the default generator of dy's device."""
     # Two rounds of signs at least, so that recipes of one round and of two get the same seeds from the same
-    # generator. The seeds are that of the other operand and that of dy.
+    # generator.
     rounds = max([2] + [ROTATIONS[gemm.rotation][1] for gemm in (row.dx, row.dw) if gemm.rotation])
     words = draw(dy, 4 * rounds + 4).view(2, -1)      # for each GEMM 64 signs a word, then two seeds
     bits = words[:, :-2, None] >> torch.arange(64, device=dy.device) & 1
@@ -714,13 +716,14 @@ def matmul(a, b, n=1):
     return gemm(decode(a, dtype), decode(b, dtype), n)    # in the appendix
 
 
-# How do FP4 tensor cores add? A published probe of one, a GB200's (arXiv:2609.02846), says: they take 64
-# products at a time along the summed axis, and round their exact sum to float32, to nearest, ties to even.
-# They add these sums one after another, starting from 0, and round each result toward zero. The tensor scales
-# and the rounding to bf16 come last. An emulation by these rules gave what the hardware gave in 258 of 258
-# tests of the order, in 1.29 billion gradients of a model, and through 100 steps of AdamW. That is not the
-# whole truth: on random codes with random scales 146 of 512 sums differed in float32, though none in bf16.
-# Nothing is known of sm_120, nor of GEMMs that split the summed axis among programs (split-K).
+# An aside, up to fp4_matmul, which the three GEMMs do not need: how do FP4 tensor cores add? A published
+# probe of one, a GB200's (arXiv:2609.02846), says: they take 64 products at a time along the summed axis, and
+# round their exact sum to float32, to nearest, ties to even. They add these sums one after another, starting
+# from 0, and round each result toward zero. The tensor scales and the rounding to bf16 come last. An
+# emulation by these rules gave what the hardware gave in 258 of 258 tests of the order, in 1.29 billion
+# gradients of a model, and through 100 steps of AdamW. But on random codes with random scales 146 of 512 sums
+# differed in float32, though none in bf16. Nothing is known of sm_120 (GeForce), nor of GEMMs that split the
+# summed axis among programs.
 
 def add_toward_zero(a, b):
     """a + b of float32 tensors, rounded toward zero; one that overflows is infinite.
@@ -770,7 +773,10 @@ def whole_groups(t):
 
 
 def forward_gemm(row, x, w, w_q):
-    """x (M, K), w (N, K) bf16, w_q NVFP4 (N, K) -> y (M, N) bf16; w and x as the backward pass takes them."""
+    """x (M, K), w (N, K) bf16, w_q NVFP4 (N, K) -> y (M, N) bf16; w and x as the backward pass takes them.
+
+    w_q is w by the quantizer row.w. The caller makes it (appendix A), since it can serve many forward passes.
+    """
     # --- y = x w^T, summed over K ---
     x_q = quantize(row.x, x)                                               # (M, K)
     y = matmul(x_q, w_q)                                                   # (M, N)
@@ -838,8 +844,9 @@ class Linear(nn.Linear):
     16, or of 128 where the recipe rotates dx. With a recipe that dampens, call dampen(model, share) after
     steps of the optimizer.
     """
-    # The place of the quantized weight, always the same; and, within `quantized_weights`, what is there: of
-    # which weight, by which recipe and backend. Anything else forward quantizes itself.
+    # Within `quantized_weights` (appendix D) a weight is quantized once for many forward passes. Then
+    # weight_nvfp4 holds the result, always in the same place, and weight_source says of which weight, by
+    # which recipe and backend (this file or kernels.py). In all other cases forward quantizes the weight.
     weight_nvfp4 = NOTHING
     weight_source = None, None, None
 
