@@ -613,8 +613,7 @@ def train(c, data, directory, stop, checkpoint=None):
         if step % DAMPEN_EVERY == 0:
             share = DAMPEN_EVERY * pull(c, lr) * ramp(step / c.steps)
             quartet.dampen(model, share * norm.isfinite())
-        # A graph's gradients stay where they are.
-        model.zero_grad(set_to_none=forward_backward is micro_step)
+        model.zero_grad(set_to_none=forward_backward is micro_step)      # a graph's gradients stay in place
 
         # Report and validate; save, unless the step was bad. A signal ends the run after this step, saved.
         last = step == c.steps

@@ -141,7 +141,7 @@ def interval(values):
 def outside(t, freedom):
     """The probability that Student's t, of so many degrees of freedom, is not between -t and t.
 
-    To 1e-14. Abramowitz and Stegun, 26.7.3 and 26.7.4: a finite sum of powers of a cosine.
+    Abramowitz and Stegun, 26.7.3 and 26.7.4: a finite sum of powers of a cosine.
     """
     angle = math.atan2(t, math.sqrt(freedom))
     odd = freedom % 2
@@ -174,7 +174,8 @@ def p_value(values):
     if n < 2:
         return math.nan
     error = statistics.stdev(values) / math.sqrt(n)
-    return outside(abs(statistics.mean(values)) / error, n - 1)
+    mean = abs(statistics.mean(values))
+    return outside(mean / error if error else math.inf, n - 1)
 
 
 def holm(p):
