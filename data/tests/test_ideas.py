@@ -177,7 +177,8 @@ def test_a_second_term_leaves_of_the_error_of_x_what_4_bits_lose_of_it():
     before = products()
     ideas.in_4_bits(ideas.two_terms)
     after = products()
-    # A value loses 8% of its size, a second term 8% of that; the products and their sum are rounded to bf16.
+    # Of x is lost 8% of its size (NMSE 6.7e-3), and of that again 8%. The products and their sum are rounded
+    # to bf16, by 2^-9 of themselves at most.
     rest = (before[0] - exact).norm() / exact.norm()
     assert 0.07 < rest < 0.1
     assert (after[0] - exact).norm() / exact.norm() < 0.1 * rest + 3 * 2.0**-9
@@ -208,15 +209,16 @@ def test_late_x_is_nearly_exact_and_w_in_4_bits(row):
     for step in 9, 10:
         linear.recipe = train_gpt.recipe_of(c, step)
         errors.append(((linear(x) - exact).norm() / exact.norm()).item())
+    # As above: 8%; and 8% of that, with three roundings to bf16
     assert 0.07 < errors[0] < 0.1
-    assert errors[1] < 0.015
+    assert errors[1] < 0.1 * errors[0] + 3 * 2.0**-9
 
     # The weight is still pulled, and rounded: another one has another product.
     assert quartet.RECIPES[linear.recipe].dampen == 10
     linear.weight.data += 1e-3 * torch.randn(linear.weight.shape)
     y = linear(x)
     on_grid = quartet.on_grid(linear.weight.detach().bfloat16(), "quintet").double()
-    assert (y - x.double() @ on_grid.T).norm() < 0.015 * y.norm()
+    assert (y - x.double() @ on_grid.T).norm() < (0.1 * errors[0] + 3 * 2.0**-9) * y.norm()
 
 
 def test_a_pull_by_another_power():
