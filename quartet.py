@@ -744,12 +744,13 @@ def fp4_gemm(a, b, n=1):
 
     Of other values the sums of 64 products are as exact as float64 makes them.
     """
-    # Decoded values do not tell their tensor scales any more. So divide by powers of two above the sums of
-    # all |a| and of all |b|: that changes no digit, and no sum reaches 1.
+    # Decoded values do not tell their tensor scales any more. So divide by powers of two, the sums of all |a|
+    # and of all |b| without their last digits: that changes no digit, and no sum reaches 4. (Not 2.0**n with
+    # n a tensor: CUDA's power of float64 is often a last digit off, also 2.0**11.)
     a = a.double()
     b = b.double()
-    a_unit = 2.0 ** a.abs().sum().frexp().exponent.double()
-    b_unit = 2.0 ** b.abs().sum().frexp().exponent.double()
+    a_unit = power_of_two_below(a.abs().sum().float()).clamp(2.0**-126, 2.0**127).double()
+    b_unit = power_of_two_below(b.abs().sum().float()).clamp(2.0**-126, 2.0**127).double()
     a = a / a_unit
     b = b / b_unit
 

@@ -1068,6 +1068,15 @@ def twice(t, sign=0):
     return t._replace(codes=codes, block_scale=scale)
 
 
+def test_products_that_cancel_leave_zero_at_every_size():
+    """CUDA's 2.0**n of float64 has a wrong last digit for one n in eight, and fp4_gemm divides by a power."""
+    a = decode(twice(varied(8, 32, 4, seed=1))).to(DEVICE)
+    b = decode(twice(varied(8, 32, 4, seed=2), sign=8)).to(DEVICE)
+    for power in range(-50, 50):
+        assert not quartet.fp4_gemm(a * 2.0**power, b).any()
+        assert not quartet.fp4_gemm(a, b * 2.0**power).any()
+
+
 @parametrize("M, N, K", [(1, 1, 48), (66, 33, 80), (130, 40, 512)])
 def test_the_emulated_gemm_has_the_bits_of_fp4_matmul(M, N, K):
     # Half of the products cancel the others: what is left are the roundings of every step.
@@ -1104,7 +1113,9 @@ def test_a_linear_adds_as_fp4_tensor_cores_do_if_asked(recipe, backend, monkeypa
     linear, x, dy = layer(recipe, 40, 128, device=DEVICE)
     if RECIPES[recipe].dx.rotation is None:
         # Then N need not be whole tiles, and of what was padded a GEMM takes a part.
+        weight = linear.weight.data[:48].clone()
         linear = Linear(128, 48, recipe=recipe, device=DEVICE)
+        linear.weight.data = weight
         dy = dy[:, :48].contiguous()
     quartet.check(recipe, backend)      # which imports the kernels
     linear.backend = backend
