@@ -36,7 +36,6 @@ def sr_four_six(x, seed):
     x, seed -> NVFP4, as quartet.sr.
     """
     b, amax, unit = blocks(x)
-    b = b / unit
     u6, u_scale = quartet.uniform(seed, b, amax)
     u4, _ = quartet.uniform(seed + 1, b, amax)
     s6 = quartet.round_scale(quartet.divide_by(amax, quartet.SR_MAX))
@@ -54,8 +53,8 @@ def sr_four_six(x, seed):
 def always_four(x):
     """RTN with amax to 4 in every block."""
     b, amax, unit = blocks(x)
-    s = quartet.round_scale(quartet.divide_by(amax, 4.0)) * unit
-    return quartet.assemble(x.shape, e2m1(quartet.ratio(b, s)), s)
+    s = quartet.round_scale(quartet.divide_by(amax, 4.0))
+    return quartet.assemble(x.shape, e2m1(quartet.ratio(b, s)), s * unit)
 
 
 DRAWS = 1, 4, 16, 64, 256

@@ -38,7 +38,7 @@ def rtn_by_amax(x):
     b, amax, unit = blocks(x)
     tensor_scale = x.abs().max() / (E2M1_MAX * E4M3_MAX)
     s = e4m3(divide_by(amax * unit, E2M1_MAX) / tensor_scale) * tensor_scale
-    return (e2m1(ratio(b, s)) * s).view(x.shape)
+    return (e2m1(ratio(b * unit, s)) * s).view(x.shape)
 
 
 def alignment(x, R, group):
@@ -48,6 +48,7 @@ def alignment(x, R, group):
     is rounded to E4M3 before the factor is known, ours is not.
     """
     b, amax, unit = blocks(rotate(x, R))
+    b = b * unit
     s = divide_by(amax, quartet.EDEN_MAX) * unit
     if group == GROUP:
         s = quartet.round_scale(s)
@@ -102,8 +103,8 @@ def tensor_scale():
 
 
 def ties():
-    b, amax, unit = blocks(normal(4096, 1024))
-    v = ratio(b, quartet.round_scale(divide_by(amax, E2M1_MAX)) * unit)
+    b, amax, _ = blocks(normal(4096, 1024))
+    v = ratio(b, quartet.round_scale(divide_by(amax, E2M1_MAX)))
     # The ties whose neighbour of even code is the one nearer to 0.
     tie = torch.isin(v.abs(), torch.tensor([0.25, 1.25, 2.5, 5.0])).float().mean()
     yield Row("ties: away from zero; to even, as the hardware", "values that this decides",

@@ -758,7 +758,7 @@ def draw_block(plt):
     """block.png: one block of 16 values, rounded with its amax at 6 and with its amax at 4."""
     g = torch.Generator().manual_seed(2318)           # a block for which 4 is clearly better
     b, amax, unit = quartet.blocks(torch.randn(1, 16, generator=g))
-    b = b.abs()                                       # the grid is the same on both sides of zero
+    b = b.abs() * unit                                # the grid is the same on both sides of zero
     grid = quartet.unpack(torch.arange(8, dtype=torch.uint8))[::2]
 
     _, axes = plt.subplots(2, 1, figsize=(7.5, 4.6), sharex=True)

@@ -65,7 +65,7 @@ def test_names_lead_to_what_they_name(page):
         return next(code[str(i)] for i, line in enumerate(lines, 1) if line.strip().startswith(start))
 
     definition = next(i for i, line in enumerate(lines, 1) if line.startswith("def best_scale("))
-    assert f'<a href="#L{definition}" tabindex="-1">best_scale</a>(b / unit' in marked("q, s = best_scale(")
+    assert f'<a href="#L{definition}" tabindex="-1">best_scale</a>(b, scales)' in marked("q, s = best_scale(")
     # A parameter, a field, and an attribute are others of the same name.
     for start in "if four_six:", "rotation: str", "R, n = rotation_from(row.dx.rotation":
         assert not re.search(r">(four_six|rotation)</a>", marked(start))
