@@ -712,19 +712,35 @@ def test_each_block_keeps_its_length_before_its_scale_is_rounded(name, four_six,
     assert (length - 1).abs().max() < 14 * 2.0**-24
 
 
-def test_one_eden_factor_for_a_group_would_leave_a_bias(exact_scales, monkeypatch):
-    def one_for_a_group(v, q):
-        def group_sums(t):
-            return t.sum((1, 3)).view(-1, 8).sum(-1)
+def group_factor(a, b):
+    """The quotient of the sums of a and of b, blocks (., 1, K/16, 16), over each group of 128."""
+    def group_sums(t):
+        return t.sum((1, 3)).view(-1, 8).sum(-1)
 
-        factor = group_sums(v * v) / group_sums(v * q)
-        return factor.repeat_interleave(8).view(len(v), 1, -1, 1)
+    return (group_sums(a) / group_sums(b)).repeat_interleave(8).view(len(a), 1, -1, 1)
 
-    monkeypatch.setattr(quartet, "eden_factor", one_for_a_group)
+
+def test_one_eden_factor_for_a_groups_scaled_values_would_leave_a_bias(exact_scales, monkeypatch):
+    monkeypatch.setattr(quartet, "eden_factor", lambda v, q: group_factor(v * v, v * q))
     x = normal(2048, 1024, seed=4)
     found, sigma = relative((ms_eden(x, None, 1) - x) * x, x)
     # quartet.py says 9e-4: half of its last digit, and 5 sigma, which must be few enough to tell it from 0.
     assert abs(found + 9e-4) < 0.5e-4 + 5 * sigma < 3e-4
+
+
+def test_one_eden_factor_for_a_group_would_leave_a_larger_error(monkeypatch):
+    x = normal(2048, 1024, seed=4)
+    b = x.view(2048, 1, -1, 16)
+    s = b.abs().amax(-1, keepdim=True) / quartet.EDEN_MAX
+    product = b * s * e2m1(b / s)
+    found = decode(ms_eden(x, None, 1))
+    monkeypatch.setattr(quartet, "eden_factor", lambda v, q: group_factor(b * b, product))
+    of_groups = decode(ms_eden(x, None, 1))
+    # Right along x, but for the noise of the scales
+    along, sigma = relative((of_groups - x) * x, x)
+    assert abs(along) < 5 * sigma < 6e-4
+    more = (of_groups - x).square().sum() / (found - x).square().sum()
+    assert abs(more - 1.086) < 0.003
 
 
 def test_ms_eden_is_unbiased_along_each_block_also_at_sub_normal_scales():
