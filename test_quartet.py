@@ -765,6 +765,7 @@ GROUPS = {
     "one 100 in 128": with_outliers(100.0),
     "one 300 in 128": with_outliers(300.0),
     "two near-equal": F.pad(tensor([[1.0, 0.88]]), (0, 126)).repeat(64, 1),
+    "two near-equal, apart": F.pad(tensor([[1.0] + 69 * [0.0] + [0.88]]), (0, 57)).repeat(64, 1),
 }
 # What remains of a bias: input, rotation, with 4/6 -> at least 1.5. What was found stands beside it.
 BIASED = {
@@ -773,6 +774,9 @@ BIASED = {
     ("two near-equal", "rht128", False),       # 187
     ("two near-equal", "rht128x2", False),     # 7
     ("two near-equal", "rht128x2", True),      # 15
+    ("two near-equal, apart", "rht128", False),     # 187
+    ("two near-equal, apart", "rht128x2", False),   # 2.0
+    ("two near-equal, apart", "rht128x2", True),    # 8
     ("one 300 in 128", "rht128x2", True),      # 2.8
 }
 
