@@ -399,7 +399,7 @@ def sr(x, seed):
 #     NMSE x 1e3 on N(0, 1)       here    paper, table 1
 #     SR                         23.54              23.5
 #     SR with 4/6, biased        17.52              17.5
-#     B times the squared error of the mean of B draws, over that of one draw: 1 if unbiased
+#     B times the squared error of the mean of B draws, over that of one draw: 1 if unbiased, +- of 256
 #                                            B=1     B=4    B=16    B=64   B=256      +-
 #     SR                                    1.00    1.00    0.99    0.99    1.01    0.04
 #     SR with 4/6                           1.00    1.30    1.87    3.98   12.36    0.45
@@ -553,7 +553,7 @@ def ms_eden(x, R, seed, four_six=False):
 #     NMSE x 1e3 on N(0, 1)       here    paper, table 1
 #     MS-EDEN                     9.36               9.4
 #     MS-EDEN with 4/6            8.09                 -
-#     B times the squared error of the mean of B draws, over that of one draw: 1 if unbiased
+#     B times the squared error of the mean of B draws, over that of one draw: 1 if unbiased, +- of 256
 #                                            B=1     B=4    B=16    B=64   B=256      +-
 #     rht128, N(0, 1)                       1.00    1.00    1.01    1.00    1.02    0.02
 #     rht128, one 100 in 128                1.00    1.31    2.54    7.44   27.12    0.32
