@@ -799,7 +799,7 @@ def fp4_gemm(a, b, n=1):
     # A decoded value is a multiple of 2^-10 tensor scales (1/2 times 2^-9), and at most 6 * 448 < 2^11.5 of
     # them. So a product is a multiple of 2^-20 below 2^23, and the sum of 64 is one below 2^29: 49 bits,
     # which float64 holds in any order.
-    total = torch.zeros(len(a), len(b), device=a.device)
+    total = torch.zeros(len(a), len(b), device=a.device, dtype=torch.float32)
     for a_part, b_part in zip(a.split(64, 1), b.split(64, 1)):
         total = add_toward_zero(total, (a_part @ b_part.T).float())
     return (total.double() * (a_unit * b_unit / n)).bfloat16()

@@ -1081,6 +1081,19 @@ def test_an_fp4_gemm_takes_any_shape_and_what_is_not_finite_makes_nan(f, M, K):
     assert f(a, bad).isnan().all() or not K
 
 
+def test_fp4_gemm_adds_in_float32_whatever_the_default_dtype():
+    a = torch.zeros(1, 192, device=DEVICE)
+    b = torch.zeros(1, 192, device=DEVICE)
+    a[0, ::64] = tensor([2688, 6 * 2.0**-9, -2688])
+    b[0, ::64] = tensor([2688, 6 * 2.0**-9, 2688])
+    torch.set_default_dtype(torch.float64)
+    try:
+        # The first sum's last bit in float32 is 0.5: it loses the second, 1.4e-4, and the third takes it away.
+        assert quartet.fp4_gemm(a, b).item() == 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def twice(t, sign=0):
     """NVFP4 (M, K) -> (M, 2 K): once more beside itself, with sign=8 with the other sign."""
     codes = torch.cat([t.codes, t.codes ^ (sign | sign << 4)], 1)
