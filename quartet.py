@@ -578,7 +578,10 @@ def ms_eden(x, R, seed, four_six=False):
 
 def unquantized(x, R, seed):
     """x R in bf16, in an NVFP4's place: for what a recipe leaves in bf16. `decode` takes it."""
-    return NVFP4(rotate(x, R).bfloat16(), x.new_empty(0), x.new_ones(()))
+    values = rotate(x, R).bfloat16()
+    if R is not None:
+        values = stored(values)                        # a compiler would leave out the cast to bf16
+    return NVFP4(values, x.new_empty(0), x.new_ones(()))
 
 
 def rotated(quantizer, **how):

@@ -143,9 +143,10 @@ def test_a_recipe_of_the_original_operands_quantizes_them_and_not_what_the_forwa
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler for a CPU")
-def test_compiled_for_a_cpu_is_eager_to_the_bit(add_recipe):
-    # 4/6, and MS-EDEN with its rotation and noise. The C++ of a whole recipe takes g++ minutes.
-    add_recipe("mine", Recipe("four_six", "bf16", EDEN, Gemm(None, "bf16", "bf16")))
+@pytest.mark.parametrize("x, dx", [("four_six", EDEN), ("bf16", Gemm("rht128", dy="bf16", other="bf16"))])
+def test_compiled_for_a_cpu_is_eager_to_the_bit(x, dx, add_recipe):
+    # 4/6, and MS-EDEN with its rotation and noise; rotated bf16. The C++ of a whole recipe takes g++ minutes.
+    add_recipe("mine", Recipe(x, "bf16", dx, Gemm(None, "bf16", "bf16")))
     torch._dynamo.reset()
     torch.manual_seed(0)
     layer = Linear(128, 128, recipe="mine")
