@@ -988,14 +988,16 @@ def gemm(a: Tensor, b: Tensor, n: int = 1) -> Tensor:
     if GEMM == "blackwell":
         return fp4_gemm(a, b, n)
     cublas = torch.backends.cuda.matmul
-    before = cublas.allow_bf16_reduced_precision_reduction
-    cublas.allow_bf16_reduced_precision_reduction = False      # else partial sums may be added in bf16
+    # Two flags, set as one: else partial sums may be added in bf16; whether a sum may be split is the user's.
+    reduced = cublas.allow_bf16_reduced_precision_reduction
+    split = cublas.allow_bf16_reduced_precision_reduction_split_k
+    cublas.allow_bf16_reduced_precision_reduction = False, split
     try:
         with torch.autocast(a.device.type, enabled=False):
             # The sum is divided: an operand could become sub-normal, where bf16 has fewer bits.
             return torch.addmm(a.new_empty(len(b)), a, b.T, beta=0, alpha=1 / n).bfloat16()
     finally:
-        cublas.allow_bf16_reduced_precision_reduction = before
+        cublas.allow_bf16_reduced_precision_reduction = reduced, split
 
 
 gemm.register_fake(lambda a, b, n=1: a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16))

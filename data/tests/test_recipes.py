@@ -162,6 +162,22 @@ def test_compiled_for_a_cpu_is_eager_to_the_bit(x, dx, add_recipe):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("reduced, split", [(False, False), (True, True), (False, True)])
+def test_a_gemm_leaves_pytorchs_flags_as_they_were(reduced, split):
+    def flags():
+        names = "allow_bf16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction_split_k"
+        return tuple(getattr(cublas, name) for name in names)
+
+    cublas = torch.backends.cuda.matmul
+    before = flags()
+    cublas.allow_bf16_reduced_precision_reduction = reduced, split
+    try:
+        quartet.gemm(torch.ones(16, 16), torch.ones(16, 16))
+        assert flags() == (reduced, split)
+    finally:
+        cublas.allow_bf16_reduced_precision_reduction = before
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("recipe", ["nvidia", "quartet2"])
 def test_checkpointed_activations_give_the_same_gradients(recipe, reentrant):
