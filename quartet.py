@@ -956,7 +956,7 @@ def draw_at(like: Tensor, words: int, clock: Tensor) -> Tensor:
 
 
 draw_at.register_fake(lambda like, words, clock: like.new_empty(words, dtype=torch.int64))
-CLOCK = torch.zeros(1)
+CLOCK = torch.zeros(1, device="cpu")
 
 
 def draw(like, words):
@@ -964,7 +964,7 @@ def draw(like, words):
     # Two layers whose outputs are added have the same dy, so their calls have equal arguments. The compiler
     # would make one of them, or exchange them, even if the op were tagged as random. Calls that seem to
     # change a clock are neither merged nor exchanged.
-    clock = torch.empty(0)
+    clock = torch.empty(0, device="cpu")
     if torch.compiler.is_compiling():
         clock = CLOCK
     return draw_at(like, words, clock)

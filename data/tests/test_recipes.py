@@ -162,6 +162,15 @@ def test_compiled_for_a_cpu_is_eager_to_the_bit(x, dx, add_recipe):
     torch._dynamo.reset()
 
 
+def test_noise_is_drawn_also_while_tensors_are_made_without_memory():
+    like = torch.empty(0)
+    torch.manual_seed(0)
+    expected = quartet.draw(like, 4)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        assert torch.equal(quartet.draw(like, 4), expected)
+
+
 @pytest.mark.parametrize("reduced, split", [(False, False), (True, True), (False, True)])
 def test_a_gemm_leaves_pytorchs_flags_as_they_were(reduced, split):
     def flags():
