@@ -529,7 +529,8 @@ def store_blocks(
     FP4
 ):
     """Write blocks number first + i: scales as bf16, codes and decoded values where there is a place."""
-    # From tile_kernel first is int64 and i is small: most of the addresses are computed in 32 bits.
+    # From tile_kernel first is int64, and i counts within the tile's rows: there most of the addresses are
+    # computed in 32 bits, which suffices for rows of up to 2^24 values.
     tl.store(scale_ptr + first + i, s.to(tl.bfloat16), mask)
     if codes_ptr is not None:
         words = (codes_ptr + 8 * first).to(tl.pointer_type(tl.uint32))
@@ -1169,6 +1170,8 @@ def tile_buffers(x, row, col, codes, decoded, swizzled=False):
     M, N = x[0].shape
     if x[0].dtype == torch.uint8:
         N = 2 * N                                      # codes
+    if max(M, N) > 2**24:                              # tile_kernel computes places within a tile in 32 bits
+        raise ValueError(f"a layer takes at most 2^24 tokens and features at a time, not {M} x {N}")
     first = second = NO_BUFFERS
     if row:
         first = allocate(M, N, x[0].device, codes, decoded, swizzled)
@@ -1186,7 +1189,7 @@ def rotate_quantize(
 
     x: codes, block_scale, tensor_scale of an Operand (M, N); or first a bf16 (M, N), and what follows it, as
     in operand("bf16", ...), is not read. R (128, 128) bf16, `permuted`; seeds () int64. x^T (N, M) gets zeros
-    up to M % 128 == 0. codes, decoded, swizzled: the parts wanted of both.
+    up to M % 128 == 0. codes, decoded, swizzled: the parts wanted of both. ValueError for M or N above 2^24.
     """
     M, N, first, second = tile_buffers(x, row, col, codes, decoded, swizzled)
     # NVFP4 comes as three tensors. Of bf16 the first counts, and the kernel takes None for the others.

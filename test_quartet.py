@@ -1807,6 +1807,18 @@ def test_offsets_beyond_2_31_and_long_rows():
     assert same([values[-128:], values_t[:, -128:]], expected[3::4])
 
 
+def test_more_tokens_than_a_tile_can_count_are_refused():
+    """Places within a tile of 128 rows are computed in 32 bits: 127 rows of 2^24 values, and the rest."""
+    assert 128 * 2**24 <= 2**31
+    for shape, fits in ((2**24, 128), True), ((2**24 + 128, 128), False), ((128, 2**24 + 128), False):
+        x = torch.empty(shape, dtype=bfloat16, device="meta")
+        if fits:
+            assert kernels.tile_buffers([x], "", "rtn", False, True)[:2] == shape
+        else:
+            with pytest.raises(ValueError, match=r"at most 2\^24 tokens and features"):
+                kernels.rotate_quantize([x], "", None, None, "rtn", None, None, False, True)
+
+
 def checked(*shapes):
     """The bench.Report of its check of these shapes."""
     report = bench.Report()

@@ -1781,8 +1781,10 @@ def check_knobs(c):
     if c.bf16_first + c.bf16_last >= c.layers:
         raise UserError(f"--bf16_first={c.bf16_first} --bf16_last={c.bf16_last}: no block of {c.layers} is "
                         "left for the recipe; --recipe=bf16 trains all in bf16")
-    if c.batch * c.sequence > 2**28:
-        raise UserError(f"--batch={c.batch} --sequence={c.sequence}: more than 2^28 tokens at a time")
+    if c.schedule == "wsd" and c.warmup + c.decay > 1:
+        raise UserError(f"--schedule=wsd --warmup={c.warmup} --decay={c.decay}: together more than all steps")
+    if c.batch * c.sequence > 2**24:
+        raise UserError(f"--batch={c.batch} --sequence={c.sequence}: more than 2^24 tokens at a time")
 
 
 def check(c):
@@ -1815,7 +1817,8 @@ def check(c):
         try:
             model.use_recipe(recipe, c.backend)
         except ValueError as e:
-            raise UserError(f"--width={c.width} --hidden={c.hidden}: {e}")
+            raise UserError(f"--recipe={recipe} --backend={c.backend} --width={c.width} "
+                            f"--hidden={c.hidden}: {e}")
 
 
 def memory():
