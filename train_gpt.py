@@ -648,7 +648,8 @@ def build(c, directory, checkpoint, device, compiled):
     torch.manual_seed(c.seed)
     model = GPT(c).to(device)
     if c.init_from and not checkpoint:
-        model.load_state_dict(weights_of(c.init_from, c))
+        start = directory.parent / START
+        model.load_state_dict(weights_of(start if os.path.lexists(start) else c.init_from, c))
 
     # Compile, then spread over processes. FSDP2 replaces parameters, so optimizers are made after that.
     if compiled:
@@ -803,6 +804,7 @@ def eval_recipes(model, c):
 
 CHECKPOINTS = ("checkpoint.pt", "previous.pt")     # the last one, and the one before
 STABLE = "stable.pt"                               # that of the step before the decay of wsd
+START = "start.pt"                                 # of a comparison with --init_from: a copy of its source
 HEAD = "head.pt"      # of a checkpoint that is a directory: what it holds but for weights and moments
 BROKEN = "is not a whole checkpoint: remove it, and previous.pt beside it, if it is there, is taken instead"
 
@@ -1631,12 +1633,19 @@ def keep_freed_memory():
 #
 # --recipe=bf16,rtn,quartet2 makes a directory with a run for each recipe, all of one seed and one order of
 # data. It can be stopped and resumed as a run can, under the same conditions; what has a result is not
-# repeated. compare.json keeps what it began with, and compare.txt is the table.
+# repeated. compare.json keeps what it began with, start.pt the weights that --init_from named, and compare.txt
+# is the table.
 
 def compare(c, data, directory, stop, saved):
     """Train each recipe of c, all else equal, and print a table. saved: what compare.json has, or None."""
     if not saved:
         write(directory / "compare.json", as_json(config=vars(c), **identity(data)))
+        if c.init_from:
+            # All recipes start from the same weights, also if their source goes on training.
+            path, _ = load_checkpoint(c.init_from, (*CHECKPOINTS, "."), whole=False)
+            if not RANK:
+                copy(path, directory / START)
+            gather(None)      # rank 0 copies it, all read it
     results = []
     for recipe in c.recipe.split(","):
         # Its directory stands in that of the comparison, and nowhere else.

@@ -91,6 +91,29 @@ def test_a_stopped_comparison_goes_on_where_it_was_and_with_its_own_knobs_only(m
     refused("runs/a/bf16/result.json is damaged: remove it", "resume", "a")
 
 
+def test_recipes_of_a_comparison_start_from_the_same_weights_whatever_becomes_of_their_source(monkeypatch):
+    train(name="source", seed=2)
+    train(name="straight", recipe="bf16,rtn", init_from="source")
+
+    # The source is another one once bf16 has begun.
+    learning_rate = train_gpt.learning_rate
+
+    def and_replace_the_source(c, step):
+        if c.recipe == "bf16":
+            shutil.copyfile("runs/other/checkpoint.pt", "runs/source/checkpoint.pt")
+        return learning_rate(c, step)
+
+    train(name="other", seed=3)
+    monkeypatch.setattr(train_gpt, "learning_rate", and_replace_the_source)
+    train(recipe="bf16,rtn", init_from="source")
+    assert same(checkpoint("straight/rtn")["model"], checkpoint("a/rtn")["model"])
+
+    # Also if it goes on later
+    shutil.rmtree(RUN / "rtn")
+    resume("a")
+    assert same(checkpoint("straight/rtn")["model"], checkpoint("a/rtn")["model"])
+
+
 @pytest.mark.parametrize("recipe", ["rtn", "bf16,rtn"])
 def test_what_goes_on_by_other_code_or_text_is_refused(place, monkeypatch, recipe):
     """Also where the text differs in its last shard, or in validation; nothing is written then."""

@@ -552,7 +552,7 @@ def test_bad_checkpoints_are_named_and_never_executed():
     ("--layers=90 --width=1048576 --hidden=1048576", "the weights take .* GB, and this machine has"),
     ("--bf16_first=1", "no block of 1 is left"),
     ("--mlp=gelu", "mlp=gelu: there are swiglu, relu2"),
-    ("--hidden=96", r"--recipe=\w+ --backend=\w+ --width=\d+ --hidden=96: blocks.0.up\(128, 192\).*out_features % 128"),
+    ("--hidden=96", r"--backend=\w+ --width=\d+ --hidden=96: blocks.0.up\(128, 192\).*out_features % 128"),
     ("--batch=524289 --sequence=32", r"--batch=524289 --sequence=32: more than 2\^24 tokens"),
     ("--schedule=wsd --warmup=0.5 --decay=0.75", "--warmup=0.5 --decay=0.75: together more than all"),
     ("--batch=3", "of 96, processes x batch x sequence"),
