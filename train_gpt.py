@@ -17,6 +17,7 @@ import codecs
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import gc
 import glob
 import hashlib
@@ -428,7 +429,8 @@ def read_shard(path, c, sha256):
     if not path.is_file():
         raise UserError(f"{path} is missing: run data/prepare.py again")
     size = path.stat().st_size
-    header = np.fromfile(path, "<i4", 3).tolist()
+    with reading(path):
+        header = np.fromfile(path, "<i4", 3).tolist()
     if size < 1024 or header[:2] != [20240520, 1] or size != 1024 + 2 * header[2]:
         raise UserError(f"{path} is no whole shard of tokens: delete it, and run data/prepare.py again")
     content = np.memmap(path, np.uint8, "r")
@@ -851,6 +853,15 @@ def writing(path):
                         "written; then start again, or, if there is a checkpoint, resume the run")
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Turn a refusal to read into one line."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror})")
+
+
 def outline(c):
     """The model of c, of tensors that have a shape and take no memory."""
     with torch.device("meta"):
@@ -915,7 +926,7 @@ def read_json(path, kinds, way_out="is damaged: remove it, then resume"):
     # A pipe or a device has no end, and what is as large is no record.
     record = None
     if path.is_file() and path.stat().st_size < 2**24:
-        with contextlib.suppress(ValueError, RecursionError):
+        with reading(path), contextlib.suppress(ValueError, RecursionError):
             record = json.loads(path.read_text())
     if not fits(record, kinds):
         raise UserError(f"{path} {way_out}")
@@ -1020,7 +1031,9 @@ def load_checkpoint(word, names=CHECKPOINTS, whole=True):
         with zipfile.ZipFile(file) as z:
             strange = [entry for entry in z.infolist() if entry.compress_type or entry.external_attr]
             good = not strange and not z.testzip()
-    except Exception:       # whatever a damaged file leads to
+    except Exception as e:       # whatever a damaged file leads to, such as a seek to a negative place
+        if isinstance(e, OSError) and e.errno != errno.EINVAL:
+            raise UserError(f"cannot read {file} ({e.strerror})")
         good = False
     if not good:
         raise UserError(f"{path} {BROKEN}")

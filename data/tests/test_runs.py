@@ -1,10 +1,12 @@
 """Tests of how runs of train_gpt.py are named, resumed and read: what goes on must fit what began."""
+import errno
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +114,20 @@ def test_recipes_of_a_comparison_start_from_the_same_weights_whatever_becomes_of
     shutil.rmtree(RUN / "rtn")
     resume("a")
     assert same(checkpoint("straight/rtn")["model"], checkpoint("a/rtn")["model"])
+
+
+def test_what_cannot_be_read_is_not_called_damaged(finished, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile, "ZipFile", refuse)
+        refused(r"^cannot read runs/a/checkpoint.pt \(Permission denied\)$", "resume", "a")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(train_gpt.UserError, match=r"^cannot read .*result.json \(Permission denied\)$"):
+        train_gpt.read_json(RUN / "result.json", train_gpt.RESULT)
+    monkeypatch.setattr(np, "fromfile", refuse)
+    refused(r"^cannot read .*tiny_train_000000.bin \(Permission denied\)$", *words(name="b"))
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "bf16,rtn"])
@@ -518,7 +534,7 @@ UNKNOWN = "was not written by this version of train_gpt.py"
     ("config vocab_size", 2**30, "--vocab_size=1073741824: it must be"),
     ("config heads", 7, "multiple of twice the heads"),
     ("config lr", math.nan, "--lr=nan: it must be"),
-    ("config batch", 2**30, "more than 2\\^28 tokens"),
+    ("config batch", 2**30, "more than 2\\^24 tokens"),
     ("config device", "tpu", "--device=tpu: there are"),
     ("step", -1, "another step than"),
     ("step", 5, "another step than"),
