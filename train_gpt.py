@@ -1080,6 +1080,9 @@ def plain(value):
 
 def config_in(path, record, kinds):
     """The Config in a record that was read from a file. UserError unless it could be that of a run."""
+    # Knobs that its code did not have yet take their defaults.
+    if fits(record, {**kinds, "config": dict}) and record["code"] != CODE:
+        record["config"] = vars(Config()) | record["config"]
     # A comparison has several recipes, a checkpoint one.
     if not fits(record, kinds) or ("," in record["config"]["recipe"]) != (kinds is COMPARISON):
         raise UserError(f"{path} was not written by this version of train_gpt.py")
@@ -1870,8 +1873,8 @@ def load(mode, word, knobs):
         names = CHECKPOINTS
         path = find(word, ["compare.json"])
     if path:
-        saved = read_json(path, COMPARISON, "is damaged: the comparison cannot go on, but each of its runs "
-                          f"can, resume {word}/RECIPE")
+        saved = read_json(path, COMPARISON | dict(config=dict), "is damaged: the comparison cannot go on, but "
+                          f"each of its runs can, resume {word}/RECIPE")
         config_in(path, saved, COMPARISON)
     else:
         path, saved = load_checkpoint(word, names, whole=mode != "resume")

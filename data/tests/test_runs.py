@@ -568,6 +568,25 @@ def test_what_a_checkpoint_cannot_hold_is_one_line_that_names_it(finished, where
     refused(f"runs/a.*{message}", "resume", "a")
 
 
+def test_knobs_that_the_code_of_a_run_did_not_have_take_their_defaults(finished, monkeypatch, capsys):
+    def without_clip(saved):
+        del saved["config"]["clip"]
+        return saved | dict(code="12345678")
+
+    torch.save(without_clip(checkpoint()), LAST)
+    (RUN / "result.json").unlink()
+    train_gpt.main(["eval", "a", "--recipe=bf16"])
+    assert "was trained by code 12345678" in capsys.readouterr().err
+    train(name="b", init_from="a", seed=2)
+    refused("runs/a began with code 12345678, and here is", "resume", "a")
+
+    # Of a comparison
+    train(name="c", recipe="bf16,rtn")
+    path = Path("runs/c/compare.json")
+    path.write_text(json.dumps(without_clip(json.loads(path.read_text()))))
+    refused("runs/c began with code 12345678, and here is", "resume", "c")
+
+
 @pytest.mark.parametrize("content", [
     "", "[]", "{}", "null", "[" * 10**5, '{"config": {}}', "\\xff",
     '{"config": {}, "corpus": "", "code": "", "processes": 1}',
