@@ -379,9 +379,11 @@ class Shards:
 
     def __init__(self, c, corpus, split, device):
         if not getattr(corpus, split):
+            source = c.corpus
+            if source not in ("python", "installed", "shakespeare", "fineweb"):
+                source = f"FILES, of your text, the first of them named {source}.txt"
             raise UserError(f"no {DATA / c.corpus}_{split}_*.bin, or they are being written: run python "
-                            f"data/prepare.py {shlex.quote(c.corpus)} (python, shakespeare, fineweb, or text "
-                            "files)")
+                            f"data/prepare.py {source}")
 
         # No window crosses from one shard to the next. The places where one can start are numbered through
         # all shards, and `ends` is where the places of each shard end.
@@ -776,9 +778,17 @@ def sample_text(model, c):
         yield decoder.decode(bytes_of(token))
 
 
-def eval_recipes(model, c):
-    """Print the validation loss in nats by the forward pass of each recipe of c."""
+def eval_recipes(model, c, saved):
+    """Print the validation loss in nats by the forward pass of each recipe of c.
+
+    saved: the run's checkpoint, which tells the text of its own losses.
+    """
     data = Shards(c, find_corpus(c), "val", model.rope.device.type)
+    knobs = "corpus", "tokenizer", "sequence"
+    as_trained = all(saved["config"][knob] == getattr(c, knob) for knob in knobs)
+    if as_trained and not saved["corpus"].endswith(data.digest):
+        print(f"the corpus {c.corpus} has changed since the run: its own losses were on another text",
+              file=sys.stderr)
     losses = []
     print("forward pass     loss  difference")
     for recipe in c.recipe.split(","):
@@ -1649,8 +1659,8 @@ def keep_freed_memory():
 #
 # --recipe=bf16,rtn,quartet2 makes a directory with a run for each recipe, all of one seed and one order of
 # data. It can be stopped and resumed as a run can, under the same conditions; what has a result is not
-# repeated. compare.json keeps what it began with, start.pt the weights that --init_from named, and compare.txt
-# is the table.
+# repeated. compare.json keeps what it began with, start.pt the weights that --init_from named. compare.txt is
+# the table.
 
 def compare(c, data, directory, stop, saved):
     """Train each recipe of c, all else equal, and print a table. saved: what compare.json has, or None."""
@@ -1873,8 +1883,8 @@ def load(mode, word, knobs):
         names = CHECKPOINTS
         path = find(word, ["compare.json"])
     if path:
-        saved = read_json(path, COMPARISON | dict(config=dict), "is damaged: the comparison cannot go on, but "
-                          f"each of its runs can, resume {word}/RECIPE")
+        saved = read_json(path, COMPARISON | dict(config=dict), "is damaged: the comparison cannot go on, "
+                          f"but each of its runs can, resume {word}/RECIPE")
         config_in(path, saved, COMPARISON)
     else:
         path, saved = load_checkpoint(word, names, whole=mode != "resume")
@@ -1914,6 +1924,12 @@ def load_model(run, **knobs):
     run: a name in runs/, or a path. knobs: any that `eval` takes, such as recipe=, device="cpu". UserError.
     Example: model, c = load_model("mine"); logits = model(torch.tensor([[*b"def "]]).to(model.rope.device))
     """
+    model, c, _ = restored(run, knobs)
+    return model, c
+
+
+def restored(run, knobs):
+    """-> what `load_model` returns, and the run's checkpoint."""
     c, _, saved = load("eval", run, knobs)
     # The last steps may have had another recipe than the others.
     if "recipe" not in knobs:
@@ -1925,7 +1941,7 @@ def load_model(run, **knobs):
     model.load_state_dict(saved["model"])
     # Of several recipes the first, until the caller names another.
     model.use_recipe(c.recipe.split(",")[0], c.backend)
-    return model.eval(), c
+    return model.eval(), c, saved
 
 
 def fitting(model, backend):
@@ -1942,10 +1958,10 @@ def read_out(mode, run, knobs):
     """Evaluate a run by all recipes that fit, or sample by that of its last step, unless knobs name some."""
     if mode == "eval":
         # By bf16, which fits any model, to see which others do.
-        model, c = load_model(run, **dict(recipe="bf16") | knobs)
+        model, c, saved = restored(run, dict(recipe="bf16") | knobs)
         if "recipe" not in knobs:
             c = dataclasses.replace(c, recipe=fitting(model, c.backend))
-        eval_recipes(model, c)
+        eval_recipes(model, c, saved)
         return
 
     # A sample is by one recipe, and is printed as it comes.

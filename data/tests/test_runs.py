@@ -568,6 +568,16 @@ def test_what_a_checkpoint_cannot_hold_is_one_line_that_names_it(finished, where
     refused(f"runs/a.*{message}", "resume", "a")
 
 
+def test_an_evaluation_tells_if_the_text_of_the_run_has_changed(finished, place, capsys):
+    train_gpt.main(["eval", "a", "--recipe=bf16"])
+    assert "has changed" not in capsys.readouterr().err
+    prepare.write_shard(place / "tiny_val_000000.bin", np.full(1700, 65))
+    train_gpt.main(["eval", "a", "--recipe=bf16", "--sequence=16"])
+    assert "has changed" not in capsys.readouterr().err
+    train_gpt.main(["eval", "a", "--recipe=bf16"])
+    assert "the corpus tiny has changed since the run" in capsys.readouterr().err
+
+
 def test_knobs_that_the_code_of_a_run_did_not_have_take_their_defaults(finished, monkeypatch, capsys):
     def without_clip(saved):
         del saved["config"]["clip"]
