@@ -559,7 +559,7 @@ def test_bad_checkpoints_are_named_and_never_executed():
     ("--corpus=", "corpus=: it takes a name"),
     ("--corpus=/", "corpus=/: it takes a name"),
     ("--lr=0 --head_lr=0.1", "--lr=0 --embedding_lr=0.0 --head_lr=0.1: .*lr, which must not be 0"),
-    ("--corpus=" + 300 * "a", "no .*run python data/prepare.py FILES, of your text, the first of them named aaa"),
+    ("--corpus=" + 300 * "a", "no .*run python data/prepare.py FILES, of your text, the first .* named aaa"),
     ("--name=" + 300 * "a", "it takes up to 100 letters"),
     ("--corpus=none", r"none_train_\*.bin.*python data/prepare.py FILES, .* named none.txt"),
     ("--vocab_size=100", "token 122, beyond"),
