@@ -204,6 +204,8 @@ def publish(name, train, val, tokenizer, sizes, new):
 
     # The same corpus once more is whole all the time: jobs that start may be reading it.
     if old != text:
+        if old:
+            print(f"{manifest} listed another text: runs that began with it cannot go on any more")
         os.replace(new / "empty", manifest)
     for shard in new.glob("*.bin"):
         os.replace(shard, new.with_name(shard.name))

@@ -201,13 +201,14 @@ def test_installed_is_every_package_once_in_an_order_of_content_alone(tmp_path, 
     assert val == shard_of(held_out) and train == shard_of(*order)
 
 
-def test_long_text_is_several_shards_and_a_shorter_one_replaces_them_all(tmp_path, monkeypatch):
+def test_long_text_is_several_shards_and_a_shorter_one_replaces_them_all(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "SHARD", 10)
     text = tmp_path / "t.txt"
-    for content, sizes in ((b"c" * 26, [9, 9, 8, 2]), (b"cde", [3, 2])):
+    for content, sizes, told in ((b"c" * 26, [9, 9, 8, 2], 0), (b"cde", [3, 2], 1), (b"cde", [3, 2], 0)):
         text.write_bytes(content)
         paths = prepare.prepare(text, tmp_path)
         assert [prepare.check_shard(path) for path in paths] == sizes
+        assert capsys.readouterr().out.count("t.json listed another text: runs that began with it") == told
     assert files_in(tmp_path) == ["t.json", "t.txt", "t_train_000000.bin", "t_val_000000.bin"]
 
 
