@@ -4,7 +4,8 @@
     python train_gpt.py resume RUN                      go on, the same to the bit as without the stop
     python train_gpt.py [PRESET] --init_from=RUN ...    a new run from the weights of another, by any recipe;
                                                         a RUN may be one of its files, RUN/stable.pt
-    python train_gpt.py eval RUN [--recipe=bf16,rtn]    post-training quantization: validation loss by forward
+    python train_gpt.py eval RUN [--recipe=bf16,rtn]    post-training quantization: validation loss by the
+                                                        forward pass of each recipe
     python train_gpt.py sample RUN --prompt="def "      text from a trained model, by any --recipe's forward
 
 A comma list, --recipe=bf16,nvidia,quartet2, trains each recipe in turn on the same data, seed and steps, and
@@ -90,7 +91,7 @@ class Config:
     """All that a run depends on. Types: str, int, float."""
     # how to multiply
     recipe: str = "quartet2"        # rows of quartet.RECIPES, by commas: how hidden linear layers multiply
-    backend: str = "auto"           # auto | torch | triton: who quantizes; auto is triton with a GPU
+    backend: str = "auto"           # auto | torch | triton: who quantizes; auto: triton on a GPU, else torch
     gemm: str = "plain"             # plain | blackwell: emulation adds in float32 or, slower, as FP4 cores do
     # the model
     layers: int = 6                 # Transformer blocks
@@ -106,25 +107,25 @@ class Config:
     bf16_first: int = 0             # so many first blocks keep bf16 linear layers
     bf16_last: int = 0              # so many last blocks, too (arXiv:2509.25149: 15% of them)
     bf16_end: float = 0.0           # this last share of the steps trains all layers in bf16 (same source)
-    bf16_forward_end: float = 0.0   # this last share of the steps multiplies forward in bf16 only
+    bf16_forward_end: float = 0.0   # in this last share of the steps the forward pass alone is in bf16
     # data, optimizer, schedule
     corpus: str = "python"          # data/CORPUS_train_*.bin, written by data/prepare.py
     tokenizer: str = "auto"         # auto | bytes | gpt2: how tokens are text; auto: as prepare.py made them
-    batch: int = 64                 # sequences in one forward pass
+    batch: int = 64                 # sequences in one forward pass of one process
     tokens_per_step: int = 2**18    # tokens of one optimizer step: several forward passes accumulate
     steps: int = 2861               # optimizer steps; the paper's 30m, 25 tokens a parameter
     optimizer: str = "adamw"        # adamw | muon: Muon for the matrices of blocks, AdamW for the rest
     lr: float = 1.2e-3              # peak learning rate; by muon that of matrices in blocks: try 0.02
     embedding_lr: float = 0.0       # of the embedding; 0: lr
     head_lr: float = 0.0            # of head and norms; 0: lr
-    schedule: str = "cosine"        # cosine | wsd: after the warm-up a cosine down; or stay, then a line
+    schedule: str = "cosine"        # cosine | wsd: after the warm-up down a cosine; or stay, then down a line
     warmup: float = 0.1             # this first share of the steps lr rises along a line
     decay: float = 0.2              # of wsd: this last share of the steps lr falls along a line
     final_lr: float = 0.1           # lr at the end, as a share of the peak
     weight_decay: float = 0.1       # on the weights of linear layers
     clip: float = 1.0               # largest gradient norm; 0: any
     seed: int = 1                   # of initialisation, data order and rounding noise
-    init_from: str = ""             # a run to take weights from; with its --seed, its batches come again
+    init_from: str = ""             # a run to take weights from; take another --seed, or its batches repeat
     # reports
     eval_every: int = 250           # steps between validations
     eval_tokens: int = 2**20        # tokens of a validation, at most
@@ -381,7 +382,7 @@ class Shards:
         if not getattr(corpus, split):
             source = c.corpus
             if source not in ("python", "installed", "shakespeare", "fineweb"):
-                source = f"FILES, of your text, the first of them named {source}.txt"
+                source = f"FILES, of your text, the first of them named {Path(source).name}.txt"
             raise UserError(f"no {DATA / c.corpus}_{split}_*.bin, or they are being written: run python "
                             f"data/prepare.py {source}")
 
@@ -619,16 +620,16 @@ def train(c, data, directory, stop, checkpoint=None):
             quartet.dampen(model, share * norm.isfinite())
         model.zero_grad(set_to_none=forward_backward is micro_step)      # a graph's gradients stay in place
 
-        # Report and validate; save, unless the step was bad. A signal ends the run after this step, saved.
+        # Report and validate; save, where it is only due not after bad steps. A signal ends the run, saved.
         last = step == c.steps
         stopping = any(gather(bool(stop))) and not last
         evaluating = last or step % c.eval_every == 0
         needed = last or stopping or step == before_decay(c)
-        saving = needed or step % c.save_every == 0
-        log.step(step, begin, mean(total), norm, lr, flush=evaluating or saving)
+        due = step % c.save_every == 0
+        log.step(step, begin, mean(total), norm, lr, flush=evaluating or needed or due)
         if evaluating:
             log.validation(step, evaluate(model, val_data, c))
-        if needed or saving and not log.bad_in_a_row:
+        if needed or (due and not log.bad_in_a_row):
             save(directory, c, step, log=log.state(), **identity(data), **snapshot(model, optimizers, c))
         if stopping:
             leave(directory, step, stop)
@@ -1787,7 +1788,8 @@ def parse(argv):
         if torch.cuda.is_available() and knobs.get("device") != "cpu":
             words = ["gpu"]
     if len(words) != 1:
-        raise UserError(f"{mode} takes one word, a preset to train or else a run: see --help")
+        what = "preset" if mode == "train" else "name of a run"
+        raise UserError(f"{mode} takes one {what}, not {shlex.join(words) or 'none'}: see --help")
     return mode, words[0], knobs
 
 
@@ -1993,8 +1995,12 @@ def run_training(c, preset, directory, saved):
     check(c)
     micro = WORLD * c.batch * c.sequence
     if c.tokens_per_step % micro:
+        way_out = "change it, or --batch"
+        batch = math.gcd(c.tokens_per_step // (WORLD * c.sequence), c.batch)
+        if c.tokens_per_step % (WORLD * c.sequence) == 0:
+            way_out += f"; --batch={batch} fits"
         raise UserError(f"--tokens_per_step={c.tokens_per_step}: must be a multiple of {micro}, processes x "
-                        f"batch x sequence, {WORLD} x {c.batch} x {c.sequence}: change it, or --batch")
+                        f"batch x sequence, {WORLD} x {c.batch} x {c.sequence}: {way_out}")
 
     # Signals from here on end the run after a step. Join the other processes.
     stop = []

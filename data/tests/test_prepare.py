@@ -590,7 +590,7 @@ def test_an_empty_manifest_says_that_shards_are_being_written(tmp_path):
         prepare.write_shard(tmp_path / f"my book_{split}_000000.bin", np.arange(9))
     read(tmp_path / "my book")
     (tmp_path / "my book.json").touch()
-    message = f"^no {tmp_path}/my book_train_.*being written: run python data/prepare.py '{tmp_path}/my book'"
+    message = f"^no {tmp_path}/my book_train_.*being written: run .*prepare.py FILES, .* named my book.txt"
     with pytest.raises(train_gpt.UserError, match=message):
         read(tmp_path / "my book")
 

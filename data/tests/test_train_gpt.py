@@ -528,8 +528,8 @@ def test_bad_checkpoints_are_named_and_never_executed():
 @pytest.mark.parametrize("command, message", [
     # words
     ("30M", "unknown preset '30M'.*30m"),
-    ("cpu gpu", "takes one word, a preset"),
-    ("eval", "or else a run"),
+    ("cpu gpu", "^train takes one preset, not cpu gpu: see"),
+    ("eval", "eval takes one name of a run, not none"),
     ("resume none", "no run none with a checkpoint"),
     # a knob alone
     ("--steps", "--steps: write --steps=VALUE, without a space"),
@@ -555,7 +555,7 @@ def test_bad_checkpoints_are_named_and_never_executed():
     ("--hidden=96", r"--backend=\w+ --width=\d+ --hidden=96: blocks.0.up\(128, 192\).*out_features % 128"),
     ("--batch=524289 --sequence=32", r"--batch=524289 --sequence=32: more than 2\^24 tokens"),
     ("--schedule=wsd --warmup=0.5 --decay=0.75", "--warmup=0.5 --decay=0.75: together more than all"),
-    ("--batch=3", "of 96, processes x batch x sequence"),
+    ("--batch=3", "of 96, processes x batch x sequence, 1 x 3 x 32: change it, or --batch; --batch=1 fits"),
     ("--corpus=", "corpus=: it takes a name"),
     ("--corpus=/", "corpus=/: it takes a name"),
     ("--lr=0 --head_lr=0.1", "--lr=0 --embedding_lr=0.0 --head_lr=0.1: .*lr, which must not be 0"),
