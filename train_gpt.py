@@ -2052,9 +2052,8 @@ def run_training(c, preset, directory, saved):
         if fresh and not RANK and not isinstance(e, Diverged) and not begun(directory):
             shutil.rmtree(directory)
         # No bug: the user can put it right.
-        if isinstance(e, torch.cuda.OutOfMemoryError):
-            raise UserError("the GPU has too little memory, try a smaller --batch. "
-                            f"{str(e).splitlines()[0]}")
+        if isinstance(e, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(e):
+            raise UserError(f"too little memory, try a smaller --batch. {str(e).splitlines()[0]}")
         raise
 
 

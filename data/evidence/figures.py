@@ -1,7 +1,8 @@
 """Tables and pictures: of the runs that experiments.py keeps, of runs of your own, and of how it works.
 
     python data/evidence/figures.py [--base=ROW]     tables; and all pictures, into data/evidence/figures/
-    python data/evidence/figures.py runs/*           your own runs, going on or done: a table, runs/curves.png
+    python data/evidence/figures.py runs/*           your own runs, going on or done: a table; beside them
+                                                     curves.png
 
 Pictures take matplotlib. Losses are in nats: of validation, at the end; in training, the mean over the last
 tenth of the steps (each 20th is kept). A gap is to bf16 of the same seed, batches and last step, in 1e-3
@@ -976,7 +977,7 @@ def follow(paths):
         ax.set_xlabel("step")
     axes[0].legend(fontsize=8)
     plt.tight_layout()
-    target = Path(os.path.commonpath([Path(path).absolute().parent for path in paths])) / "curves.png"
+    target = Path(os.path.commonpath([Path(name).absolute().parent for name in runs])) / "curves.png"
     target.unlink(missing_ok=True)      # it may be a link
     plt.savefig(target)
     plt.close()

@@ -56,7 +56,7 @@ def test_runs_are_tabled_beside_the_bf16_run_that_is_like_them(tmp_path, monkeyp
     write(tmp_path / "runs/c/bf16", "bf16", [3.0, 2.0, 1.5], seed=1)
     write(tmp_path / "runs/c/rtn", "rtn", [3.0, 2.25], seed=1)          # still training
     write(tmp_path / "runs/other", "rtn", [3.0, 2.0, 1.0], seed=2)
-    figures.main(["runs/c", "runs/other"])
+    figures.main(["runs"])
     _, bf16, rtn, other, last = (line.split() for line in capsys.readouterr().out.splitlines())
     assert last[:2] == ["no", "pictures:"] or (tmp_path / "runs/curves.png").stat().st_size > 1000
     assert bf16 == ["runs/c/bf16", "bf16", "3/9", "2.5000", "1.5000", "0.0", "2000.0"]

@@ -620,12 +620,15 @@ def test_without_a_c_compiler_auto_compiles_nothing_and_says_so(monkeypatch, cap
 
 
 def test_a_failed_start_leaves_the_name_free(monkeypatch):
-    def full(*arguments):
+    def full_gpu(*arguments):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried")
 
+    def full(*arguments):
+        torch.empty(2**60, dtype=torch.uint8)
+
     with monkeypatch.context() as patch:
-        patch.setattr(train_gpt, "build", full)
-        for recipe in ("bf16", "bf16,rtn"):
+        for recipe, build in ("bf16", full_gpu), ("bf16,rtn", full_gpu), ("bf16", full):
+            patch.setattr(train_gpt, "build", build)
             with pytest.raises(train_gpt.UserError, match="too little memory, try a smaller --batch"):
                 train(steps=1, recipe=recipe)
             assert not Path("runs/a").exists()
