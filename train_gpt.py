@@ -1666,13 +1666,13 @@ def keep_freed_memory():
 def compare(c, data, directory, stop, saved):
     """Train each recipe of c, all else equal, and print a table. saved: what compare.json has, or None."""
     if not saved:
-        write(directory / "compare.json", as_json(config=vars(c), **identity(data)))
         if c.init_from:
             # All recipes start from the same weights, also if their source goes on training.
             path, _ = load_checkpoint(c.init_from, (*CHECKPOINTS, "."), whole=False)
             if not RANK:
                 copy(path, directory / START)
             gather(None)      # rank 0 copies it, all read it
+        write(directory / "compare.json", as_json(config=vars(c), **identity(data)))
     results = []
     for recipe in c.recipe.split(","):
         # Its directory stands in that of the comparison, and nowhere else.
