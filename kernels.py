@@ -150,8 +150,9 @@ def round_scale_by(s, word):
 
 # ---- 2. NVFP4 tensors --------------------------------------------------------------------------------------
 #
-# From here on, b is (B, 16) float32: B blocks, one a row. One thread owns a row, so that what concerns a
-# block needs no other thread. The layout of loads and tensor-core products is arranged for that (section 6).
+# From here on, b is (B, 16) float32: B blocks, one a row. Of bf16 and of rotated tiles one thread owns a row,
+# so that what concerns a block needs no other thread. The layout of loads and tensor-core products is
+# arranged for that (section 6).
 
 # PTX: eight values, $1 to $8, become eight codes in the word $0. An instruction makes a byte of two values,
 # and its second operand becomes the low half.
@@ -310,7 +311,7 @@ def ratio_interpreted(b, s):
 
 @jit
 def ratio_exact(b, s):
-    """quartet.ratio of any float32 b (B, 16)."""
+    """quartet.ratio of any float32 b (B, 16), but for last bits below 2^-100, which E2M1 does not show."""
     return divide(b, s, tl.where(s > 0, reciprocal(s), 0.0))
 
 
@@ -529,8 +530,8 @@ def store_blocks(
     FP4
 ):
     """Write blocks number first + i: scales as bf16, codes and decoded values where there is a place."""
-    # From tile_kernel first is int64, and i counts within the tile's rows: there most of the addresses are
-    # computed in 32 bits, which suffices for rows of up to 2^24 values.
+    # quantize_kernel gives an int64 i. tile_kernel gives an int64 first and an int32 i within the tile, so
+    # that most of the addresses are computed in 32 bits, which suffices for rows of up to 2^24 values.
     tl.store(scale_ptr + first + i, s.to(tl.bfloat16), mask)
     if codes_ptr is not None:
         words = (codes_ptr + 8 * first).to(tl.pointer_type(tl.uint32))
@@ -773,7 +774,7 @@ def tile_kernel(
 @jit
 def block_at(i, columns, SWIZZLED):
     """Place i (...) int64 of an encoded scale -> the number of its block, and whether there is one."""
-    there = i >= 0                                     # all of them: in rows each place has its block
+    there = i >= 0                                     # all True: in rows every place is a block's
     if SWIZZLED:                                       # in the order of `swizzle`
         tile = i // 512
         j = (i % 512).to(tl.int32)
@@ -905,7 +906,7 @@ def load_scales(ptr, m0, k0, M, K, BM, BK):
     tile = m0 // 128 + down(BM // 128)
     byte = across(BK * 8) + k0 * 8
     width = tl.cdiv(K, 64) * 512
-    scale = tl.load(ptr + tile * width + byte, (tile * 128 < M) & (byte < width), 0.0)
+    scale = tl.load(ptr + tile.to(tl.int64) * width + byte, (tile * 128 < M) & (byte < width), 0.0)
     # The order of `swizzle`, undone.
     return scale.reshape(BM // 128, BK // 64, 32, 4, 4).trans(0, 3, 2, 1, 4).reshape(BM, BK // 16)
 
@@ -931,7 +932,8 @@ def gemm_kernel(
     BK: tl.constexpr
 ):
     """A BM x BN tile of a b^T, a NVFP4 (M, K), b NVFP4 (N, K), scales `swizzled` -> y (M, N) bf16."""
-    # Tiles go down 8 columns of tiles at a time: those share rows of a in the L2 cache.
+    # Programs one after another take 8 tiles side by side, then the 8 below. Those side by side share rows of
+    # a in the L2 cache.
     pid = tl.program_id(0)
     tiles = tl.cdiv(M, BM) * 8
     first = pid // tiles * 8
@@ -1059,8 +1061,8 @@ GEMM_OPTIONS = {
 }
 
 
-# What an operand comes with, the last three arguments of the ops: codes or none; decoded values or none;
-# block scales, which always come, in the order of `swizzle` or in rows.
+# The last three arguments of the ops: whether to write codes; whether to write decoded values; whether block
+# scales go in the order of `swizzle`, else in rows.
 FP4_PARTS = (True, False, True)       # as FP4 tensor cores take it
 BF16_PARTS = (False, True, False)     # as a GEMM in bf16 takes it
 NVFP4_PARTS = (True, False, False)    # as quartet.py has it
@@ -1143,7 +1145,8 @@ def quantize(x: Tensor, quantizer: str, rows: int, seed: Tensor | None, codes: b
              swizzled: bool = False) -> list[Tensor]:
     """x (M, K), bf16 or float32, by a quantizer in blocks of rows x 16 -> Operand (M, K), as a list.
 
-    seed () int64. codes, decoded, swizzled: the parts wanted.
+    M % rows == K % 16 == 0, which is not looked at. seed () int64. codes, decoded, swizzled: the parts
+    wanted.
     """
     buffers = allocate(*x.shape, x.device, codes, decoded, swizzled)
     count = buffers.scale.numel()
@@ -1170,8 +1173,10 @@ def tile_buffers(x, row, col, codes, decoded, swizzled=False):
     M, N = x[0].shape
     if x[0].dtype == torch.uint8:
         N = 2 * N                                      # codes
-    if max(M, N) > 2**24:                              # tile_kernel computes places within a tile in 32 bits
-        raise ValueError(f"a layer takes at most 2^24 tokens and features at a time, not {M} x {N}")
+    # tile_kernel computes places within a tile in 32 bits, and CUDA launches up to 65535 tiles side by side.
+    if M > 2**24 or N > 65535 * GROUP:
+        raise ValueError(f"a layer takes up to 2^24 tokens and {65535 * GROUP} features at a time, "
+                         f"not {M} and {N}")
     first = second = NO_BUFFERS
     if row:
         first = allocate(M, N, x[0].device, codes, decoded, swizzled)
@@ -1189,7 +1194,8 @@ def rotate_quantize(
 
     x: codes, block_scale, tensor_scale of an Operand (M, N); or first a bf16 (M, N), and what follows it, as
     in operand("bf16", ...), is not read. R (128, 128) bf16, `permuted`; seeds () int64. x^T (N, M) gets zeros
-    up to M % 128 == 0. codes, decoded, swizzled: the parts wanted of both. ValueError for M or N above 2^24.
+    up to M % 128 == 0. N % 128 == 0 if there is a row, for nothing else is looked at. codes, decoded,
+    swizzled: the parts wanted of both. ValueError for too large an M or N.
     """
     M, N, first, second = tile_buffers(x, row, col, codes, decoded, swizzled)
     # NVFP4 comes as three tensors. Of bf16 the first counts, and the kernel takes None for the others.
@@ -1199,7 +1205,7 @@ def rotate_quantize(
     source = [t.contiguous() for t in x] + [None] * (3 - len(x))
     found = []
     with torch.cuda.device_of(x[0]):
-        if M and N:
+        if M and N and (row or col):
             tile_kernel[(cdiv(M, GROUP), cdiv(N, GROUP))](
                 *source, M, N,
                 row_R, row_seed, *first[:4],
@@ -1308,11 +1314,14 @@ def scaled_mm(a: list[Tensor], b: list[Tensor]) -> Tensor:
         a_codes.view(e2m1x2), b_codes.view(e2m1x2).t(), a_scales, kinds, b_scales, kinds, order, order)
 
 
-scaled_mm.register_fake(lambda a, b: a[0].new_empty(len(a[0]), len(b[0]), dtype=torch.bfloat16))
+# (Not len: that would fix a size that torch.compile keeps open.)
+scaled_mm.register_fake(lambda a, b: a[0].new_empty(a[0].shape[0], b[0].shape[0], dtype=torch.bfloat16))
 
 
 def gemm(a, b):
-    """`scaled_mm` in Triton. Compiled for sm_100a, sm_103a and sm_120a, but not yet run on hardware."""
+    """`scaled_mm` in Triton, to compare with: training does not call it. Compiled for sm_100a, sm_103a and
+    sm_120a, but not yet run on hardware.
+    """
     M = len(a[0])
     N = len(b[0])
     y = a[0].new_empty(M, N, dtype=torch.bfloat16)
@@ -1350,7 +1359,7 @@ def fp4_gemm(a: Tensor, a_tensor_scale: Tensor, b: Tensor, b_tensor_scale: Tenso
 
 @fp4_gemm.register_fake
 def _(a, a_tensor_scale, b, b_tensor_scale, n=1):
-    return a.new_empty(len(a), len(b), dtype=torch.bfloat16)
+    return a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16)
 
 
 def matmul(row, a, b, n=1):
@@ -1404,8 +1413,8 @@ def on_grid(w, recipe):
     return operand(quartet.RECIPES[recipe].w, w, None, BF16_PARTS).decoded
 
 
-def rotation(name, signs):
-    """quartet.rotation_from's R, permuted, and n. Of None: I, by which a product is exact."""
+def rotation_from(name, signs):
+    """quartet.rotation_from's R, permuted, and n. Of None: I, which leaves finite values as they are."""
     if name is None:
         return permuted(torch.eye(GROUP, device=signs.device)), 1
     R, n = quartet.rotation_from(name, signs)
@@ -1434,8 +1443,8 @@ class QuantizedMatmul(torch.autograd.Function):
         ctx.parts = FP4_PARTS if native(w, row) else BF16_PARTS
 
         # --- y = x w^T, summed over K ---
-        # Codes of x are kept for the backward pass, whatever this GEMM takes.
-        x_q = operand(row.x, x, None, (True, *ctx.parts[1:]))                          # (M, K)
+        # Codes of x are kept for the backward pass, whatever this GEMM takes, unless bf16 is kept.
+        x_q = operand(row.x, x, None, (ctx.parts[0] or not row.original, *ctx.parts[1:]))      # (M, K)
         if w_q[0] is None:
             w_q = operand(row.w, w, None, weight_parts(w, row))                        # (N, K)
         else:
@@ -1461,8 +1470,8 @@ class QuantizedMatmul(torch.autograd.Function):
         dx = dw = None
         with torch.autocast(dy.device.type, enabled=False):
             noise_dx, noise_dw = quartet.draw_noise(dy, row)
-            R_dx, n_dx = rotation(row.dx.rotation, noise_dx.signs)
-            R_dw, n_dw = rotation(row.dw.rotation, noise_dw.signs)
+            R_dx, n_dx = rotation_from(row.dx.rotation, noise_dx.signs)
+            R_dw, n_dw = rotation_from(row.dw.rotation, noise_dw.signs)
 
             # dy by one read: rotated along N for dx, and transposed and rotated along M for dw.
             dx_dy = row.dx.dy if need_dx and row.dx.rotation else ""
