@@ -517,8 +517,8 @@ EDEN_MAX = SR_MAX / 0.93
 def eden_factor(v, q):
     """<v, v> / <v, q> of each block, 1 if v = 0: v, q (M/rows, rows, K/16, 16) -> (M/rows, 1, K/16, 1)."""
     # One factor of the v and q of a whole group, as in some of the authors' code, leaves a bias of 9e-4 of
-    # the norm: its blocks differ in scale. One of the values themselves leaves none, but 9% more error. v is
-    # not clamped, so what clipping lost counts too.
+    # the norm: its blocks differ in scale. One of the values themselves leaves none, but 8 to 9% more error.
+    # v is not clamped, so what clipping lost counts too.
     vq = block_sum(v * q)
     return torch.where(vq > 0, block_sum(v * v) / vq, 1.0)
 
@@ -787,8 +787,8 @@ def add_toward_zero(a, b):
 def fp4_gemm(a, b, n=1):
     """a (M, K), b (N, K), decoded NVFP4 -> a b^T / n (M, N) bf16, added as FP4 tensor cores do. Slow.
 
-    For other values a sum of 64 products is only as exact as float64, and one that is 2^126 times smaller than
-    the product of the sums of all |a| and all |b| is lost.
+    For other values a sum of 64 products is only as exact as float64, and one that is 2^126 times smaller
+    than the product of the sums of all |a| and all |b| is lost.
     """
     # Decoded values do not tell their tensor scales any more. So divide a by the power of two below the sum
     # of all |a|, and b likewise. That changes no digit. What is left sums to less than 2 each, so that no sum
@@ -948,9 +948,9 @@ def dampen(model, share):
 #
 # torch.compile may replace an operation by another that is equal on paper. Three must stay as they are:
 # random bits, which are to be eager's; a GEMM with float32 sums; and a cast to bf16, which the compiler may
-# skip, computing on with the float32 value. For a GPU that is not all: there PyTorch's own compiler makes a
-# product of a division, and fuses products with sums, so that a value in some thousand may be rounded the
-# other way. kernels.py, which trains on a GPU, does neither.
+# skip, computing on with the float32 value. For a GPU that is not all: there, by the code that it writes,
+# PyTorch's compiler makes a product of a division, and fuses products with sums, so that a value may now and
+# then be rounded the other way. kernels.py, which trains on a GPU, does neither.
 
 @library.custom_op("quartet::draw", mutates_args=("clock",))
 def draw_at(like: Tensor, words: int, clock: Tensor) -> Tensor:
