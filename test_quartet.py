@@ -1836,6 +1836,27 @@ def test_one_program_serves_all_counts_of_tokens(gemm, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_nothing_is_made_that_nobody_reads(monkeypatch):
+    """With w frozen nvidia rotates nothing. It keeps x in bf16: without FP4 cores no GEMM takes its codes."""
+    quartet.check("nvidia", "triton")      # which imports the kernels
+    monkeypatch.setattr(kernels, "tile_kernel", None)
+    monkeypatch.setattr(kernels, "native", lambda w, row: False)
+    linear, x, dy = layer("nvidia", 128, 128, device=DEVICE)
+    linear.backend = "triton"
+    linear.weight.requires_grad_(False)
+    parts = []
+    operand = kernels.operand
+
+    def heard(quantizer, t, seed, wanted):
+        parts.append(wanted)
+        return operand(quantizer, t, seed, wanted)
+
+    monkeypatch.setattr(kernels, "operand", heard)
+    y = linear(x)
+    assert parts[0] == kernels.BF16_PARTS
+    torch.autograd.grad(y, x, dy)
+
+
 def rows_of_columns(*shape):
     """What kernels.rotate_quantize would return of x^T, for an x without memory."""
     x = torch.empty(shape, dtype=bfloat16, device="meta")
