@@ -577,12 +577,17 @@ def draw_gap(plt, runs):
     _, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for ax, (key, (value, said)) in zip(axes[0], panels.items()):
         rows = runs[key]
-        seeds = set()
-        for y, recipe in enumerate(recipes):
+        gaps_of = {}
+        for recipe in recipes:
             row = recipe if recipe in rows else stand_in.get(recipe)
-            gaps = paired(rows, row, "bf16", value) if row in rows else []
-            if not gaps:
-                ax.text(0, y, " not run yet", va="center", color=GREY)
+            gaps_of[recipe] = paired(rows, row, "bf16", value) if row in rows else []
+        most = max(map(len, gaps_of.values()))
+        seeds = set()
+        for y, (recipe, gaps) in enumerate(gaps_of.items()):
+            # Few seeds beside many would mislead: seeds differ by more than recipes.
+            if not gaps or len(gaps) < most / 4:
+                said_instead = f" {len(gaps)} of {most} seeds" if gaps else " not run yet"
+                ax.text(0, y, said_instead, va="center", color=GREY)
                 continue
             seeds.add(len(gaps))
             mean, half = interval(gaps)
