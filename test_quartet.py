@@ -1341,6 +1341,21 @@ def test_compiled_is_eager_to_the_bit(recipes, backend):
             assert same(step(compiled, x, dy.bfloat16()), step(model, x, dy.bfloat16()))
 
 
+@needs_gpu
+@parametrize("quantizer", quartet.QUANTIZERS)
+def test_compiled_for_a_gpu_it_rounds_as_eager_if_told_to(quantizer):
+    # In bf16 many values lie halfway between two codes, and many scales between two scales.
+    x = normal(4096, 2048).to(DEVICE, bfloat16)
+    seed = tensor(3, device=DEVICE)
+
+    def quantize(x, seed):
+        return tuple(quartet.quantize(quantizer, x, seed=seed))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(quantize, fullgraph=True, options=quartet.AS_EAGER)
+    assert same(compiled(x, seed), quantize(x, seed))
+
+
 class Added(nn.Module):
     """Two layers whose outputs are added, as attention and MLP are in GPT-J or PaLM: they get one dy."""
 

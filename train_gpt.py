@@ -658,10 +658,14 @@ def build(c, directory, checkpoint, device, compiled):
 
     # Compile, then spread over processes. FSDP2 replaces parameters, so optimizers are made after that.
     if compiled:
+        options = None
+        if quartet.resolve(c.backend, device, c.recipe) == "torch":
+            # The reference keeps its bits.
+            options = quartet.AS_EAGER
         for block in model.blocks:
             # All share one program. Of a block only `forward` is compiled: FSDP2's hooks stay outside.
-            block.forward = torch.compile(block.forward, fullgraph=True)
-        model.predict = torch.compile(model.predict, fullgraph=True)
+            block.forward = torch.compile(block.forward, fullgraph=True, options=options)
+        model.predict = torch.compile(model.predict, fullgraph=True, options=options)
     net = model
     if WORLD > 1:
         net = distribute(model, c)

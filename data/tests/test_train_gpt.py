@@ -598,6 +598,15 @@ def test_a_knob_chooses_how_gemms_add(gemm, monkeypatch, tmp_path):
     assert quartet.GEMM == gemm
 
 
+@pytest.mark.parametrize("backend, options", [("torch", quartet.AS_EAGER), ("triton", None)])
+def test_compiled_the_reference_rounds_as_eager(backend, options, monkeypatch, tmp_path):
+    found = []
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph, options: found.append(options))
+    c = train_gpt.Config(layers=2, width=128, heads=1, hidden=128, backend=backend)
+    train_gpt.build(c, tmp_path, {}, "cpu", compiled=True)
+    assert found == [options] * 3
+
+
 def test_without_a_c_compiler_auto_compiles_nothing_and_says_so(monkeypatch, capsys):
     # Of a GPU
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
