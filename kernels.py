@@ -610,26 +610,28 @@ def load_tile(
     M,
     N,
     # known when it is compiled
+    COLUMNS,
     WHOLE,
     SWIZZLED
 ):
-    """The tile of x (M, N) at row m0, column n0, multiples of 128 -> (128, 128) bf16, 0 outside.
+    """The tile of x (M, N) at row m0, column n0 -> (128, COLUMNS) bf16, 0 outside.
 
-    WHOLE: N % 128 == 0, which spares loads of bf16 a mask for columns.
+    m0 is a multiple of 128, n0 of COLUMNS, which is 128 or 64. WHOLE: N % 128 == 0, which spares loads of
+    bf16 a mask for columns.
     """
     m = down(128)
     inside = m < M - m0
     if x_scale_ptr is None:
-        n = across(128)
+        n = across(COLUMNS)
         x = tl.load(x_ptr + (m0.to(tl.int64) * N + n0) + (m * N + n), inside & ((n < N - n0) | WHOLE), 0.0)
     else:
         # Codes: two a byte.
-        k = across(64)
+        k = across(COLUMNS // 2)
         x_ptr += m0.to(tl.int64) * (N // 2) + n0 // 2
         code = tl.load(x_ptr + (m * (N // 2) + k), inside & (k < (N - n0) // 2), 0).to(tl.int32)
 
         # Block scales, as bytes of E4M3, in rows or `swizzled`.
-        b = across(8)
+        b = across(COLUMNS // 16)
         if SWIZZLED:
             c = n0 // 16 + b
             at = (m0 // 128).to(tl.int64) * (tl.cdiv(N, 64) * 512)
@@ -641,9 +643,9 @@ def load_tile(
         # Decode. Eight bytes share a scale. The bits of E4M3, put where float32 has exponent and mantissa,
         # are its value times 2^-120.
         scale = from_bits(byte << 20) * 2.0**120 * tl.load(x_tensor_scale_ptr)
-        scale = tl.broadcast_to(scale[:, :, None], (128, 8, 8)).reshape(128, 64)
+        scale = tl.broadcast_to(scale[:, :, None], (128, COLUMNS // 16, 8)).reshape(128, COLUMNS // 2)
         pair = decode_pairs(code, scale)
-        x = tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16)).reshape(128, 128)
+        x = tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16)).reshape(128, COLUMNS)
         x = x.to(tl.bfloat16, bitcast=True)
     return x
 
@@ -659,13 +661,13 @@ def dot(a, b):
 
 @jit
 def rotate_tile(x, R):
-    """x (128, 128) bf16, R (128, W) bf16: W columns of a `permuted` R -> blocks of x R, (8 W, 16) float32."""
+    """x (T, 128), R (128, W) bf16: W columns of a `permuted` R -> blocks of x R, (T W / 16, 16) float32."""
     # The products are exact. These float32 sums have the order of the tensor cores: here, and only here,
     # codes and scales may differ from quartet.py's.
     y = dot(x, R)
     # Column 64 g + 8 i + 2 t + j of y is column 64 g + 16 t + 2 i + j of x R: see the drawing above.
-    y = y.reshape(128, R.shape[1] // 64, 8, 4, 2).permute(0, 1, 3, 2, 4)
-    return y.reshape(8 * R.shape[1], 16)
+    y = y.reshape(x.shape[0], R.shape[1] // 64, 8, 4, 2).permute(0, 1, 3, 2, 4)
+    return y.reshape(x.shape[0] * R.shape[1] // 16, 16)
 
 
 @jit
@@ -691,7 +693,7 @@ def quantize_tile(
     FP4,
     W
 ):
-    """Rotate and quantize x (128, 128) bf16, W columns of the result at a time.
+    """Rotate and quantize x (T, 128) bf16, W columns of the result at a time.
 
     x's first row is row row0 of the result, which has `rows` rows; its first block is block0 of the `columns`
     blocks in that row.
@@ -699,10 +701,11 @@ def quantize_tile(
     seed = 0
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    # W columns are W / 16 blocks in each of 128 rows. row: the row of x that each of them lies in. i: its
-    # number, counted from the first.
-    row = down(8 * W) // (W // 16)
-    i = row * columns + down(8 * W) % (W // 16)
+    # W columns are W / 16 blocks in each row of x. row: the one that each of them lies in. i: its number,
+    # counted from the first.
+    block = down(x.shape[0] * W // 16)
+    row = block // (W // 16)
+    i = row * columns + block % (W // 16)
     first = row0.to(tl.int64) * columns + block0
     mask = row < rows - row0
     for w in tl.static_range(0, 128, W):
@@ -744,17 +747,18 @@ def tile_kernel(
     COL: tl.constexpr,
     SWIZZLED: tl.constexpr,
     FP4: tl.constexpr,
+    COLUMNS: tl.constexpr,
     W: tl.constexpr
 ):
-    """Rotate and quantize a 128 x 128 tile of x (M, N) along N by ROW and along M by COL.
+    """Rotate and quantize a tile of x (M, N), 128 rows and COLUMNS, along N by ROW and along M by COL.
 
     ROW and COL are of MODES, or "bf16", or "" for none. x is bf16, or NVFP4, its scales SWIZZLED or not. The
-    second result's rows are columns of x, padded with zeros to whole tiles.
+    second result's rows are columns of x, padded with zeros to whole tiles. COLUMNS: 128, or 64 without ROW.
     """
     m0 = tl.program_id(0) * 128
-    n0 = tl.program_id(1) * 128
+    n0 = tl.program_id(1) * COLUMNS
     # That N % 128 == 0 is known only if rows are rotated, as every rotation along N needs it.
-    x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N, ROW != "", SWIZZLED)
+    x = load_tile(x_ptr, x_scale_ptr, x_tensor_scale_ptr, m0, n0, M, N, COLUMNS, ROW != "", SWIZZLED)
     # Rows: blocks lie along N, as x is stored.
     if ROW != "":
         quantize_tile(
@@ -1039,14 +1043,18 @@ def major(device):
     return 9
 
 
-def tile_options(major):
-    """FP4, W and launch options of tile_kernel for `major`."""
-    options = {"FP4": major > 9, "W": 64, "num_warps": 8, "num_stages": 1}
+def tile_options(major, row):
+    """FP4, COLUMNS, W and launch options of tile_kernel for `major`, by whether it makes rows too."""
+    options = {"FP4": major > 9, "COLUMNS": 128, "W": 64, "num_warps": 8, "num_stages": 1}
     if major == 9:
         # wgmma. With 128 registers a thread, two programs fit on a multiprocessor. Left alone, the compiler
         # may take more, and then one fits. To keep to 128, sr and ms_eden_46 spill a little; but with 168 an
         # H200 takes 25 to 36% longer for sr and ms_eden (data/evidence/README.md, section 7).
         options["maxnreg"] = 128
+        if not row:
+            # Twice as many programs of half the size overlap better: an H200 takes 6 to 12% less time.
+            options["COLUMNS"] = 64
+            options["num_warps"] = 4
     if major == 10:
         # tcgen05 gives each of 128 threads a row, of 64 values, whose four blocks share a draw of Philox.
         options["num_warps"] = 4
@@ -1206,12 +1214,13 @@ def rotate_quantize(
     found = []
     with torch.cuda.device_of(x[0]):
         if M and N and (row or col):
-            tile_kernel[(cdiv(M, GROUP), cdiv(N, GROUP))](
+            options = tile_options(major(x[0].device), row)
+            tile_kernel[(cdiv(M, GROUP), cdiv(N, options["COLUMNS"]))](
                 *source, M, N,
                 row_R, row_seed, *first[:4],
                 col_R, col_seed, *second[:4],
                 row, col, packed and x[1].dim() == 1,
-                **tile_options(major(x[0].device)), **LAUNCH)
+                **options, **LAUNCH)
         if row:
             found += encode(first, row, row_seed)
         if col:

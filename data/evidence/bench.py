@@ -184,6 +184,12 @@ def flat_configurations(native):
             BLOCK * kernels.BLOCKS, size, name in main_quantizers())
 
 
+def split(options):
+    """Options of kernels.py -> the constants of the kernel, in capitals, and those of the compiler."""
+    constants = {name: value for name, value in options.items() if name.isupper()}
+    return constants, {name: value for name, value in options.items() if name not in constants}
+
+
 def tile_configurations(major):
     """Configurations of tile_kernel by kernels.tile_options: both results of dy; the transpose of NVFP4."""
     native = major >= 10
@@ -194,17 +200,17 @@ def tile_configurations(major):
     from_bf16 = {"x_scale_ptr": None, "x_tensor_scale_ptr": None}
     no_rows = dict.fromkeys(("row_R", "row_seed", "row_codes", "row_scale", "row_largest", "row_decoded"))
     for mode in tile_quantizers():
-        options = kernels.tile_options(major)
-        constants |= {"FP4": options.pop("FP4"), "W": options.pop("W")}
+        both, both_options = split(kernels.tile_options(major, mode))
+        transpose, transpose_options = split(kernels.tile_options(major, ""))
         main = mode in main_quantizers()
         yield Configuration(
             f"both {mode}", kernels.tile_kernel,
-            constants | from_bf16 | {"ROW": mode, "COL": mode},
-            options, GROUP * GROUP, BF16 + 2 * result, main)
+            constants | both | from_bf16 | {"ROW": mode, "COL": mode},
+            both_options, GROUP * both["COLUMNS"], BF16 + 2 * result, main)
         yield Configuration(
             f"requantize {mode}", kernels.tile_kernel,
-            constants | no_rows | {"ROW": "", "COL": mode},
-            options, GROUP * GROUP, STORED + result, main)
+            constants | transpose | no_rows | {"ROW": "", "COL": mode},
+            transpose_options, GROUP * transpose["COLUMNS"], STORED + result, main)
 
 
 def encode_configurations(native):
@@ -222,8 +228,7 @@ def encode_configurations(native):
 
 def gemm_configuration(name, kernel, options, size):
     """The Configuration of a GEMM, per output of size bytes; what it reads is not counted."""
-    constants = {name: value for name, value in options.items() if name.isupper()}
-    options = {name: value for name, value in options.items() if name not in constants}
+    constants, options = split(options)
     return Configuration(name, kernel, constants, options, constants["BM"] * constants["BN"], size, False)
 
 

@@ -393,7 +393,7 @@ def kernels(seconds):
             assert kernels.INTERPRET, "Triton was imported before this test: run this file alone"
             # A whole tile at once takes half the time of two halves.
             options = kernels.tile_options
-            patch.setattr(kernels, "tile_options", lambda major: options(major) | {"W": 128})
+            patch.setattr(kernels, "tile_options", lambda *args: options(*args) | {"W": 128})
         patch.setattr(kernels, "native", lambda w, row: False)         # GEMMs of decoded values
         # What takes seconds the first time, and is no part of the minute.
         kernels.ms_eden(torch.zeros(1, 128, device=DEVICE).bfloat16(), torch.eye(128, device=DEVICE), 0)
