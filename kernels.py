@@ -1181,9 +1181,10 @@ def tile_buffers(x, row, col, codes, decoded, swizzled=False):
     M, N = x[0].shape
     if x[0].dtype == torch.uint8:
         N = 2 * N                                      # codes
-    # tile_kernel computes places within a tile in 32 bits, and CUDA launches up to 65535 tiles side by side.
-    if M > 2**24 or N > 65535 * GROUP:
-        raise ValueError(f"a layer takes up to 2^24 tokens and {65535 * GROUP} features at a time, "
+    # tile_kernel computes places within a tile in 32 bits, and CUDA launches up to 65535 tiles side by side,
+    # of as few as 64 columns.
+    if M > 2**24 or N > 65535 * 64:
+        raise ValueError(f"a layer takes up to 2^24 tokens and {65535 * 64} features at a time, "
                          f"not {M} and {N}")
     first = second = NO_BUFFERS
     if row:
