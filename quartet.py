@@ -950,8 +950,9 @@ def dampen(model, share):
 # random bits, which are to be eager's; a GEMM with float32 sums; and a cast to bf16, which the compiler may
 # skip, computing on with the float32 value. For a GPU that is not all. There PyTorch's compiler multiplies by
 # an approximate reciprocal instead of dividing, and fuses products with sums. On an H200, RTN of random
-# values in bf16 so stored another scale in 3% of blocks: those where amax / 6 is halfway between two scales.
-# With torch.compile(model, options=AS_EAGER) all quantizers had the bits there that they have eager.
+# values in bf16 so stored another scale in 3% of blocks, half of those where amax / 6 lies midway between two
+# scales. With torch.compile(model, options=AS_EAGER) all quantizers had the bits there that they have eager
+# (data/evidence/README.md, section 7).
 
 AS_EAGER = {"eager_numerics.division_rounding": True, "emulate_precision_casts": True}
 
