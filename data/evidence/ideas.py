@@ -1,9 +1,9 @@
-"""Ideas for closing more of the gap to bf16 than quintet does: rows of experiments.py, not yet run.
+"""Ideas for closing more of the gap to bf16 than quintet does: rows of experiments.py.
 
 Each is a function of IDEAS, {row: (recipe, function)}: it changes train_gpt.py or quartet.py in the process
-that trains the row. All rows but the low-rank branch are quintet with one thing changed. What is expected,
-written down before the runs, as a row's loss minus quintet's in 1e-3 nats at the 10m size, where quartet2's
-gap is 18:
+that trains the row. All rows but the low-rank branch are quintet with one thing changed. README.md, section
+4, has what came of them. What was expected, written down before the runs, as a row's loss minus quintet's in
+1e-3 nats at the 10m size, where quartet2's gap is 18:
 
     quintet_reset          oscillating weights reset, beside the pull: -1. It begins at an eighth of the
                            steps, where the pull is nothing yet; late both do the same.

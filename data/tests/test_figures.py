@@ -552,6 +552,28 @@ def test_the_long_account_tells_how_much_of_a_gap_is_there_at_once():
         account.replace("five", "5"))
 
 
+def test_the_long_account_has_the_first_screening_of_ideas():
+    account = " ".join((Path(figures.__file__).parent / "README.md").read_text().split())
+    rows = figures.read()["10m", "installed", "quartet2-from-3000"]
+    for row in rows.keys() - {"bf16", "quartet2", "quintet", "quartet2_low_rank"}:
+        first, second = figures.paired(rows, row, "quintet")
+        found = re.search(rf"\| {row}: [^|]*\|[^|]*\| (\S+) \| (\S+) \|", account)
+        assert found.groups() == (f"{first:.1f}", f"{second:.1f}"), row
+    quartet2, quintet = ["{:.1f} and {:.1f}".format(*figures.paired(rows, row, "bf16"))
+                         for row in ("quartet2", "quintet")]
+    assert f"quartet2 ends {quartet2} above bf16, quintet {quintet}." in account
+    low_rank = rows["quartet2_low_rank"][31]
+    losses = {row: figures.final(rows[row][31]) for row in ("bf16", "quintet", "quartet2")}
+    above, below = [1e3 * (figures.final(low_rank) - losses[row]) for row in ("quintet", "quartet2")]
+    assert f"(once: {above:.1f} above quintet, and {-below:.1f} below quartet2, without any pull)" in account
+    end = 1e3 * (figures.final(low_rank) - losses["bf16"])
+    weights = 1e3 * (figures.in_bf16(low_rank) - losses["bf16"])
+    assert f"ends {end:.1f} above bf16; validated in bf16, its weights are {weights:.1f} above" in account
+    throughout = figures.read()["10m", "installed", ""]["bf16"]
+    late = [1e3 * (figures.final(rows["bf16"][seed]) - figures.final(throughout[seed])) for seed in (31, 32)]
+    assert "end {:.1f} and {:.1f} above those".format(*late) in account
+
+
 def test_the_long_account_has_what_quintet_closed_in_the_stated_test():
     account = (Path(figures.__file__).parent / "README.md").read_text()
     runs = figures.read()["10m", "novels", "quartet2-from-1000"]
