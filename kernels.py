@@ -1463,6 +1463,13 @@ class QuantizedMatmul(torch.autograd.Function):
             if ctx.parts == BF16_PARTS:
                 w_q = with_values(w_q)
         y = matmul(row, x_q, w_q)                                                      # (M, N)
+        if row.two_terms:
+            # Codes that FP4 tensor cores take come without values.
+            values = x_q.decoded
+            if ctx.parts == FP4_PARTS:
+                values = operand(row.x, x, None, BF16_PARTS).decoded
+            lost = operand(row.x, x - values, None, ctx.parts)                         # (M, K)
+            y = y + matmul(row, lost, w_q)
 
         # Kept for the backward pass: NVFP4 as it was multiplied, or, where the recipe says so, bf16.
         w_kept = operand("bf16", w, None, BF16_PARTS) if row.original and row.dx.other else w_q

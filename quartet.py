@@ -619,6 +619,7 @@ class Recipe(NamedTuple):
     dw: Gemm                   # dw = dy^T x
     original: bool = False     # quantize w and x again from their bf16 values, not from the stored NVFP4
     dampen: float = 0.0        # how strongly w is pulled towards its quantized value: section 12
+    two_terms: bool = False    # y: by a fourth GEMM, multiply what quantizing x has lost, too
 
 
 NVIDIA = Recipe(
@@ -729,6 +730,12 @@ def forward_gemm(row, x, w, w_q):
     # --- y = x w^T, summed over K ---
     x_q = quantize(row.x, x)                                               # (M, K)
     y = matmul(x_q, w_q)                                                   # (M, N)
+    if row.two_terms:
+        # A second term: what x has lost, in 4 bits. The difference is exact in bf16, as x is at most twice
+        # its quantized value and at least half of it, or is lost whole. The backward pass takes the first
+        # term only. ARCQuant, arXiv:2601.07475, does so for some columns of x in trained models.
+        lost = x - decode(x_q, torch.bfloat16)
+        y = y + matmul(quantize(row.x, lost), w_q)
 
     # Kept for the backward pass: NVFP4 as it was multiplied, or, where the recipe says so, bf16. A w that is
     # only transposed needs no bf16.

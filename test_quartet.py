@@ -971,6 +971,49 @@ def test_operands_left_in_bf16_are_multiplied_as_they_are(x_kind, w_kind, monkey
             assert same([linear(x)], [y])
 
 
+@parametrize("quantizer", ["rtn", "rtn_16x16", "four_six", "four_six_16x16", "scale_search"])
+def test_what_x_loses_by_quantizing_is_exact_in_bf16(quantizer, device):
+    # Every significand of a block's amax, in the middle of its block, beside all values of 12 octaves below.
+    significands = 1 + torch.arange(128) / 128
+    values = (2.0 ** -torch.arange(1, 13)[:, None] * significands).flatten()
+    values = torch.cat([values, -values])[torch.randperm(24 * 128)]
+    x = values.repeat(128, 1).view(128, -1, 12)
+    amax = significands[:, None, None].expand(-1, x.shape[1], 2)
+    x = torch.cat([x[..., :6], amax, -amax, x[..., 6:]], -1).flatten(1).bfloat16().to(device)
+    found = x - decode(quartet.quantize(quantizer, x), bfloat16)
+    assert found.dtype == bfloat16
+    assert equal(found.double(), x.double() - decode(quartet.quantize(quantizer, x)).double())
+
+
+IN_TWO_TERMS = {f"{recipe} in two terms": RECIPES[recipe]._replace(two_terms=True)
+                for recipe in ("nvidia", "quartet2", "quintet")}
+
+
+@parametrize("recipe", IN_TWO_TERMS)
+def test_a_second_term_of_x_makes_y_nearly_that_of_x_and_changes_no_gradient(recipe, device, monkeypatch):
+    monkeypatch.setitem(RECIPES, recipe, IN_TWO_TERMS[recipe])
+    one, x, dy = layer(recipe.split()[0], 200, 128, device=device)
+    two, _, _ = layer(recipe, 200, 128, device=device)
+    y, *gradients = step(one, x, dy)
+    y_two, *gradients_two = step(two, x, dy)
+    assert same(gradients_two, gradients)
+
+    # The sum of two products of 4-bit values, of which one is the product of one term.
+    quantizer, w_quantizer = FORWARD[recipe.split()[0]]
+    x = x.detach()
+    w = decode(quartet.quantize(w_quantizer, one.weight.detach()))
+    first = decode(quartet.quantize(quantizer, x))
+    second = decode(quartet.quantize(quantizer, x - first))
+    torch.testing.assert_close(y_two.double(), ((first + second).double() @ w.double().T), rtol=2**-7, atol=0.05)
+
+    # Beside the first term's error, which is a share of x, little is left: the same share of that, and bf16's.
+    exact = x @ w.T
+    share = (first - x).norm() / x.norm()
+    left = (y_two - exact).norm() / (y - exact).norm()
+    assert left < 1.5 * share
+    assert left > 0.7 * share
+
+
 def test_noise_and_signs_are_shared_by_no_operands_layers_or_steps(signs, monkeypatch):
     noise = []
 
@@ -1701,11 +1744,11 @@ def fp4_tensor_cores(monkeypatch):
 
 
 @parametrize("recipe, shape", [
-    *((recipe, (20, 32, 128)) for recipe in [*RECIPES_4BIT, *MIXED]),
+    *((recipe, (20, 32, 128)) for recipe in [*RECIPES_4BIT, *MIXED, *IN_TWO_TERMS]),
     *((recipe, shape) for recipe in ("nvidia", "quartet2") for shape in ((140, 144, 128), (20, 160, 256)))])
 def test_linear_gives_the_same_bits_with_kernels_and_on_fp4_tensor_cores(
         recipe, shape, monkeypatch, fp4_tensor_cores):
-    for name, row in MIXED.items():
+    for name, row in (MIXED | IN_TWO_TERMS).items():
         monkeypatch.setitem(RECIPES, name, row)
     M, K, N = shape
     x = integers(M, K).to(DEVICE).requires_grad_()

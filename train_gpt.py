@@ -108,6 +108,7 @@ class Config:
     bf16_last: int = 0              # so many last blocks, too (arXiv:2509.25149: 15% of them)
     bf16_end: float = 0.0           # this last share of the steps trains all layers in bf16 (same source)
     bf16_forward_end: float = 0.0   # in this last share of the steps the forward pass alone is in bf16
+    two_terms_end: float = 0.0      # in this last share of the steps inputs are multiplied in two 4-bit terms
     # data, optimizer, schedule
     corpus: str = "python"          # data/CORPUS_train_*.bin, written by data/prepare.py
     tokenizer: str = "auto"         # auto | bytes | gpt2: how tokens are text; auto: as prepare.py made them
@@ -465,8 +466,9 @@ def digest(*contents):
 # The optimizer is AdamW, or Muon for the matrices of the blocks. The learning rate rises, and then falls
 # along a cosine, or, by wsd (warm-up, stable, decay), stays and falls late along a line. Two things happen
 # late in a run. A recipe with `dampen` pulls weights towards their quantized values, as `ramp` grows
-# (quartet.py, section 12). And with --bf16_end, as in NVIDIA's recipe, the last steps train all layers in
-# bf16; with --bf16_forward_end only their forward pass.
+# (quartet.py, section 12). And the last steps may multiply more exactly. With --bf16_end, as in NVIDIA's
+# recipe, they train all layers in bf16; with --bf16_forward_end only the forward pass is in bf16; with
+# --two_terms_end all stays in 4 bits, and the forward pass multiplies x in two terms (quartet.py, section 10).
 
 DAMPEN_EVERY = 10      # steps; every tenth step, ten times as strongly, is cheaper
 
@@ -528,6 +530,8 @@ def recipe_of(c, step):
         return "bf16"
     if step > c.steps - c.steps * c.bf16_forward_end:
         return in_bf16_forward(c.recipe)
+    if step > c.steps - c.steps * c.two_terms_end:
+        return in_two_terms(c.recipe)
     return c.recipe
 
 
@@ -540,7 +544,17 @@ def in_bf16_forward(recipe):
     # A w that came as it was, in blocks of 16x16, is now quantized for dx alone, and needs no such blocks.
     dx = row.dx._replace(other=row.dx.other or row.w.removesuffix("_16x16"))
     # Where no weight is quantized forward, a pull has no aim.
-    quartet.RECIPES[name] = row._replace(x="bf16", w="bf16", dx=dx, dampen=0.0)
+    quartet.RECIPES[name] = row._replace(x="bf16", w="bf16", dx=dx, dampen=0.0, two_terms=False)
+    return name
+
+
+def in_two_terms(recipe):
+    """The name of a recipe's row whose forward pass multiplies x in two terms. RECIPES gets it."""
+    row = quartet.RECIPES[recipe]
+    if row is None:
+        return recipe
+    name = f"{recipe}+two_terms"
+    quartet.RECIPES[name] = row._replace(two_terms=True)
     return name
 
 
@@ -1157,7 +1171,7 @@ def recipes_by_step(c):
     """What recipe_of says of all steps, in words. Example: quartet2; from step 91 on bf16"""
     recipe = c.recipe
     words = [recipe]
-    for share in sorted([c.bf16_forward_end, c.bf16_end], reverse=True):
+    for share in sorted([c.two_terms_end, c.bf16_forward_end, c.bf16_end], reverse=True):
         first = int(c.steps - c.steps * share) + 1
         if recipe != recipe_of(c, first):
             recipe = recipe_of(c, first)
@@ -1742,7 +1756,8 @@ CHOICES = dict(backend=("auto", "torch", "triton"), compile=("auto", "on", "off"
 BOUNDS = {int: (1, 10**12), float: (0, 1e38)}                     # of a knob that has no others
 LIMITS = dict(layers=(1, 1000), seed=(0, 10**12))
 LIMITS |= dict.fromkeys(["width", "hidden", "vocab_size", "sequence"], (1, 2**20))
-LIMITS |= dict.fromkeys(["bf16_end", "bf16_forward_end", "warmup", "decay", "final_lr"], (0, 1))
+SHARES = "bf16_end", "bf16_forward_end", "two_terms_end", "warmup", "decay", "final_lr"
+LIMITS |= dict.fromkeys(SHARES, (0, 1))
 # What weights are made for
 SHAPE = {"layers", "width", "heads", "kv_heads", "qk_norm", "mlp", "hidden", "vocab_size", "tokenizer"}
 # What a resumed run may change. (Another device changes the last bits, and it is for you to say.)

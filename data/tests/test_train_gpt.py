@@ -331,6 +331,32 @@ def test_the_last_steps_may_leave_4_bits_in_the_forward_pass_alone(recipe, monke
     assert checkpoint(recipe)["step"] == 4
 
 
+@pytest.mark.parametrize("recipe", ["quintet", "nvidia", "bf16"])
+def test_the_last_steps_may_multiply_inputs_in_two_terms(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(quartet, "RECIPES", dict(RECIPES))      # it gets a row
+    c = train_gpt.Config(recipe=recipe, steps=10, two_terms_end=0.3, bf16_forward_end=0.2, bf16_end=0.1)
+    names = [train_gpt.recipe_of(c, step) for step in range(1, 11)]
+    if recipe == "bf16":
+        assert names == ["bf16"] * 10
+        return
+    late = f"{recipe}+two_terms"
+    assert names == [recipe] * 7 + [late, f"{recipe}+bf16_forward", "bf16"]
+    assert train_gpt.recipes_by_step(c) == (
+        f"{recipe}; from step 8 on {late}; from step 9 on {recipe}+bf16_forward; from step 10 on bf16")
+    assert quartet.RECIPES[late] == RECIPES[recipe]._replace(two_terms=True)
+
+    # A run does so, and what it ends with is what is validated, sampled, and loaded.
+    train(recipe=recipe, steps=4, two_terms_end=0.5, eval_every=4, name="late")
+    model, c = train_gpt.load_model("late")
+    assert model.blocks[0].up.recipe == c.recipe == late
+    data = train_gpt.Shards(c, train_gpt.find_corpus(c), "val", "cpu")
+    assert train_gpt.evaluate(model, data, c) == records("late")[-1]["val_loss"]
+    train_gpt.main(["eval", "late", f"--recipe={recipe}"])
+    capsys.readouterr()
+    with pytest.raises(train_gpt.UserError, match="--two_terms_end=1.5: it must be from 0 to 1"):
+        train_gpt.check_knobs(dataclasses.replace(c, recipe=recipe, two_terms_end=1.5))
+
+
 def test_a_model_is_loaded_in_one_line_with_the_forward_of_its_last_step(capsys):
     train(recipe="rtn", bf16_end=0.5, save_every=2)
     model, c = train_gpt.load_model("a")
