@@ -1004,9 +1004,10 @@ def test_a_second_term_of_x_makes_y_nearly_that_of_x_and_changes_no_gradient(rec
     w = decode(quartet.quantize(w_quantizer, one.weight.detach()))
     first = decode(quartet.quantize(quantizer, x))
     second = decode(quartet.quantize(quantizer, x - first))
-    torch.testing.assert_close(y_two.double(), ((first + second).double() @ w.double().T), rtol=2**-7, atol=0.05)
+    expected = (first + second).double() @ w.double().T
+    torch.testing.assert_close(y_two.double(), expected, rtol=2**-7, atol=0.05)
 
-    # Beside the first term's error, which is a share of x, little is left: the same share of that, and bf16's.
+    # Of the first term's error, which is a share of x, little is left: that share of it, and bf16's.
     exact = x @ w.T
     share = (first - x).norm() / x.norm()
     left = (y_two - exact).norm() / (y - exact).norm()

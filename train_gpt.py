@@ -108,7 +108,7 @@ class Config:
     bf16_last: int = 0              # so many last blocks, too (arXiv:2509.25149: 15% of them)
     bf16_end: float = 0.0           # this last share of the steps trains all layers in bf16 (same source)
     bf16_forward_end: float = 0.0   # in this last share of the steps the forward pass alone is in bf16
-    two_terms_end: float = 0.0      # in this last share of the steps inputs are multiplied in two 4-bit terms
+    two_terms_end: float = 0.0      # in this last share of the steps inputs come in two terms of 4 bits
     # data, optimizer, schedule
     corpus: str = "python"          # data/CORPUS_train_*.bin, written by data/prepare.py
     tokenizer: str = "auto"         # auto | bytes | gpt2: how tokens are text; auto: as prepare.py made them
@@ -467,8 +467,9 @@ def digest(*contents):
 # along a cosine, or, by wsd (warm-up, stable, decay), stays and falls late along a line. Two things happen
 # late in a run. A recipe with `dampen` pulls weights towards their quantized values, as `ramp` grows
 # (quartet.py, section 12). And the last steps may multiply more exactly. With --bf16_end, as in NVIDIA's
-# recipe, they train all layers in bf16; with --bf16_forward_end only the forward pass is in bf16; with
-# --two_terms_end all stays in 4 bits, and the forward pass multiplies x in two terms (quartet.py, section 10).
+# recipe, they train all layers in bf16; with --bf16_forward_end only the forward pass is in bf16. With
+# --two_terms_end all stays in 4 bits, and the forward pass multiplies x in two terms (quartet.py, section
+# 10).
 
 DAMPEN_EVERY = 10      # steps; every tenth step, ten times as strongly, is cheaper
 

@@ -506,8 +506,12 @@ def storage_in_words(c, state, packed, inputs):
              "pass multiplied (compressed-tensors, `nvfp4-pack-quantized`); all others are bf16. ")
     if inputs == 16:
         return words + "What loads the files does not quantize inputs (W4A16)."
-    return words + ("What loads the files quantizes the inputs of these layers, too (W4A4): to nearest, with "
-                    "a scale for every 16 and one of the layer, fixed by a batch of the validation split.")
+    words += ("What loads the files quantizes the inputs of these layers, too (W4A4): to nearest, with a scale "
+              "for every 16 and one of the layer, fixed by a batch of the validation split.")
+    if quartet.RECIPES[c.recipe].two_terms:
+        words += (" The last steps of training multiplied inputs in two terms of 4 bits each; here they have "
+                  "one, so that the loss is higher.")
+    return words
 
 
 CARD = """---

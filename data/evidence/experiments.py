@@ -25,6 +25,17 @@ minus quartet2_cage. Beside them, without a test: the share of quartet2's gap to
 sizes, with Fieller's interval; the gap of every rival. What has run is reported whichever way it went; seeds
 are taken in order and none is left out.
 
+Whether quintet closes half of the gap if inputs are in two terms in the last tenth of the steps
+(--two_terms_end=0.1), written down after 2 of these seeds had shown so from step 3000 on (README.md, section
+4), and before its runs:
+
+    10m quintet_two_end --corpus=installed --seeds=31,...,54
+    30m quintet_two_end --corpus=installed --steps=1526 --seeds=31,...,35
+
+It does if the share of quartet2's mean gap that it closes, over the 24 seeds at 10m, is at least 50%, and the
+lower end of Fieller's 95% interval above 40%. Beside it, without a test: the same at 30m; and the loss that a
+model so trained has if inputs are in one term again.
+
 An earlier test of quintet, of two rounds of rotation then, written down before its runs:
 `10m quartet2@1000+bf16,quintet --seeds=21,...,28`. It is better than quartet2 if the 95% interval (Student's
 t) of the mean paired difference of the last losses lies below 0; the goal is that this mean is 15% of
@@ -156,8 +167,9 @@ ROWS = {
     "quartet2_cage": QUARTET2._replace(dampen=10.0),
     # Backward from x and w in bf16, not from what the forward pass stored.
     "quartet2_original": QUARTET2._replace(original=True),
-    # quintet with two rounds of rotation.
+    # quintet with two rounds of rotation; with inputs in two terms in all steps.
     "quintet_x2": QUINTET._replace(dx=EDEN_X2, dw=EDEN_X2),
+    "quintet_two": QUINTET._replace(two_terms=True),
 }
 KNOBS = {    # row: its recipe, its knobs
     "quartet2_end": ("quartet2", "--bf16_end=0.1"),
@@ -165,6 +177,8 @@ KNOBS = {    # row: its recipe, its knobs
     "quartet2_blackwell": ("quartet2", "--gemm=blackwell"),
     "quartet2_nudged": ("quartet2",),                   # its start is changed by `nudge`
     "quintet_forward_end": ("quintet", "--bf16_forward_end=0.1"),
+    "quintet_two_end": ("quintet", "--two_terms_end=0.1"),
+    "quartet2_two_end": ("quartet2", "--two_terms_end=0.1"),
     **{f"{recipe}_linear": (recipe, "--schedule=wsd", "--decay=0.9", "--final_lr=0")     # linear decay to 0
        for recipe in ("bf16", "quartet2", "quintet")},
     **{row: (recipe, *knobs) for row, (recipe, _, *knobs) in ideas.IDEAS.items()}
@@ -417,20 +431,23 @@ def train_row(arguments):
     keep_checkpoints(keep, own.end)
     train_gpt.main(arguments)
     if Path("runs/run/result.json").exists():
-        add_loss_in_bf16(Path("runs/run"))
+        add_loss(Path("runs/run"), "val_loss_in_bf16", "bf16")
+        saved, _, _ = train_gpt.load("eval", "runs/run", {})
+        if saved.two_terms_end:
+            add_loss(Path("runs/run"), "val_loss_in_one_term", saved.recipe)
 
 
-def add_loss_in_bf16(run):
-    """Add val_loss_in_bf16 to a result: the last validation loss, had the forward pass been in bf16.
+def add_loss(run, name, recipe):
+    """Add to a result, under a name, the last validation loss, had the forward pass been by a recipe.
 
-    What is left of a gap by it is in the weights; the rest is what 4 bits lose in validation alone.
+    What is left of a gap in bf16 is in the weights; the rest is what 4 bits lose in validation alone.
     """
-    model, c = train_gpt.load_model(str(run), recipe="bf16")
+    model, c = train_gpt.load_model(str(run), recipe=recipe)
     data = train_gpt.Shards(c, train_gpt.find_corpus(c), "val", model.rope.device.type)
     loss = train_gpt.evaluate(model, data, c)
     path = run / "result.json"
     result = json.loads(path.read_text())
-    result["val_loss_in_bf16"] = loss if math.isfinite(loss) else None
+    result[name] = loss if math.isfinite(loss) else None
     path.write_text(json.dumps(result))
 
 

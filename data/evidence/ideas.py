@@ -20,9 +20,9 @@ that trains the row. All rows but the low-rank branch are quintet with one thing
 
 Late in training most of what quintet leaves comes from x: the pull makes w nearly exact. So these aim at x:
 
-    quintet_two            x in two terms, the second 4 bits of what the first has lost, forward only: a
-                           fourth GEMM. -7
-    quintet_two_end        that in the last tenth of the steps: -5
+    quintet_two            (a row of experiments.py) x in two terms, the second 4 bits of what the first has
+                           lost, forward only: a fourth GEMM. -7
+    quintet_two_end        (likewise) that in the last tenth of the steps: -5
     quintet_x_end          x in bf16 in the last tenth, w in 4 bits, as models are served whose weights alone
                            are in 4 bits: -5, as before, for a second term loses next to nothing
     quintet_forward_end    (a row of experiments.py) x and w in bf16 then: -6
@@ -262,14 +262,6 @@ def lost(layer, x):
     return rest.view(x.shape)
 
 
-def two_terms(plain, layer, x):
-    """y of x and of what it has lost, which is quantized like it. The backward pass knows the first only."""
-    y = plain(layer, x)
-    with torch.no_grad():
-        second = plain(layer, lost(layer, x))
-    return y + second
-
-
 def rest_forward(plain, layer, x):
     """y of x, and of what it has lost, along RANK singular vectors of the weight, in bf16."""
     y = plain(layer, x)
@@ -278,30 +270,14 @@ def rest_forward(plain, layer, x):
     return y + rest.to(y.dtype)
 
 
-def late(change):
-    """Let the last steps, those of --bf16_forward_end, train by change(row) of the recipe's row instead."""
+def x_in_bf16_late():
+    """In the last steps, those of --bf16_forward_end, only x is in bf16, and w in 4 bits."""
     def name_of(recipe):
-        name = f"{recipe}+late"
-        quartet.RECIPES[name] = change(quartet.RECIPES[recipe])
+        name = f"{recipe}+x_in_bf16"
+        quartet.RECIPES[name] = quartet.RECIPES[recipe]._replace(x="bf16")
         return name
 
     train_gpt.in_bf16_forward = name_of
-
-
-def x_in_bf16_late():
-    """Late x is in bf16, and w in 4 bits."""
-    late(lambda row: row._replace(x="bf16"))
-
-
-def two_terms_late():
-    """Late x is in two terms."""
-    def forward(plain, layer, x):
-        if layer.recipe.endswith("+late"):
-            return two_terms(plain, layer, x)
-        return plain(layer, x)
-
-    late(lambda row: row)
-    in_4_bits(forward)
 
 
 # ---- 5. The rows -------------------------------------------------------------------------------------------
@@ -321,8 +297,6 @@ IDEAS = {    # row: its recipe, what changes train_gpt.py or quartet.py, its kno
     "quintet_mean": ("quintet", partial(in_4_bits, partial(split_forward, of_dy=False))),
     "quintet_mean_dy": ("quintet", partial(in_4_bits, partial(split_forward, of_dy=True))),
     "quartet2_low_rank": ("quartet2", partial(low_rank, low_rank_forward)),
-    "quintet_two": ("quintet", partial(in_4_bits, two_terms)),
-    "quintet_two_end": ("quintet", two_terms_late, "--bf16_forward_end=0.1"),
     "quintet_x_end": ("quintet", x_in_bf16_late, "--bf16_forward_end=0.1"),
     "quintet_rest": ("quintet", partial(low_rank, rest_forward)),
 }

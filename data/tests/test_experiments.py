@@ -114,6 +114,16 @@ def fails_if_it_trains(*run):
     pytest.fail(f"trained: {run}")
 
 
+def test_a_run_that_ends_in_two_terms_tells_what_one_term_would_lose(results, forked):
+    experiments.main(["tiny", "quintet,quintet_two_end", *SHORT, "--steps=10"])
+    one, two = [read(results / f"tiny-python-{row}-1.jsonl") for row in ("quintet", "quintet_two_end")]
+    assert "val_loss_in_one_term" not in one[-1]
+    assert two[0]["recipe"] == "quintet; from step 10 on quintet+two_terms"
+    losses = {two[-1][name] for name in ("val_loss", "val_loss_in_one_term", "val_loss_in_bf16")}
+    assert len(losses) == 3
+    assert max(losses) - min(losses) < 0.1
+
+
 def test_runs_are_kept_not_repeated_and_paired_by_seed(results, forked, monkeypatch, capsys):
     experiments.main(["tiny", "bf16,fwd_rtn", "--jobs=2", *SHORT])
     before = {path: path.stat().st_mtime_ns for path in results.iterdir()}

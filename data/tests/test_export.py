@@ -411,6 +411,16 @@ def test_the_model_card_says_what_the_model_is(run, trained, knobs, said):
     assert differing <= train_gpt.HARMLESS | {"name", "corpus", "tokenizer"}
 
 
+def test_the_model_card_says_that_inputs_had_two_terms_and_have_one(monkeypatch):
+    monkeypatch.setattr(quartet, "RECIPES", dict(quartet.RECIPES))      # it gets a row
+    c = train_gpt.Config(**KNOBS | dict(two_terms_end=0.5))
+    late = dataclasses.replace(c, recipe=train_gpt.recipe_of(c, c.steps))
+    state = train_gpt.GPT(c).state_dict()
+    one, two = [export.storage_in_words(config, state, True, 4) for config in (c, late)]
+    assert two.startswith(one) and "two terms of 4 bits each; here they have one" in two[len(one):]
+    assert export.storage_in_words(late, state, True, 16) == export.storage_in_words(c, state, True, 16)
+
+
 def test_the_model_card_leaves_out_what_is_not_known():
     c = train_gpt.Config(**KNOBS | dict(steps=100, eval_every=30, init_from="/home/me/runs/b"))
     checkpoint = dict(config=vars(c), step=29, processes=2, code="c", corpus="d",

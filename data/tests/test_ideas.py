@@ -165,27 +165,6 @@ def linear_and_exact():
     return linear, x, x.double() @ linear.weight.detach().double().T
 
 
-def test_a_second_term_leaves_of_the_error_of_x_what_4_bits_lose_of_it():
-    linear, x, exact = linear_and_exact()
-    dy = torch.randn(4, 32, 128).bfloat16()
-
-    def products():
-        torch.manual_seed(0)
-        y = linear(x.requires_grad_())
-        return y, *torch.autograd.grad(y, (x, linear.weight), dy)
-
-    before = products()
-    ideas.in_4_bits(ideas.two_terms)
-    after = products()
-    # Of x is lost 8% of its size (NMSE 6.7e-3), and of that again 8%. The products and their sum are rounded
-    # to bf16, by 2^-9 of themselves at most.
-    rest = (before[0] - exact).norm() / exact.norm()
-    assert 0.07 < rest < 0.1
-    assert (after[0] - exact).norm() / exact.norm() < 0.1 * rest + 3 * 2.0**-9
-    # Gradients are as before.
-    assert all(map(torch.equal, after[1:], before[1:]))
-
-
 def test_along_all_singular_vectors_nothing_of_x_is_lost():
     linear, x, exact = linear_and_exact()
     linear.register_buffer("branch", linear.weight.detach())
@@ -198,10 +177,9 @@ def test_along_all_singular_vectors_nothing_of_x_is_lost():
     assert torch.equal(linear(x), before)
 
 
-@pytest.mark.parametrize("row", ["quintet_two_end", "quintet_x_end"])
-def test_late_x_is_nearly_exact_and_w_in_4_bits(row):
+def test_late_x_is_exact_and_w_in_4_bits():
     linear, x, exact = linear_and_exact()
-    _, change, knob = ideas.IDEAS[row]
+    _, change, knob = ideas.IDEAS["quintet_x_end"]
     change()
     assert knob == "--bf16_forward_end=0.1"
     c = train_gpt.Config(recipe="quintet", steps=10, bf16_forward_end=0.1)
@@ -209,16 +187,16 @@ def test_late_x_is_nearly_exact_and_w_in_4_bits(row):
     for step in 9, 10:
         linear.recipe = train_gpt.recipe_of(c, step)
         errors.append(((linear(x) - exact).norm() / exact.norm()).item())
-    # As above: 8%; and 8% of that, with three roundings to bf16
+    # Of x is lost 8% of its size (NMSE 6.7e-3); then nothing, and y is rounded to bf16.
     assert 0.07 < errors[0] < 0.1
-    assert errors[1] < 0.1 * errors[0] + 3 * 2.0**-9
+    assert errors[1] < 2.0**-9
 
     # The weight is still pulled, and rounded: another one has another product.
     assert quartet.RECIPES[linear.recipe].dampen == 10
     linear.weight.data += 1e-3 * torch.randn(linear.weight.shape)
     y = linear(x)
     on_grid = quartet.on_grid(linear.weight.detach().bfloat16(), "quintet").double()
-    assert (y - x.double() @ on_grid.T).norm() < (0.1 * errors[0] + 3 * 2.0**-9) * y.norm()
+    assert (y - x.double() @ on_grid.T).norm() < 2.0**-9 * y.norm()
 
 
 def test_a_pull_by_another_power():
