@@ -2,10 +2,10 @@
 
     python data/evidence/rounding.py RUN ... [--tokens=4194304] [--out=FILE]
 
-Each checkpoint is validated in bf16, and then with parts in 4 bits: x, w or both, of all hidden layers; then x
-of layers of one kind, and of one block. Nothing is trained. Two rows help to read the others. "noise" is x
+Each checkpoint is validated in bf16, and then with parts in 4 bits: x, w or both, of all hidden layers; then
+x of layers of one kind, and of one block. Nothing is trained. Two rows help to read the others. "noise" is x
 plus normal noise that has, in each block of 16, the mean square of what scale_search loses there: if it costs
-as much, no rounding of x of that squared error can do better. "two terms" is x as --two_terms_end has it.
+as much, only the squared error of a rounding counts. "two terms" is x as --two_terms_end has it.
 """
 import argparse
 import dataclasses
@@ -97,7 +97,7 @@ def main(argv):
     """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", help="of train_gpt.py: paths, or names in runs/")
-    parser.add_argument("--tokens", type=int, help="of validation text, at most; default: the run's eval_tokens")
+    parser.add_argument("--tokens", type=int, help="of validation text at most (the run's eval_tokens)")
     parser.add_argument("--out", help="the numbers, a line of JSON each")
     options = parser.parse_args(argv)
     quartet.QUANTIZERS["noise"] = noise
