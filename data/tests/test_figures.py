@@ -562,6 +562,11 @@ def test_the_long_account_has_the_first_screening_of_ideas():
     quartet2, quintet = ["{:.1f} and {:.1f}".format(*figures.paired(rows, row, "bf16"))
                          for row in ("quartet2", "quintet")]
     assert f"quartet2 ends {quartet2} above bf16, quintet {quintet}." in account
+    readme = " ".join((Path(figures.__file__).parents[2] / "README.md").read_text().split())
+    ends = [statistics.mean(figures.paired(rows, row, "bf16"))
+            for row in ("quintet_two_end", "quintet", "quartet2")]
+    words = "ended {:.1f} above bf16, where quintet ended {:.1f} and quartet2 {:.1f} above. These were two seeds"
+    assert words.format(*ends) in readme
     low_rank = rows["quartet2_low_rank"][31]
     losses = {row: figures.final(rows[row][31]) for row in ("bf16", "quintet", "quartet2")}
     above, below = [1e3 * (figures.final(low_rank) - losses[row]) for row in ("quintet", "quartet2")]
