@@ -12,7 +12,7 @@ Validated in bf16: the gap if neither forward pass is in 4 bits, which is what t
 A second table tells what rows close of the base's gap (Fieller's interval), after which share of the steps
 they have the last losses of the base and of bf16 (median over seeds, and in how many of these), and how far
 above them they are in equal time. Between two validations losses are taken to fall evenly.
-A last table has the tests that experiments.py states for corpus `installed`.
+Last come the tests that experiments.py states for corpus `installed`.
 data/evidence/results/bias-*.jsonl, of data/evidence/bias.py --out, become a picture too.
 """
 import argparse
@@ -386,6 +386,19 @@ def verdicts(runs):
         print(*cells, sep="")
 
 
+def half_closed(runs):
+    """Print the test of half of the gap, as experiments.py states it, if any of its runs are there."""
+    rows = {row: {seed: run for seed, run in of_row.items() if seed in PRIMARY.seeds}
+            for row, of_row in runs.get((PRIMARY.size, "installed", ""), {}).items()}
+    seeds = differences(rows, "quintet_two_end", "quartet2").keys() & rows.get("bf16", {}).keys()
+    if seeds:
+        share, low, high = share_closed(rows, "quintet_two_end", "quartet2")
+        verdict = "yes" if share >= 0.5 and low > 0.4 else "no"
+        print(f"\nquintet_two_end, {len(seeds)} of {len(PRIMARY.seeds)} seeds: closes {share:.0%} of "
+              f"quartet2's gap, {low:.0%} to {high:.0%}")
+        print(f"half of it is 50%, with a lower end above 40%: {verdict}")
+
+
 # ---- 3. What pictures share --------------------------------------------------------------------------------
 
 # What rows are called in pictures. A row that is not here keeps its name. To dampen w, as quintet does too,
@@ -398,6 +411,9 @@ NAMES = {
     "quartet2": "Quartet II",
     "quintet": "quintet (ours)",
     "quintet_x2": "quintet with two rounds of rotation",
+    "quintet_two": "quintet, inputs in two terms",
+    "quintet_two_end": "quintet, last 10% of steps: inputs in two terms",
+    "quartet2_two_end": "Quartet II, last 10% of steps: inputs in two terms",
     "fwd_rtn": "forward only: RTN",
     "fwd_four_six": "forward only: 4/6",
     "fwd_rtn_16x16": "forward only: RTN, w in 16x16 blocks",
@@ -1004,6 +1020,7 @@ def tabulate(base):
         _, _, start = key
         progress(start, rows, base or "quartet2")
     verdicts(runs)
+    half_closed(runs)
     draw(runs)
 
 

@@ -286,6 +286,27 @@ def test_stated_tests_take_their_seeds_and_no_others(capsys):
     assert cage == f"{'quartet2_cage, 10m':40}  0 of  8"
 
 
+def test_half_of_the_gap_is_closed_if_the_interval_allows_no_less_than_40_percent(capsys):
+    def printed(late, seeds):
+        noise = {seed: 1e-4 * (seed % 5 - 2) for seed in seeds}
+        losses = dict(bf16=1.0, quartet2=1.02, quintet_two_end=late)
+        return figures.half_closed({("10m", "installed", ""): {
+            row: {seed: Run({9: loss}, {}, dict(val_loss=loss + noise[seed] * (row == "quintet_two_end")))
+                  for seed in seeds} for row, loss in losses.items()}})
+
+    printed(1.0099, range(31, 55))
+    closed, verdict = capsys.readouterr().out.splitlines()[1:]
+    assert re.fullmatch(r"quintet_two_end, 24 of 24 seeds: closes 50% of quartet2's gap, 50% to 51%", closed)
+    assert verdict == "half of it is 50%, with a lower end above 40%: yes"
+    # Less than half; more than half, of too few seeds to know; seeds that are none of the test's; none
+    for late, seeds in (1.0102, range(31, 55)), (1.0099, [31]):
+        printed(late, seeds)
+        assert capsys.readouterr().out.endswith(": no\n")
+    printed(1.0, [30, 55])
+    assert not capsys.readouterr().out
+    figures.half_closed({})
+
+
 def test_pictures_of_runs_quantizers_and_means(results, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot", reason="pictures need matplotlib")
     parameters = "9, 1,500,000 without embedding and head"
@@ -565,7 +586,7 @@ def test_the_long_account_has_the_first_screening_of_ideas():
     readme = " ".join((Path(figures.__file__).parents[2] / "README.md").read_text().split())
     ends = [statistics.mean(figures.paired(rows, row, "bf16"))
             for row in ("quintet_two_end", "quintet", "quartet2")]
-    words = "ended {:.1f} above bf16, where quintet ended {:.1f} and quartet2 {:.1f} above. These were two seeds"
+    words = "ended {:.1f} above bf16, where quintet ended {:.1f} and quartet2 {:.1f} above. These were two"
     assert words.format(*ends) in readme
     low_rank = rows["quartet2_low_rank"][31]
     losses = {row: figures.final(rows[row][31]) for row in ("bf16", "quintet", "quartet2")}
