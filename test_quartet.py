@@ -1969,18 +1969,30 @@ def test_the_check_of_gemms_tells_another_order_from_a_wrong_sum(fp4_tensor_core
     emulated = kernels.fp4_gemm
     monkeypatch.setattr(kernels, "fp4_gemm", lambda a, _, b, __: quartet.fp4_gemm(a, b))
     report = bench.Report()
-    lines = lines_by(as_probed)
-    assert len(lines) == 3 and all(" 100.0000% " in line for line in lines) and report.good
-    lines = lines_by(wrong_once)
-    assert len(lines) == 6 and " 99.9939% " in lines[0] and not report.good
-    assert lines[1] == "WRONG: 128 x 128 x 2048, 4/6 of N(0, 1), in Triton: some outputs are far from " \
-                       "quartet.fp4_matmul's"
+    *rows, verdict = lines_by(as_probed)
+    assert len(rows) == 3 and all(line.split("in Triton")[1].split()[0] == "100.0000%" for line in rows)
+    assert verdict == "the GEMM in Triton: most like fp4_matmul, in 49,152 of 49,152 outputs"
+    # Where half cancels, every other rule is told apart.
+    others = [float(share[:-1]) for share in rows[2].split("in Triton")[1].split()[1:]]
+    assert len(others) == 4 and max(others) < 50
+    assert report.good
 
-    # The emulated one must be what it emulates.
+    rows = lines_by(wrong_once)
+    assert rows[0].split("in Triton")[1].split()[0] == "99.9939%" and not report.good
+    assert rows[1] == ("WRONG: 128 x 128 x 2048, 4/6, in Triton: some outputs are far from "
+                       "quartet.fp4_matmul's")
+
+    # One that adds to nearest is no fault, and is named.
+    report = bench.Report()
+    nearest = bench.RULES["nearest"]
+    *_, verdict = lines_by(lambda a, b: nearest(nvfp4(*a), nvfp4(*b)))
+    assert report.good and "most like nearest, in 49,152 of 49,152" in verdict
+
+    # The emulated one must be what it emulates. (One group of 64 and its negative leave 0, also times that.)
     monkeypatch.setattr(kernels, "fp4_gemm", lambda *args: emulated(*args) * (1 + 2.0**-8))
     report = bench.Report()
     bench.check_gemms(report, DEVICE, False, [(32, 32, 128)])
-    assert capsys.readouterr().out.count(", emulated: not the bits of quartet.fp4_matmul") == 3
+    assert capsys.readouterr().out.count(", emulated: not the bits of quartet.fp4_matmul") == 2
     assert not report.good
 
 

@@ -644,15 +644,45 @@ def operands(device):
     def by_ms_eden(M, N, K):
         return quartet.ms_eden(normal(M, K), R, 1), quartet.ms_eden(normal(N, K), R, 2)
 
-    def of_columns(M, N, K):
-        a = normal(M, K) * (4 * torch.randn(K, device=device)).exp()
-        return quartet.four_six(a), quartet.four_six(normal(N, K))
+    def of_many_sizes(rows, K):
+        powers = torch.randint(15, (K // BLOCK,), device=device).repeat_interleave(BLOCK)
+        return quartet.four_six(normal(rows, K) * 2.0**powers)
 
-    return {
-        "4/6 of N(0, 1)": by_four_six,
-        "MS-EDEN of N(0, 1)": by_ms_eden,
-        "4/6, columns of a times exp(4 N(0, 1))": of_columns,
-    }
+    def cancelling(M, N, K):
+        # Blocks of columns of different size, and then the same with the other sign: what is left of a sum
+        # are the roundings on the way, which tell in which order, and how, it was added.
+        return twice(of_many_sizes(M, K // 2)), twice(of_many_sizes(N, K // 2), sign=8)
+
+    return {"4/6": by_four_six, "MS-EDEN": by_ms_eden, "cancelling": cancelling}
+
+
+def twice(t, sign=0):
+    """NVFP4 (M, K) -> (M, 2 K): once more beside itself, with sign=8 with the other sign."""
+    codes = torch.cat([t.codes, t.codes ^ (sign | sign << 4)], 1)
+    scale = torch.cat([t.block_scale.view(torch.uint8)] * 2, 1).view(torch.float8_e4m3fn)
+    return t._replace(codes=codes, block_scale=scale)
+
+
+def in_groups(size, add):
+    """-> a function of NVFP4 a, b: a b^T in bf16 from exact sums of `size` products, which `add` adds up."""
+    def multiply(a, b):
+        total = torch.zeros(len(a.codes), len(b.codes), device=a.codes.device)
+        groups = zip(quartet.decode(a).double().split(size, 1), quartet.decode(b).double().split(size, 1))
+        for a_part, b_part in groups:
+            total = add(total, (a_part @ b_part.T).float())
+        return total.bfloat16()
+
+    return multiply
+
+
+# How a GEMM might add. The first is the published probe's rule, groups of 64 toward zero; others vary it.
+RULES = {
+    "fp4_matmul": quartet.fp4_matmul,
+    "float32": quartet.matmul,
+    "nearest": in_groups(64, torch.add),
+    "by 32": in_groups(32, quartet.add_toward_zero),
+    "by 128": in_groups(128, quartet.add_toward_zero),
+}
 
 
 def gemms(native):
@@ -672,23 +702,34 @@ def gemms(native):
 
 
 def check_gemms(report, device, native, shapes):
-    """Print how many outputs of each GEMM are those of quartet.fp4_matmul, and those of sums in float32.
+    """Print how many outputs of each GEMM are those of quartet.fp4_matmul, and of other RULES.
 
     Another order of summation than the published one is no fault. Outputs that no order explains are one. The
-    GEMM in float32 is quartet.matmul itself: its second column is 100%, and its first tells how much it
-    matters how a GEMM adds. The emulated one is fp4_matmul in Triton: its first column must be 100%.
+    GEMM in float32 is quartet.matmul itself: its column is 100%, and the others tell how much it matters how
+    a GEMM adds. The emulated one is fp4_matmul in Triton: that column must be 100%.
     """
-    print(f"{'of all outputs, these are equal to those of':70}{'fp4_matmul':>12}{'float32 sums':>14}")
+    print("of a GEMM's outputs in bf16, so many have all the bits that they would have by a rule:\n"
+          "fp4_matmul, what was published of a GB200: exact sums of 64 products, added toward zero; nearest: "
+          "these added\nto nearest; by 32, by 128: sums of so many; float32: as GPUs add that have no FP4 "
+          "tensor cores\n"
+          f"{'M x N x K, operands, GEMM':44}{''.join(f'{rule:>12}' for rule in RULES)}")
+    totals = {}
     for what, make in operands(device).items():
         for shape in shapes:
             title = f"{' x '.join(map(str, shape))}, {what}"
-            report.attempt(title, lambda: check_sums(report, title, *make(*shape), native))
+            report.attempt(title, lambda: check_sums(report, title, *make(*shape), native, totals))
+    for name, (outputs, equal) in totals.items():
+        rule = max(RULES, key=equal.get)
+        print(f"the GEMM {name}: most like {rule}, in {equal[rule]:,} of {outputs:,} outputs", flush=True)
 
 
-def check_sums(report, title, a, b, native):
-    """Print and keep the rows of check_gemms for one a NVFP4 (M, K) and one b NVFP4 (N, K)."""
-    expected = quartet.fp4_matmul(a, b)
-    plain = quartet.matmul(a, b)
+def check_sums(report, title, a, b, native, totals):
+    """Print and keep the rows of check_gemms for one a NVFP4 (M, K) and one b NVFP4 (N, K).
+
+    totals, {GEMM: (outputs, {rule: those that are equal})}, grows.
+    """
+    by_rule = {rule: multiply(a, b) for rule, multiply in RULES.items()}
+    expected = by_rule["fp4_matmul"]
     # Sums of K terms err by K 2^-23 of their magnitudes, rounded toward zero or to nearest, and two roundings
     # to bf16 by 2^-8 of the result each.
     magnitude = quartet.decode(a).double().abs() @ quartet.decode(b).double().abs().T
@@ -698,12 +739,12 @@ def check_sums(report, title, a, b, native):
         y = report.attempt(named, lambda: f(a, b))
         if y is None:
             continue
-        as_probed = (y == expected).double().mean().item()
-        as_plain = (y == plain).double().mean().item()
-        print(f"{named:70}{as_probed:12.4%}{as_plain:14.4%}", flush=True)
-        report.keep("gemm", gemm=name, of=title, outputs=y.numel(), as_fp4_matmul=as_probed,
-                    as_float32=as_plain)
-        if name == "emulated" and as_probed < 1:
+        equal = {rule: (y == other).sum().item() for rule, other in by_rule.items()}
+        print(f"{named:44}{''.join(f'{count / y.numel():12.4%}' for count in equal.values())}", flush=True)
+        report.keep("gemm", gemm=name, of=title, outputs=y.numel(), equal=equal)
+        outputs, before = totals.get(name, (0, dict.fromkeys(RULES, 0)))
+        totals[name] = outputs + y.numel(), {rule: before[rule] + equal[rule] for rule in RULES}
+        if name == "emulated" and equal["fp4_matmul"] < y.numel():
             report.fault(f"{named}: not the bits of quartet.fp4_matmul")
         if not ((y.double() - expected.double()).abs() <= allowed).all():
             report.fault(f"{named}: some outputs are far from quartet.fp4_matmul's")
