@@ -1048,8 +1048,8 @@ def tile_options(major, row):
     options = {"FP4": major > 9, "COLUMNS": 128, "W": 64, "num_warps": 8, "num_stages": 1}
     if major == 9:
         # wgmma. With 128 registers a thread, two programs fit on a multiprocessor. Left alone, the compiler
-        # may take more, and then one fits. To keep to 128, sr and ms_eden_46 spill a little; but with 168 an
-        # H200 takes 25 to 36% longer for sr and ms_eden (data/evidence/README.md, section 7).
+        # may take more, and then one fits. To keep to 128, sr spills a little; but with 168 an H200 takes 25
+        # to 36% longer for sr and ms_eden (data/evidence/README.md, section 7).
         options["maxnreg"] = 128
         if not row:
             # Twice as many programs of half the size overlap better: an H200 takes 6 to 12% less time.

@@ -53,7 +53,7 @@ def quantizers():
     return [name for name in quartet.QUANTIZERS if mode_of(name)[0] in kernels.MODES]
 
 
-# The recipes whose kernels must not spill. Others may, a little: sr and ms_eden_46 do on Hopper.
+# The recipes whose kernels must not spill. Others may, a little: sr does on Hopper.
 MAIN = ("quartet2", "quintet")
 
 
@@ -429,8 +429,12 @@ def predict(bounds, gpu):
 # ---- 3. The first run on a GPU -----------------------------------------------------------------------------
 #
 # What an owner of a GPU sees: the machine, whether every op gives quartet.py's bits, how the GEMMs add, how
-# long all takes. A fault must not hide another, so what raises is told, and the rest goes on. (After a fault
-# of the device, such as a wrong address, everything raises.)
+# long all takes. A fault must not hide another, so what raises is told, and the rest goes on. Only after a
+# fault of the device, such as a wrong address, nothing runs any more in this process.
+
+class DeviceFailed(Exception):
+    """The GPU takes no more work from this process."""
+
 
 class Report:
     """Keeps what the first run finds in a file, if there is one: a line of JSON each. Tells what is wrong."""
@@ -453,15 +457,33 @@ class Report:
         print(f"WRONG: {text}", flush=True)
         self.keep("fault", text=text)
 
+    def note(self, text):
+        """Print and keep what could not be done here, though nothing is wrong."""
+        print(f"left out: {text}", flush=True)
+        self.keep("note", text=text)
+
     def attempt(self, name, f):
-        """f(), or None if it raises, which is a fault."""
+        """f(), or None if it raises, which is a fault, unless memory is short. DeviceFailed if the GPU did."""
         try:
             found = f()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()            # a kernel that fails does so later than its launch
+            wait_for_gpu()                          # a kernel that fails does so later than its launch
             return found
+        except DeviceFailed:
+            raise
+        except torch.OutOfMemoryError:
+            self.note(f"{name}: takes more memory than is free")
         except Exception as e:                      # whatever a compiler, a driver or PyTorch raises
             self.fault(f"{name}: {type(e).__name__}: {e}")
+            try:
+                wait_for_gpu()
+            except Exception:
+                raise DeviceFailed from e
+
+
+def wait_for_gpu():
+    """Wait until the GPU has done all that it was given; raises what it found wrong."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def smi(device):
@@ -830,8 +852,10 @@ def time_op(report, title, case, parts, c, gpu, seconds):
     # Codes alone, which are not predicted, and faults leave gaps in the row.
     least = apart = None
     if parts != kernels.NVFP4_PARTS:
-        found = report.attempt(f"{title}, prediction", lambda: predicted(case, c, gpu))
-        least, apart = found or (None, None)
+        try:
+            least, apart = predicted(case, c, gpu)
+        except Exception as e:                      # Triton 3.6 has no disassembler for a B300, say
+            report.note(f"{title}, prediction: {type(e).__name__}: {e}")
     compiled = report.attempt(f"{title}, torch.compile", lambda: time_compiled(case, parts, seconds))
     ratio = f"{compiled / taken:7.1f}" if compiled else ""
     times = "".join(in_us(t) for t in (taken, encoding, least, apart))
@@ -918,16 +942,31 @@ LAYER = 4096, 4096    # features in and out
 
 def first_run(report, device, native):
     """All that `python kernels.py` prints."""
-    print("1. The machine", flush=True)
+    sections = {
+        "The machine": lambda: tell_machine(report, device),
+        "Every op against quartet.py": lambda: check(report, device, SHAPES),
+        "How the GEMMs add": lambda: check_gemms(report, device, native, GEMM_SHAPES),
+        "Times": lambda: time_all(report, device, native),
+    }
+    try:
+        for number, (title, section) in enumerate(sections.items(), 1):
+            print(f"{number}. {title}", flush=True)
+            report.attempt(title, section)
+            print()
+    except DeviceFailed:
+        report.fault("after that the GPU took no more work: the rest has not run")
+
+
+def tell_machine(report, device):
+    """Print and keep what `machine` knows."""
     found = machine(device)
     for what, value in found.items():
         print(f"{what:>18}  {value}")
     report.keep("machine", **found)
-    print("\n2. Every op against quartet.py", flush=True)
-    check(report, device, SHAPES)
-    print("\n3. How the GEMMs add", flush=True)
-    check_gemms(report, device, native, GEMM_SHAPES)
-    print("\n4. Times", flush=True)
+
+
+def time_all(report, device, native):
+    """The times of ops and layers."""
     torch.set_float32_matmul_precision("high")      # TF32 for the rival's x R: exact if x is bf16
     seconds = cold_timer(device)
     for M, K in TIMED:
@@ -946,21 +985,28 @@ def main(argv=None):
     parser.add_argument("--dump", metavar="DIR", help="with --target: keep cubins, PTX, SASS there")
     arguments = parser.parse_args(argv)
     if arguments.target:
+        if kernels.INTERPRET:
+            sys.exit("kernels.py: --target compiles, and TRITON_INTERPRET=1 interprets: unset it")
         with tempfile.TemporaryDirectory() as directory:
             dump = Path(arguments.dump or directory)
             dump.mkdir(parents=True, exist_ok=True)
             return int(not compile_for(arguments.target, dump))
     if not torch.cuda.is_available():
         sys.exit("to check and time the kernels, python kernels.py needs a GPU; --target works anywhere")
+    lacks = quartet.load_kernels()
+    if lacks:
+        sys.exit(f"kernels.py needs {lacks}")
     try:
         report = Report(arguments.json)
     except OSError as e:
         sys.exit(f"kernels.py: --json={arguments.json}: {e.strerror}; take another name")
     device = torch.device("cuda", torch.cuda.current_device())
     first_run(report, device, kernels.major(device) >= 10)
-    print("\nno fault was found" if report.good else "\nsomething is WRONG: see above")
+    print("no fault was found" if report.good else "something is WRONG: see above")
     if arguments.json:
         print(f"written to {arguments.json}")
+    else:
+        print("with --json=FILE all of it is kept; on a Blackwell, please send that (README.md)")
     return int(not report.good)
 
 

@@ -240,6 +240,60 @@ def test_what_raises_is_told_and_hides_nothing_else(monkeypatch, capsys, tmp_pat
     assert layers == ["quartet2", "bf16"]
 
 
+def test_what_could_not_be_done_is_no_fault(monkeypatch, capsys, tmp_path):
+    in_place_of_a_gpu(monkeypatch)
+
+    def no_disassembler(c, gpu, file):
+        raise RuntimeError("cuobjdump failed")
+
+    def too_large(*arguments):
+        raise torch.OutOfMemoryError("tried to allocate 1000 GiB")
+
+    monkeypatch.setattr(bench, "cost_of", no_disassembler)
+    monkeypatch.setattr(bench, "time_block", too_large)
+    report = bench.Report(tmp_path / "found.jsonl")
+    bench.first_run(report, torch.device(DEVICE), False)
+    assert report.good
+    printed = capsys.readouterr().out
+    assert "left out: small: takes more memory than is free" in printed
+    assert "left out: both ms_eden, decoded, prediction: RuntimeError: cuobjdump failed" in printed
+    found = [json.loads(line) for line in open(tmp_path / "found.jsonl")]
+    assert sum(record["kind"] == "note" for record in found) > 1
+    assert any(record["kind"] == "time" and record["seconds"] == 1e-3 for record in found)
+
+
+def test_after_a_fault_of_the_gpu_the_rest_is_told_not_to_have_run(monkeypatch, capsys, tmp_path):
+    in_place_of_a_gpu(monkeypatch)
+    failed = []
+
+    def wait():
+        if failed:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(bench, "wait_for_gpu", wait)
+    monkeypatch.setattr(kernels, "rotate_quantize", lambda *arguments: failed.append(1))
+    report = bench.Report(tmp_path / "found.jsonl")
+    bench.first_run(report, torch.device(DEVICE), False)
+    assert not report.good
+    *_, wrong, last = filter(None, capsys.readouterr().out.splitlines())
+    assert wrong.startswith("WRONG: 20 x 128, both ms_eden: ")
+    assert last == "WRONG: after that the GPU took no more work: the rest has not run"
+    assert json.loads((tmp_path / "found.jsonl").read_text().splitlines()[-1])["kind"] == "fault"
+
+
+def test_what_it_needs_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(bench.kernels, "INTERPRET", True)
+    with pytest.raises(SystemExit, match="--target compiles, and TRITON_INTERPRET=1 interprets: unset it"):
+        bench.main(["--target=sm_90a"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="needs a GPU; --target works anywhere"):
+        bench.main([])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(quartet, "load_kernels", lambda: "a C compiler (apt install gcc)")
+    with pytest.raises(SystemExit, match="kernels.py needs a C compiler"):
+        bench.main([])
+
+
 def compile_in(directory, *words, target="sm_90a"):
     """Compile for a GPU that need not be here -> directory, with the results, and the process, ended."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "data" / "evidence")])
