@@ -22,6 +22,7 @@ from typing import Any, Callable, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -404,12 +405,18 @@ def predict(bounds, gpu):
     # Most instructions of encode_kernel are of its rare path, so only its bytes count. It follows each of the
     # other kernels, once for each result.
     encode = (SCALE + 1 / BLOCK) / gpu.bandwidth
+    costs = {op: 1e-15 * bound + encode * (2 if op.startswith("both") else 1) for op, bound in bounds.items()}
+    for model, speeds in speed_ups(costs, gpu.bf16, gpu.fp4):
+        *_, paper = PAPER[model]
+        print(f"{model:>5}: quartet2 {speeds['quartet2']:.2f} ({paper}), quintet {speeds['quintet']:.2f}")
 
-    def cost(form, name):
-        """Seconds a value."""
-        return 1e-15 * bounds[f"{form} {name}"] + encode
 
-    for model, (h, f, paper) in PAPER.items():
+def speed_ups(costs, bf16, fp4):
+    """Yield models of PAPER, each with {recipe of MAIN: how fast its layers are over bf16's}.
+
+    costs: {op: seconds for a value of what it reads}; GEMMs in bf16 and of 4-bit operands: FLOP/s.
+    """
+    for model, (h, f, _) in PAPER.items():
         # values of all four linears
         x = TOKENS * (3 * h + f)
         w = 4 * h * h + 3 * h * f
@@ -418,12 +425,12 @@ def predict(bounds, gpu):
         speeds = {}
         for recipe in MAIN:
             row = quartet.RECIPES[recipe]
-            taken = flop / gpu.fp4
-            taken += x * (cost("quantize", row.x) + cost("requantize", row.dw.other))
-            taken += w * (cost("quantize", row.w) + cost("requantize", row.dx.other))
-            taken += dy * (cost("both", row.dx.dy) + encode)
-            speeds[recipe] = flop / gpu.bf16 / taken
-        print(f"{model:>5}: quartet2 {speeds['quartet2']:.2f} ({paper}), quintet {speeds['quintet']:.2f}")
+            taken = flop / fp4
+            taken += x * (costs[f"quantize {row.x}"] + costs[f"requantize {row.dw.other}"])
+            taken += w * (costs[f"quantize {row.w}"] + costs[f"requantize {row.dx.other}"])
+            taken += dy * costs[f"both {row.dx.dy}"]
+            speeds[recipe] = flop / bf16 / taken
+        yield model, speeds
 
 
 # ---- 3. The first run on a GPU -----------------------------------------------------------------------------
@@ -442,6 +449,8 @@ class Report:
     def __init__(self, path=None):
         self.path = path
         self.good = True
+        self.costs = {}     # {op: seconds for a value of what it reads}, as training launches it
+        self.flops = {}     # {GEMM: FLOP/s}
         if path:
             open(path, "x").close()     # an earlier report is not lost
 
@@ -651,6 +660,34 @@ def check(report, device, shapes):
         report.keep("check", op=name, faults=faults, shapes=[shape for shape, _ in found], seconds=seconds)
 
 
+SIGNIFICANDS = 2**23
+AT_ONCE = 2**13    # of these, in a program
+
+
+@triton.jit
+def reciprocals_kernel(out_ptr, B: tl.constexpr):
+    """kernels.reciprocal of all float32 from 1 to 2, in order."""
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    tl.store(out_ptr + i, kernels.reciprocal(kernels.from_bits(i + 0x3F800000)))
+
+
+def check_reciprocals(report, device):
+    """Of every significand: the instruction that kernels.reciprocal corrects may be another on each GPU."""
+    begin = time.perf_counter()
+    found = torch.empty(SIGNIFICANDS, device=device)
+    with torch.cuda.device_of(found):
+        reciprocals_kernel[(SIGNIFICANDS // AT_ONCE,)](found, AT_ONCE, **kernels.LAUNCH)
+    s = (torch.arange(SIGNIFICANDS, dtype=torch.int32, device=device) + 0x3F800000).view(torch.float32)
+    # 53 bits, rounded again to 24, are as if rounded once.
+    wrong = (found != (1 / s.double()).float()).sum().item()
+    seconds = time.perf_counter() - begin
+    report.keep("reciprocals", wrong=wrong, of=SIGNIFICANDS, seconds=seconds)
+    if wrong:
+        report.fault(f"reciprocal: of {SIGNIFICANDS:,} significands {wrong:,} are not correctly rounded")
+    else:
+        print(f"{'reciprocal':28}{seconds:6.1f} s  right for all {SIGNIFICANDS:,} significands", flush=True)
+
+
 # ---- 5. How the GEMMs add ----------------------------------------------------------------------------------
 
 def operands(device):
@@ -847,6 +884,8 @@ def time_op(report, title, case, parts, c, gpu, seconds):
     # Scales go through memory as bf16, there and back, too.
     size = sum(t.nbytes for t in case.inputs + out) + sum(4 * rows * k // BLOCK for rows, k in case.results)
     taken = seconds(lambda: case.op(parts))
+    if parts != kernels.NVFP4_PARTS:
+        report.costs.setdefault(case.name, taken / values_in(case))
     encoding = time_encoding(case, mode_of(case.name.split()[1])[0], parts, device, seconds)
 
     # Codes alone, which are not predicted, and faults leave gaps in the row.
@@ -869,11 +908,16 @@ def in_us(seconds):
     return f"{'':8}" if seconds is None else f"{seconds * 1e6:8.1f}"
 
 
+def values_in(case):
+    """How many values a Case reads: of codes two a byte."""
+    return case.inputs[0].numel() * (2 if case.name.startswith("requantize") else 1)
+
+
 def predicted(case, c, gpu):
     """Seconds that a Case should take, encoding included -> at best, and if bytes and instructions add up."""
     with tempfile.TemporaryDirectory() as directory:
         cost = cost_of(c, gpu, Path(directory, "kernel"))
-    values = case.inputs[0].numel() * (2 if c.name.startswith("requantize") else 1)
+    values = values_in(case)
     encoded = sum(rows * columns for rows, columns in case.results)
     encode = encoded * (SCALE + 1 / BLOCK) / gpu.bandwidth
     least = max(cost.by_bytes, cost.by_instructions) * values * 1e-15
@@ -891,6 +935,33 @@ def time_compiled(case, parts, seconds):
     return seconds(torch.compile(rival))
 
 
+def time_gemms(report, device, native, seconds):
+    """Print how long the GEMMs take that a layer is made of."""
+    K, N = LAYER
+    print(f"\na GEMM, {TOKENS} x {K} x {N}: ms, TFLOP/s")
+    a, b = [quartet.four_six(torch.randn(rows, K, device=device).bfloat16()) for rows in (TOKENS, N)]
+    a16, b16 = [quartet.decode(t, torch.bfloat16) for t in (a, b)]
+    normal = [torch.randn_like(t) for t in (a16, b16)]
+    forms = {
+        "bf16": lambda: quartet.gemm(*normal),
+        "bf16, of decoded values": lambda: quartet.gemm(a16, b16),
+        "emulated": lambda: kernels.fp4_gemm(a16, a.tensor_scale, b16, b.tensor_scale),
+    }
+    if native:
+        a_q, b_q = [[t.codes, kernels.swizzle(t.block_scale), t.tensor_scale] for t in (a, b)]
+        forms["scaled_mm"] = lambda: kernels.scaled_mm(a_q, b_q)
+        forms["in Triton"] = lambda: kernels.gemm(a_q, b_q)
+
+    def time_gemm(name, f):
+        taken = seconds(f)
+        report.flops[name] = 2 * TOKENS * K * N / taken
+        print(f"{name:28}{taken * 1e3:8.3f}{report.flops[name] / 1e12:9.0f}", flush=True)
+        report.keep("time of gemm", gemm=name, seconds=taken, shape=[TOKENS, K, N])
+
+    for name, f in forms.items():
+        report.attempt(f"time of the GEMM {name}", lambda: time_gemm(name, f))
+
+
 def time_linear(recipe, K, N, device, seconds):
     """Seconds that a linear layer of K features in, N out takes by a recipe, forward and backward."""
     layer = quartet.Linear(K, N, recipe=recipe, backend="triton", device=device, dtype=torch.bfloat16)
@@ -906,21 +977,33 @@ def time_layers(report, device, seconds):
         if kernels.supports(row):
             report.attempt(recipe, lambda: time_layer(report, recipe, device, seconds))
 
-    print(f"\na block's layers, {TOKENS} tokens, forward + backward: speed over bf16; in brackets what the "
-          "paper measured on an RTX 5090")
+    print(f"\na block's layers, {TOKENS} tokens, forward + backward: speed over bf16, and what the times "
+          "above add up to;\nin brackets what the paper measured on an RTX 5090")
+    parts = {}
+    fp4 = "scaled_mm" if "scaled_mm" in report.flops else "bf16, of decoded values"
+    try:
+        parts = dict(speed_ups(report.costs, report.flops["bf16"], report.flops[fp4]))
+    except KeyError as e:
+        report.note(f"what the times add up to: {e} is not there")
     for model in PAPER:
-        report.attempt(model, lambda: time_block(report, model, device, seconds))
+        report.attempt(model, lambda: time_block(report, model, parts.get(model, {}), device, seconds))
 
 
-def time_block(report, model, device, seconds):
-    """Print and keep the time of the layers of a block of PAPER's, by bf16 and recipes of MAIN."""
+def time_block(report, model, parts, device, seconds):
+    """Print and keep the time of the layers of a block of PAPER's, by bf16 and recipes of MAIN.
+
+    parts: {recipe: the speed that its parts' times add up to}
+    """
     h, f, paper = PAPER[model]
     layers = (h, 3 * h), (h, h), (h, 2 * f), (f, h)
     times = {recipe: sum(time_linear(recipe, *layer, device, seconds) for layer in layers)
              for recipe in ("bf16", *MAIN)}
-    speeds = ", ".join(f"{recipe} {times['bf16'] / times[recipe]:.2f}" for recipe in MAIN)
-    print(f"{model:>5}: {speeds} ({paper})", flush=True)
-    report.keep("block", model=model, seconds=times)
+    speeds = []
+    for recipe in MAIN:
+        added = f" (parts: {parts[recipe]:.2f})" if recipe in parts else ""
+        speeds.append(f"{recipe} {times['bf16'] / times[recipe]:.2f}{added}")
+    print(f"{model:>5}: {', '.join(speeds)} ({paper})", flush=True)
+    report.keep("block", model=model, seconds=times, parts=parts)
 
 
 def time_layer(report, recipe, device, seconds):
@@ -944,7 +1027,7 @@ def first_run(report, device, native):
     """All that `python kernels.py` prints."""
     sections = {
         "The machine": lambda: tell_machine(report, device),
-        "Every op against quartet.py": lambda: check(report, device, SHAPES),
+        "Every op against quartet.py": lambda: check_all(report, device),
         "How the GEMMs add": lambda: check_gemms(report, device, native, GEMM_SHAPES),
         "Times": lambda: time_all(report, device, native),
     }
@@ -965,6 +1048,12 @@ def tell_machine(report, device):
     report.keep("machine", **found)
 
 
+def check_all(report, device):
+    """Whatever must have certain bits."""
+    report.attempt("reciprocal", lambda: check_reciprocals(report, device))
+    check(report, device, SHAPES)
+
+
 def time_all(report, device, native):
     """The times of ops and layers."""
     torch.set_float32_matmul_precision("high")      # TF32 for the rival's x R: exact if x is bf16
@@ -972,6 +1061,7 @@ def time_all(report, device, native):
     for M, K in TIMED:
         report.attempt(f"{M} x {K}", lambda: time_ops(
             report, torch.randn(M, K, device=device).bfloat16(), native, seconds))
+    report.attempt("times of GEMMs", lambda: time_gemms(report, device, native, seconds))
     time_layers(report, device, seconds)
 
 

@@ -181,6 +181,7 @@ def in_place_of_a_gpu(monkeypatch):
     monkeypatch.setattr(bench, "TIMED", [(128, 128)])
     monkeypatch.setattr(bench, "TOKENS", 128)
     monkeypatch.setattr(bench, "SHAPES", [(20, 128)])
+    monkeypatch.setattr(bench, "SIGNIFICANDS", 2**15)
     monkeypatch.setattr(bench, "GEMM_SHAPES", [(32, 32, 128)])
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device, seconds: 1e12)
     monkeypatch.setattr(bench, "LAYER", (128, 128))
@@ -215,6 +216,16 @@ def test_the_first_run_prints_its_sections_and_keeps_what_it_finds(monkeypatch, 
     # Of codes alone, which training on such a GPU does not launch, there is no prediction.
     assert all((record["least"] is None) == ("decoded" not in record["op"]) for record in times)
     assert {record["recipe"] for record in found if record["kind"] == "layer"} == {"bf16", *bench.MAIN}
+    assert kinds["time of gemm"] == 3 and "right for all 32,768 significands" in printed
+
+    # Each op and GEMM takes 1 ms, of 128 x 128 values. So count what the four layers of a block read.
+    x = 3 + 1
+    w = dy = 3 + 1 + 2 + 1
+    gemms = 3 * w
+    ops = 2 * x + 2 * w + dy
+    block, = [record for record in found if record["kind"] == "block"]
+    assert block["parts"] == {recipe: pytest.approx(gemms / (gemms + ops)) for recipe in bench.MAIN}
+    assert f"(parts: {gemms / (gemms + ops):.2f})" in printed
 
 
 def test_what_raises_is_told_and_hides_nothing_else(monkeypatch, capsys, tmp_path):
@@ -238,6 +249,23 @@ def test_what_raises_is_told_and_hides_nothing_else(monkeypatch, capsys, tmp_pat
         "quantize four_six", "quantize ms_eden", "both ms_eden", "requantize ms_eden"}
     layers = [record["recipe"] for record in found if record["kind"] == "layer"]
     assert layers == ["quartet2", "bf16"]
+    assert "left out: what the times add up to: 'quantize scale_search' is not there" in printed
+
+
+def test_a_reciprocal_that_is_one_bit_off_is_seen(monkeypatch, capsys):
+    class Wrong:
+        def __getitem__(self, grid):
+            def launch(out, *arguments, **options):
+                s = torch.arange(0x3F800000, 0x40000000, dtype=torch.int32).view(torch.float32)
+                out.copy_(1 / s)
+                out.view(torch.int32)[12345] += 1
+            return launch
+
+    monkeypatch.setattr(bench, "reciprocals_kernel", Wrong())
+    report = bench.Report()
+    bench.check_reciprocals(report, torch.device("cpu"))
+    assert not report.good
+    assert "of 8,388,608 significands 1 are not correctly rounded" in capsys.readouterr().out
 
 
 def test_what_could_not_be_done_is_no_fault(monkeypatch, capsys, tmp_path):
@@ -299,6 +327,15 @@ def compile_in(directory, *words, target="sm_90a"):
     path = os.pathsep.join([str(ROOT), str(ROOT / "data" / "evidence")])
     words = [*words, f"--dump={directory}", f"--target={target}"]
     return directory, python(*words, cwd=directory, PYTHONPATH=path)
+
+
+def compile_reciprocals(capability):
+    """Compile the kernel of check_reciprocals. Raises what Triton does."""
+    source = bench.ASTSource(
+        fn=bench.reciprocals_kernel,
+        signature={"out_ptr": "*fp32", "B": "constexpr"},
+        constexprs={"B": bench.AT_ONCE})
+    bench.triton.compile(source, bench.GPUTarget("cuda", capability, 32), kernels.LAUNCH)
 
 
 @in_background
@@ -374,6 +411,9 @@ if __name__ == "__main__":
     _, name, *words = sys.argv
     if name == "main":
         leave_main(pytest.MonkeyPatch())
+        # Of --target=sm_103a, 103
+        capability = int(words[-1].removesuffix("a").rpartition("_")[2])
+        compile_reciprocals(capability)
     else:
         leave_only(pytest.MonkeyPatch(), name)
     sys.exit(bench.main(words))
