@@ -497,7 +497,7 @@ def wait_for_gpu():
 
 def smi(device):
     """What nvidia-smi says of a CUDA device, {field: text}; nothing if it is not there."""
-    fields = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.max.memory", "power.limit"]
+    fields = ["driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit"]
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
@@ -1031,6 +1031,8 @@ def first_run(report, device, native):
         "How the GEMMs add": lambda: check_gemms(report, device, native, GEMM_SHAPES),
         "Times": lambda: time_all(report, device, native),
     }
+    print("this takes some ten minutes, most of them to compile: half a minute can pass without a line\n",
+          flush=True)
     try:
         for number, (title, section) in enumerate(sections.items(), 1):
             print(f"{number}. {title}", flush=True)
