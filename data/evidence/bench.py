@@ -357,6 +357,7 @@ def compile_for(target, dump):
           f"{'all':>7}{'bytes':>7}{'bound':>7}{'sum':>6}  by")
     good = True
     bounds = {}
+    sums = {}
     for c in configurations(gpu.capability // 10):
         try:
             cost = cost_of(c, gpu, Path(dump, f"{target}-{c.name}".replace(" ", "-")))
@@ -375,15 +376,16 @@ def compile_for(target, dump):
             good = False
 
         bounds[c.name] = max(cost.by_bytes, cost.by_instructions)
+        sums[c.name] = cost.by_bytes + cost.by_instructions
         reason = "bytes"
         if cost.by_instructions >= cost.by_bytes:
             reason = f"instructions, {cost.by_instructions / cost.by_bytes:.1f} times bytes"
         columns = "".join(f"{share:9.1f}" for share in cost.shares)
         print(f"{c.name:28}{found.registers:10}{cost.shared:8}{found.spills:7}{cost.programs:9}{cost.warps:6}"
               f"{columns}{sum(cost.shares):7.1f}{c.size:7.2f}{bounds[c.name]:7.0f}"
-              f"{cost.by_bytes + cost.by_instructions:6.0f}  {reason}")
+              f"{sums[c.name]:6.0f}  {reason}")
     if good and gpu.fp4:
-        predict(bounds, gpu)
+        predict(sums, bounds, gpu)
     return good
 
 
@@ -397,18 +399,23 @@ PAPER = {
 }
 
 
-def predict(bounds, gpu):
-    """Print how fast PAPER's layers could be, by bounds in ns per million values and GEMMs in FLOP/s."""
-    print(f"PREDICTED, from these bounds (encode: bytes) and published peaks of {gpu.bf16 / 1e12:g} and "
-          f"{gpu.fp4 / 1e12:g} TFLOP/s; nothing was run:\nforward + backward over bf16, {TOKENS} tokens; in "
-          "brackets what the paper measured on an RTX 5090")
+def predict(sums, bounds, gpu):
+    """Print how fast PAPER's layers could be, by sums and by bounds, ns per million values, and by peaks."""
+    print(f"PREDICTED, from these sums to these bounds (encode: bytes), and published peaks of "
+          f"{gpu.bf16 / 1e12:g} and {gpu.fp4 / 1e12:g}\nTFLOP/s, which no GEMM reaches; nothing was run: "
+          f"forward + backward over bf16, {TOKENS} tokens; in brackets\nwhat the paper measured, on an RTX "
+          "5090")
     # Most instructions of encode_kernel are of its rare path, so only its bytes count. It follows each of the
     # other kernels, once for each result.
     encode = (SCALE + 1 / BLOCK) / gpu.bandwidth
-    costs = {op: 1e-15 * bound + encode * (2 if op.startswith("both") else 1) for op, bound in bounds.items()}
-    for model, speeds in speed_ups(costs, gpu.bf16, gpu.fp4):
+    found = []
+    for times in sums, bounds:
+        costs = {op: 1e-15 * t + encode * (2 if op.startswith("both") else 1) for op, t in times.items()}
+        found.append(speed_ups(costs, gpu.bf16, gpu.fp4))
+    for (model, low), (_, high) in zip(*found):
         *_, paper = PAPER[model]
-        print(f"{model:>5}: quartet2 {speeds['quartet2']:.2f} ({paper}), quintet {speeds['quintet']:.2f}")
+        ranges = [f"{recipe} {low[recipe]:.2f} to {high[recipe]:.2f}" for recipe in MAIN]
+        print(f"{model:>5}: {', '.join(ranges)} ({paper})")
 
 
 def speed_ups(costs, bf16, fp4):
@@ -472,7 +479,7 @@ class Report:
         self.keep("note", text=text)
 
     def attempt(self, name, f):
-        """f(), or None if it raises, which is a fault, unless memory is short. DeviceFailed if the GPU did."""
+        """f(), or None if it raises, which is a fault, unless memory is short. DeviceFailed: the GPU has."""
         try:
             found = f()
             wait_for_gpu()                          # a kernel that fails does so later than its launch
