@@ -11,10 +11,15 @@ import small_runs
 import train_gpt
 
 
+@pytest.fixture(autouse=True)
+def tables(monkeypatch):
+    """rounding.py's quantizer is gone after a test."""
+    monkeypatch.setattr(quartet, "QUANTIZERS", dict(quartet.QUANTIZERS))
+
+
 @pytest.fixture
-def found(place, monkeypatch):
-    """{run: {part: loss}} of two small runs, and their names."""
-    monkeypatch.setitem(quartet.QUANTIZERS, "noise", rounding.noise)
+def found(place):
+    """{run: {part: loss}} of two small runs."""
     small_runs.train(recipe="quartet2", layers=2)
     small_runs.train(recipe="quartet2", layers=2, seed=2, name="b")
     rounding.main(["a", "b", "--tokens=512", "--out=parts.jsonl"])
