@@ -731,9 +731,10 @@ def forward_gemm(row, x, w, w_q):
     x_q = quantize(row.x, x)                                               # (M, K)
     y = matmul(x_q, w_q)                                                   # (M, N)
     if row.two_terms:
-        # A second term: what x has lost, in 4 bits. The difference is exact in bf16, as x is at most twice
-        # its quantized value and at least half of it, or is lost whole. The backward pass takes the first
-        # term only. ARCQuant, arXiv:2601.07475, does so for some columns of x in trained models.
+        # A second term: what x has lost, in 4 bits. The difference is exact in bf16, since x is between half
+        # and twice its quantized value, or that is 0. (But for scales that are sub-normal in E4M3.) The
+        # backward pass takes the first term only. ARCQuant, arXiv:2601.07475, adds such a term to some
+        # columns of x when a trained model is used.
         lost = x - decode(x_q, torch.bfloat16)
         y = y + matmul(quantize(row.x, lost), w_q)
 
@@ -830,6 +831,7 @@ def fp4_matmul(a, b, n=1):
 #     tetrajet2                 17.98    56.68    56.63
 #     quartet2                  15.06    26.46    26.34
 #     quintet                   13.38    25.50    25.45
+#     quintet in two terms       6.76
 #     262144 sums of 2048 products by 4/6, added as FP4 tensor cores add and in float32:
 #     in bf16 0 differ; 5 if columns of x are multiplied by exp(4 N(0, 1))
 

@@ -219,6 +219,10 @@ def gemms():
         y = layer(x)
         found = y, *torch.autograd.grad(y, (x, layer.weight), dy)
         print(f"{recipe:22}" + "".join(f"{1e3 * nmse(a, e):9.2f}" for a, e in zip(found, exact)))
+    late = quartet.RECIPES["quintet"]._replace(two_terms=True)
+    w16 = w.bfloat16()
+    y, _, _ = quartet.forward_gemm(late, x.detach().bfloat16(), w16, quartet.quantize(late.w, w16))
+    print(f"{'quintet in two terms':22}{1e3 * nmse(y, exact[0]):9.2f}")
 
     # Values that differ in size along the axis of the sum are the hardest to add.
     a = normal(512, 2048, seed=4)
