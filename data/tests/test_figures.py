@@ -495,9 +495,10 @@ def test_readme_and_the_long_account_have_the_numbers_from_scratch():
         found, = {run.header["versions"].split()[-1] for run in logs}
         return found
 
-    assert f"logs of seeds 31 to 50 have code {code(range(31, 51))}," in account
-    assert f"those of 51 to 53 have code {code(range(51, 54))}," in account
-    assert f"those of 54 code {code([54])}," in account
+    words = " ".join(account.split())
+    assert f"logs of seeds 31 to 50 have code {code(range(31, 51))}," in words
+    assert f"those of 51 to 53 have code {code(range(51, 54))}," in words
+    assert f"those of 54 code {code([54])}," in words
 
     # In steps and in time
     def late(row, goal):
@@ -622,6 +623,17 @@ def test_the_reviewer_is_answered_by_the_numbers_of_the_logs():
     assert f"In training it is {small}." in account and f"closes {middle} of quartet2's gap" in account
     assert f"gap at 10.6M, {middle} at 30M (2 seeds) and {large} at 103M" in account
     assert f"quintet closed {small} of" in account
+
+    rows = runs["10m", "installed", "quartet2-from-3000"]
+    left = [statistics.mean(figures.paired(rows, row, "bf16"))
+            for row in ("quintet_forward_end", "quartet2", "quintet_two_end")]
+    assert "{:.1f} was left of {:.1f} (section 4, two seeds)".format(*left) in account
+    assert f"Two terms of x left {left[2]:.1f}," in account
+    rows = runs["10m", "installed", ""]
+    found = [figures.paired(rows, row, "bf16", figures.in_bf16) for row in ("quintet", "quartet2")]
+    weights = [in_words(values) for values in found]
+    assert {len(values) for values in found} == {4} and "over 4 seeds from scratch" in account
+    assert f"its weights are {weights[0]} above bf16, and quartet2's {weights[1]}." in account
 
     rows = runs["10m", "novels", "quartet2-from-3400"]
     costs = {row: f"{statistics.mean(figures.paired(rows, row, 'bf16')):.2f}" for row in rows}
