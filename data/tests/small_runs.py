@@ -56,9 +56,9 @@ def write_corpus(directory):
         prepare.write_shard(directory / f"tiny_{split}_000000.bin", tokens)
 
 
-def shards(c, split):
-    """The Shards of a split of c's corpus, on the CPU."""
-    return train_gpt.Shards(c, train_gpt.find_corpus(c), split, "cpu")
+def shards(c, split, device="cpu"):
+    """The Shards of a split of c's corpus, whose batches come to a device."""
+    return train_gpt.Shards(c, train_gpt.find_corpus(c), split, device)
 
 
 @contextlib.contextmanager

@@ -306,7 +306,7 @@ def test_inputs_of_4_bits_need_the_format_that_says_so_and_the_corpus(run, train
         export.main(["a", "out", "--inputs=4"])
     c, state = run
     c = dataclasses.replace(c, corpus="gone")
-    with pytest.raises(train_gpt.UserError, match="no .*gone_val.*prepare.py gone"):
+    with pytest.raises(train_gpt.UserError, match="no .*gone_val.*prepare.py FILES"):
         export.tensors(c, state, True, 4)
 
 

@@ -32,11 +32,11 @@ def found(place):
 
 def loss_by(run, recipe, layers=""):
     """The validation loss of a run, layers whose names end or begin so by a recipe, all others in bf16."""
-    model, c = train_gpt.load_model(run, recipe="bf16", eval_tokens=512)
+    model, c = train_gpt.load_model(run, recipe="bf16", eval_tokens=512, device="auto")
     for name, m in model.named_modules():
         if isinstance(m, quartet.Linear) and (name.startswith(layers) or name.endswith(layers)):
             m.recipe = recipe
-    return train_gpt.evaluate(model, small_runs.shards(c, "val"), c)
+    return train_gpt.evaluate(model, small_runs.shards(c, "val", model.rope.device.type), c)
 
 
 def test_each_part_is_what_it_is_called(found):

@@ -1,6 +1,7 @@
 """Tests of train_gpt.py: what it computes. How runs are stopped, resumed and damaged: test_runs.py."""
 import ast
 import dataclasses
+import json
 import os
 import pickle
 import resource
@@ -407,6 +408,20 @@ def test_both_backends_train_to_the_same_bits_where_rotations_are_exact(recipe, 
         train_gpt.main(["30m", *(f"--{knob}={value}" for knob, value in knobs.items())])
     assert logged("torch") == logged("triton")
     assert logged("torch")[50] < logged("torch")[1] - 1
+
+
+@needs_gpu
+def test_memory_that_a_graph_keeps_is_counted(tmp_path, monkeypatch):
+    x = torch.ones(2**26, device="cuda")                                # 0.25 GiB
+    torch.cuda.reset_peak_memory_stats()
+    replay = train_gpt.as_graph(lambda x: x.add(1).mul(2).sum(), x)     # three more, two of them in the graph
+    held = torch.ones(2**28, device="cuda")                             # 1 GiB, beside them
+    replay(x)
+    monkeypatch.setattr(train_gpt, "sample_text", lambda model, c: "")
+    log = SimpleNamespace(val_loss=0.0, skipped=0, rates=[])
+    model = SimpleNamespace(rope=x, use_recipe=lambda recipe, backend: None)
+    train_gpt.finish(train_gpt.Config(), tmp_path, log, model)
+    assert json.loads((tmp_path / "result.json").read_text())["peak_gib"] >= 2
 
 
 # ---- Evaluation and sampling -------------------------------------------------------------------------------
