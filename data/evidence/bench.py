@@ -13,6 +13,7 @@ import hashlib
 import json
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -980,9 +981,10 @@ def time_linear(recipe, K, N, device, seconds):
 def time_layers(report, device, seconds):
     """Print how long linear layers take, forward and backward: one by every recipe, and PAPER's."""
     print(f"\nlinear layer of {LAYER}, {TOKENS} tokens, forward + backward: ms, speed and time over bf16")
-    for recipe, row in quartet.RECIPES.items():
-        if kernels.supports(row):
-            report.attempt(recipe, lambda: time_layer(report, recipe, device, seconds))
+    # One that fails does not take part in the turns.
+    recipes = [recipe for recipe, row in quartet.RECIPES.items() if kernels.supports(row)
+               and report.attempt(recipe, lambda: time_linear(recipe, *LAYER, device, seconds))]
+    report.attempt("layers", lambda: time_layer(report, recipes, device, seconds))
 
     print(f"\na block's layers, {TOKENS} tokens, forward + backward: speed over bf16, and what the times "
           "above add up to;\nin brackets what the paper measured on an RTX 5090")
@@ -1003,8 +1005,7 @@ def time_block(report, model, parts, device, seconds):
     """
     h, f, paper = PAPER[model]
     layers = (h, 3 * h), (h, h), (h, 2 * f), (f, h)
-    times = {recipe: sum(time_linear(recipe, *layer, device, seconds) for layer in layers)
-             for recipe in ("bf16", *MAIN)}
+    times = time_in_turns(("bf16", *MAIN), layers, device, seconds)
     speeds = []
     for recipe in MAIN:
         added = f" (parts: {parts[recipe]:.2f})" if recipe in parts else ""
@@ -1013,12 +1014,25 @@ def time_block(report, model, parts, device, seconds):
     report.keep("block", model=model, seconds=times, parts=parts)
 
 
-def time_layer(report, recipe, device, seconds):
-    """Print and keep the time of one layer by a recipe, beside bf16."""
-    bf16 = time_linear("bf16", *LAYER, device, seconds)
-    taken = time_linear(recipe, *LAYER, device, seconds)
-    print(f"{recipe:12}{taken * 1e3:8.3f}{bf16 / taken:7.2f}{taken / bf16 - 1:+8.0%}", flush=True)
-    report.keep("layer", recipe=recipe, seconds=taken, bf16=bf16)
+def time_layer(report, recipes, device, seconds):
+    """Print and keep the time of one layer by each recipe, beside bf16."""
+    times = time_in_turns(recipes, [LAYER], device, seconds)
+    for recipe, taken in times.items():
+        bf16 = times["bf16"]
+        print(f"{recipe:12}{taken * 1e3:8.3f}{bf16 / taken:7.2f}{taken / bf16 - 1:+8.0%}", flush=True)
+        report.keep("layer", recipe=recipe, seconds=taken, bf16=bf16)
+
+
+def time_in_turns(recipes, layers, device, seconds):
+    """-> {recipe: the median seconds that layers, of features (in, out), take together by it}.
+
+    A GPU's clock varies as it gets warm, so recipes are compared that ran by turns.
+    """
+    taken = {recipe: [] for recipe in recipes}
+    for _ in range(TURNS):
+        for recipe, times in taken.items():
+            times.append(sum(time_linear(recipe, *layer, device, seconds) for layer in layers))
+    return {recipe: statistics.median(times) for recipe, times in taken.items()}
 
 
 # ---- 7. The command line -----------------------------------------------------------------------------------
@@ -1028,6 +1042,7 @@ SHAPES = (1, 128), (140, 256), (16, 4096), (48, 144), (4112, 1536)
 GEMM_SHAPES = (140, 144, 384), (256, 512, 2048), (2048, 1024, 8192)
 TIMED = (TOKENS, 4096), (2 * TOKENS, 3072)
 LAYER = 4096, 4096    # features in and out
+TURNS = 3
 
 
 def first_run(report, device, native):

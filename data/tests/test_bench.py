@@ -252,6 +252,20 @@ def test_what_raises_is_told_and_hides_nothing_else(monkeypatch, capsys, tmp_pat
     assert "left out: what the times add up to: 'quantize scale_search' is not there" in printed
 
 
+def test_recipes_take_turns_and_one_slow_turn_does_not_count(monkeypatch):
+    ran = []
+
+    def time_linear(recipe, K, N, device, seconds):
+        ran.append((recipe, K))
+        slow = len(ran) in (3, 6)
+        return K * (10 if slow else 1)
+
+    monkeypatch.setattr(bench, "time_linear", time_linear)
+    times = bench.time_in_turns(("bf16", "rtn"), [(1, 2), (3, 4)], None, None)
+    assert times == {"bf16": 4, "rtn": 4}
+    assert ran == 3 * [("bf16", 1), ("bf16", 3), ("rtn", 1), ("rtn", 3)]
+
+
 def test_a_reciprocal_that_is_one_bit_off_is_seen(monkeypatch, capsys):
     class Wrong:
         def __getitem__(self, grid):
