@@ -7,6 +7,7 @@ import collections
 import json
 import os
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -456,8 +457,25 @@ def test_the_long_account_has_the_times_of_the_first_run():
     for op, row in rows:
         assert row == f"{cells(op)} | {cells(op + ', decoded')}"
 
-    layers = {r["recipe"]: r["seconds"] / r["bf16"] - 1 for r in records if r["kind"] == "layer"}
-    bf16, = [r["seconds"] for r in records if r["kind"] == "layer" and r["recipe"] == "bf16"]
-    row = " | ".join(f"{layers[recipe]:+.0%}" for recipe in layers if recipe != "bf16")
+    layers = {r["recipe"]: r["seconds"] for r in records if r["kind"] == "layer"}
+    bf16 = statistics.median(r["bf16"] for r in records if r["kind"] == "layer")
+    row = " | ".join(f"{layers[recipe] / bf16 - 1:+.0%}" for recipe in layers if recipe != "bf16")
     assert f"| H200 | {bf16 * 1e3:.2f} ms | {row} |" in account
+
+    # What a layer takes, and its parts: w is a quarter of x and dy.
+    us = {op: 1e6 * r["seconds"] for op, r in times.items()}
+    alone = (1.25 * (us["quantize four_six, decoded"] + us["requantize ms_eden, decoded"])
+             + us["both ms_eden, decoded"])
+    more = 1e6 * (layers["quartet2"] - bf16)
+    assert f"they take {alone:.0f} us alone, w being a quarter of x and dy" in account
+    assert f"the layer takes {more:.0f} us" in account
+    gemms = {r["gemm"]: 1e6 * r["seconds"] for r in records if r["kind"] == "time of gemm"}
+    assert f"one of decoded values takes {gemms['bf16, of decoded values']:.0f} us" in account
+    assert f"{gemms['bf16']:.0f}, presumably" in account
+    # How the GEMMs add that are here
+    same = {}
+    for gemm in "in float32", "emulated":
+        told = [r for r in records if r["kind"] == "gemm" and "cancelling" in r["of"] and r["gemm"] == gemm]
+        same[gemm] = sum(r["equal"]["fp4_matmul"] for r in told) / sum(r["outputs"] for r in told)
+    assert f"there {same['in float32']:.0%} of" in account and same["emulated"] == 1
     assert not any(r["kind"] == "fault" or r.get("faults") for r in records)
