@@ -394,6 +394,8 @@ def half_closed(runs):
     if seeds:
         share, low, high = share_closed(rows, "quintet_two_end", "quartet2")
         verdict = "yes" if share >= 0.5 and low > 0.4 else "no"
+        if len(seeds) < len(PRIMARY.seeds):
+            verdict = "not all seeds have run"
         print(f"\nquintet_two_end, {len(seeds)} of {len(PRIMARY.seeds)} seeds: closes {share:.0%} of "
               f"quartet2's gap, {low:.0%} to {high:.0%}")
         print(f"half of it is 50%, with a lower end above 40%: {verdict}")
