@@ -299,7 +299,8 @@ def cell(differences):
 
 def progress(start, rows, base="quartet2"):
     """Print what each row closes of base's gap to bf16; how soon it is where base and bf16 end; and where it
-    is when they end, at the speeds of `fastest`. Nothing if no row has two seeds in common with both.
+    is when they end, at the speeds of `fastest`, of rows that train in one way. Nothing if no row has two
+    seeds in common with both.
     """
     gap = differences(rows, base, "bf16")
     shown = [row for row in rows if row not in (base, "bf16")
@@ -316,10 +317,18 @@ def progress(start, rows, base="quartet2"):
             if not math.isnan(low):
                 closed += f", {low:.0%} to {high:.0%}"
         cells = [f"{row:20}{closed:>20}"]
+        if any(map(ends_otherwise, rows[row].values())):
+            print(*cells)
+            continue
         cells += [f"{steps_to(rows, row, goal):>{width}}" for goal, width in ((base, 20), ("bf16", 18))]
         if not start:
             cells += [f"{cell(in_time(rows, row, goal)):>18}" for goal in (base, "bf16")]
         print(*cells, sep="")
+
+
+def ends_otherwise(run):
+    """Whether its last steps train in another way: at another speed, and losses may jump there."""
+    return any(value for knob, value in run.header.get("config", {}).items() if knob.endswith("_end"))
 
 
 def steps_to(rows, row, goal):

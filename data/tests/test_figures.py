@@ -207,6 +207,13 @@ def test_progress_tells_what_is_closed_in_how_many_steps_and_in_equal_time(capsy
     assert quintet.split() == (
         "quintet 16%, -129% to 159% 94% (2 of 3) never (0 of 3) 383.50 +-145.22".split())
 
+    # Of rows that end in another way neither steps nor times are told.
+    rows["quintet"][1] = rows["quintet"][1]._replace(header=dict(config=dict(steps=9, bf16_end=0.1)))
+    figures.progress("", rows)
+    *_, quintet = capsys.readouterr().out.splitlines()
+    assert quintet.split() == "quintet 16%, -129% to 159%".split()
+    del rows["quintet"][1].header["config"]["bf16_end"]
+
     # Of branches steps are told, times are not; of a row that shares one seed nothing.
     figures.progress("quartet2-from-50", rows)
     assert "383.50" not in capsys.readouterr().out
