@@ -609,6 +609,26 @@ def test_the_long_account_has_the_first_screening_of_ideas():
     assert "end {:.1f} and {:.1f} above those".format(*late) in account
 
 
+def test_readme_and_the_long_account_have_what_two_terms_close_from_scratch():
+    account = " ".join((Path(figures.__file__).parent / "README.md").read_text().split())
+    readme = " ".join((Path(figures.__file__).parents[2] / "README.md").read_text().split())
+    rows = figures.read()["10m", "installed", ""]
+    below = figures.paired(rows, "quintet_two_end", "quintet")
+    closed = "{:.0%} of quartet2's gap, {:.0%} to {:.0%}".format(
+        *figures.share_closed(rows, "quintet_two_end", "quartet2"))
+    assert f"{len(below)} of its 24 seeds have run" in account
+    assert f"it ends {in_words(below)[1:]} below quintet, and closes {closed}." in account
+    assert f"from scratch, {len(below)} have run: there it closes {closed[:3]}" in readme
+    in_one = figures.paired(rows, "quintet_two_end", "quintet", lambda run: run.result.get(
+        "val_loss_in_one_term", run.result["val_loss"]))
+    assert f"If inputs are in one term again, it is {in_words(in_one)} above quintet" in account
+    log = figures.RESULTS / "10m-installed-quintet_two_end-31.jsonl"
+    ms = {r["step"]: r["ms"] for r in map(json.loads, open(log)) if "ms" in r}
+    one = statistics.median(ms[step] for step in ms if step <= 3600)
+    two = statistics.median(ms[step] for step in ms if step > 3600)
+    assert f"A step with two terms takes {two:.1f} ms on an H200, where one takes {one:.1f}" in account
+
+
 def test_the_long_account_has_what_quintet_closed_in_the_stated_test():
     account = (Path(figures.__file__).parent / "README.md").read_text()
     runs = figures.read()["10m", "novels", "quartet2-from-1000"]
