@@ -306,17 +306,17 @@ def four_six(x, block=(1, BLOCK)):
     return assemble(x.shape, q, s * unit)
 
 
-# The scales that scale_search tries, in steps of E4M3 from that of amax / 6. All of -1 to 5 would lower the
-# error by 0.6% more.
+# The scales that scale_search tries, in steps of E4M3 from that of amax / 6: the best five of -2 to 7. A
+# sixth, 6, would lower the error by 0.9% more.
 SEARCH = 0, -1, 1, 4, 5
 
 
 def scale_search(x, block=(1, BLOCK)):
-    """A search like 4/6: of five scales, amax / 6 and neighbours in E4M3, the one of least squared error.
+    """A search like 4/6, among five scales: amax / 6, a step of E4M3 up and down, and two near amax / 4.
 
-    x (..., K) of any float dtype, K % 16 == 0 -> NVFP4; block as in rtn. Deterministic, hence biased. NMSE
-    6.7e-3; with 16x16 blocks 11.6e-3. In 1% of blocks plain 4/6 errs less: its amax / 4 is 4, 5 or 6 steps
-    up, and six steps are not tried here.
+    x (..., K) of any float dtype, K % 16 == 0 -> NVFP4; block as in rtn. The least squared error decides.
+    Deterministic, hence biased. NMSE 6.7e-3; with 16x16 blocks 11.6e-3. In 1% of blocks plain 4/6 errs less:
+    its amax / 4 is 4, 5 or 6 steps up, and six steps are not tried here.
     """
     b, amax, unit = blocks(x, block)
     six = round_scale(divide_by(amax, E2M1_MAX))
@@ -399,7 +399,7 @@ def sr(x, seed):
 #     NMSE x 1e3 on N(0, 1)       here    paper, table 1
 #     SR                         23.54              23.5
 #     SR with 4/6, biased        17.52              17.5
-#     B times the squared error of the mean of B draws, over that of one draw: 1 if unbiased, +- of 256
+#     B times the squared error of the mean of B draws, over that of one: 1 if unbiased, +- standard error
 #                                            B=1     B=4    B=16    B=64   B=256      +-
 #     SR                                    1.00    1.00    0.99    0.99    1.01    0.04
 #     SR with 4/6                           1.00    1.30    1.87    3.98   12.36    0.45
@@ -456,7 +456,7 @@ def rotation_from(name, signs):
 
 
 def rotation(name, generator=None):
-    """`rotation_from` new random signs, on the generator's device. ValueError for an unknown name."""
+    """R, n by `rotation_from`, of new random signs, on the generator's device. ValueError: unknown name."""
     if name not in ROTATIONS:
         raise ValueError(f"unknown rotation {name!r}: choose one of {', '.join(ROTATIONS)}")
     signs = torch.randint(0, 2, (3, GROUP), generator=generator, device=generator and generator.device)
@@ -516,8 +516,9 @@ EDEN_MAX = SR_MAX / 0.93
 
 def eden_factor(v, q):
     """<v, v> / <v, q> of each block, 1 if v = 0: v, q (M/rows, rows, K/16, 16) -> (M/rows, 1, K/16, 1)."""
-    # One factor of the v and q of a whole group, as in some of the authors' code, leaves a bias of 9e-4 of
-    # the norm: its blocks differ in scale. One of the values themselves leaves none, but 8 to 9% more error.
+    # Some of the authors' code has one factor for the v and q of a whole group. Its blocks differ in scale,
+    # so that leaves a bias of 9e-4 of the norm. One factor from the decoded values would leave none, but 8 to
+    # 9% more error.
     # v is not clamped, so what clipping lost counts too.
     vq = block_sum(v * q)
     return torch.where(vq > 0, block_sum(v * v) / vq, 1.0)
@@ -532,11 +533,11 @@ def larger_cosine(v, q6, q4):
 def ms_eden(x, R, seed, four_six=False):
     """MS-EDEN: rotate, round values to nearest, and the scale times the block's EDEN factor stochastically.
 
-    x (..., K) of any float dtype, K % 128 == 0; R of `rotation`, or None if x is rotated already; seed as in
-    sr -> NVFP4 of x R, not normalised. NMSE 9.4e-3. Rotated back, its mean over draws of R and seed is x,
-    but for the bias of too few rounds, above. four_six: amax may map to 4 too, where that has the smaller
-    angle to v; the part along v stays exact, and EDEN's argument holds. NMSE 8.1e-3; no recipe here uses it.
-    Source: arXiv:2601.22813, Algorithm 1.
+    x (..., K) of any float dtype, K % 128 == 0; R, the first of `rotation`'s results, or None if x is rotated
+    already; seed as in sr -> NVFP4 of x R, not normalised. NMSE 9.4e-3. Rotated back, its mean over draws of
+    R and seed is x, but for the bias of too few rounds, above. four_six: amax may map to 4 too, where that
+    has the smaller angle to v; the part along v stays exact, and EDEN's argument holds. NMSE 8.1e-3; no
+    recipe here uses it. Source: arXiv:2601.22813, Algorithm 1.
     """
     b, amax, unit = blocks(rotate(x, R))
     s = divide_by(amax, EDEN_MAX)                      # this first scale is not rounded
@@ -553,7 +554,7 @@ def ms_eden(x, R, seed, four_six=False):
 #     NMSE x 1e3 on N(0, 1)       here    paper, table 1
 #     MS-EDEN                     9.36               9.4
 #     MS-EDEN with 4/6            8.09                 -
-#     B times the squared error of the mean of B draws, over that of one draw: 1 if unbiased, +- of 256
+#     B times the squared error of the mean of B draws, over that of one: 1 if unbiased, +- standard error
 #                                            B=1     B=4    B=16    B=64   B=256      +-
 #     rht128, N(0, 1)                       1.00    1.00    1.01    1.00    1.02    0.02
 #     rht128, one 100 in 128                1.00    1.31    2.54    7.44   27.12    0.32
@@ -669,6 +670,9 @@ RECIPES = {
 }
 
 
+# Errors are against what was never rounded, so those of a requantized operand are of both times. Of 16.89 for
+# quartet2's w in dx, about 9.4 are MS-EDEN's.
+#
 # Printed:
 #     NMSE x 1e3 of operands    y: x       w  dx: dy       w  dw: dy       x
 #     rtn                       9.03    9.03    9.02   17.73    9.08   17.70
@@ -694,7 +698,8 @@ class Noise(NamedTuple):
 
 def draw_noise(dy, row):
     """Fresh Noise for dx and for dw of a row of RECIPES, from the default generator of dy's device."""
-    # Two rounds of signs at least: recipes of one round and of two then get the same seeds, for comparisons.
+    # Two rounds of signs at least: so recipes of one round and of two get the same seeds, for comparisons.
+    # (Those of three get others.)
     rounds = max([2] + [ROTATIONS[gemm.rotation][1] for gemm in (row.dx, row.dw) if gemm.rotation])
     words = draw(dy, 4 * rounds + 4).view(2, -1)      # for each GEMM 64 signs a word, then two seeds
     bits = words[:, :-2, None] >> torch.arange(64, device=dy.device) & 1
@@ -710,8 +715,8 @@ def quantize(quantizer, x, R=None, seed=None):
 def matmul(a, b, n=1):
     """a NVFP4 (M, K), b NVFP4 (N, K), n a power of two -> a b^T / n (M, N) bf16: an FP4 GEMM, emulated.
 
-    Decoded values are exact, so this multiplies what FP4 tensor cores multiply. Its sums are float32,
-    unless GEMM says otherwise.
+    Decoded values are exact, so this multiplies what FP4 tensor cores multiply. Its sums are float32, or,
+    if the variable GEMM is "blackwell", `fp4_matmul`'s.
     """
     dtype = CPU_DTYPE if a.codes.device.type == "cpu" else torch.bfloat16
     return gemm(decode(a, dtype), decode(b, dtype), n)    # in the appendix
@@ -959,9 +964,9 @@ def dampen(model, share):
 # random bits, which are to be eager's; a GEMM with float32 sums; and a cast to bf16, which the compiler may
 # skip, computing on with the float32 value. For a GPU that is not all. There PyTorch's compiler multiplies by
 # an approximate reciprocal instead of dividing, and fuses products with sums. On an H200, RTN of random
-# values in bf16 so stored another scale in 3% of blocks, half of those where amax / 6 lies midway between two
-# scales. With torch.compile(model, options=AS_EAGER) all quantizers had the bits there that they have eager
-# (data/evidence/README.md, section 7).
+# values in bf16 so stored another scale in 3% of blocks: in half of those whose amax / 6 lies midway between
+# two scales. With torch.compile(model, options=AS_EAGER) all quantizers had the bits there that they have
+# eager (data/evidence/README.md, section 7).
 
 AS_EAGER = {"eager_numerics.division_rounding": True, "emulate_precision_casts": True}
 
@@ -1143,9 +1148,9 @@ def check(recipe, backend, in_features=0, out_features=0, name=""):
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r} is not one of auto, torch, triton")
     row = RECIPES[recipe]
-    # False: the kernels are not asked for; None: nothing is lacking; else what is.
-    lacks = (backend == "triton" or backend == "auto" and torch.cuda.is_available()) and load_kernels()
-    if lacks is None and not kernels.supports(row):
+    asked = backend == "triton" or backend == "auto" and torch.cuda.is_available()
+    lacks = load_kernels() if asked else None      # what, or None
+    if asked and not lacks and not kernels.supports(row):
         lacks = f"a mode in kernels.py for each quantizer of {recipe!r}"
     if lacks and backend == "triton":
         raise ValueError(f"backend 'triton' needs {lacks}; backend 'torch' runs everywhere")

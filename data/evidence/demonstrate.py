@@ -63,7 +63,8 @@ DRAWS = 1, 4, 16, 64, 256
 def print_draws():
     """Print the head of the tables of convergence."""
     counts = "".join(f"{f'B={B}':>8}" for B in DRAWS)
-    print("B times the squared error of the mean of B draws, over that of one draw: 1 if unbiased, +- of 256")
+    print("B times the squared error of the mean of B draws, over that of one: 1 if unbiased, "
+          "+- standard error")
     print(f"{'':34}{counts}{'+-':>8}")
 
 
